@@ -1,0 +1,42 @@
+"""How a router is set up; `cluster` fills it from TOML and environment and checks it with `check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    max_queued_tokens: int = 262_144
+    """Prompt tokens that may wait before a replica; more is refused with RESOURCE_EXHAUSTED."""
+    max_queued_requests: int = 4_096
+    max_batch_tokens: int = 8_192
+    max_batch_requests: int = 64
+    max_batch_wait_s: float = 0.004
+    default_max_tokens: int = 256
+    """For requests that name none; never more than the context leaves."""
+    default_timeout_s: float = 600.0
+    """For requests that bring no deadline."""
+    max_message_bytes: int = 16 * 1024 * 1024
+    max_stop_strings: int = 16
+    max_stop_bytes: int = 256
+    max_session_requests: int = 4_096
+    """Live requests of one Session."""
+    session_grace_s: float = 30.0
+    """How long requests outlive their broken Session."""
+    slow_consumer_s: float = 30.0
+    """A request whose answer nobody takes for this long is cancelled."""
+    drain_grace_s: float = 30.0
+    """How long running requests may go on after SIGTERM."""
+    no_replica_wait_s: float = 30.0
+    """How long a request waits while no replica is ready."""
+    keepalive_s: float = 30.0
+
+    def check(self) -> None:
+        """Raises ConfigError with the rule and the value."""
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"router.{name} must be > 0, is {value!r}")

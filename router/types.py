@@ -1,0 +1,129 @@
+"""The router's nouns, and the seam between its front (protobuf, text) and its back (queue, placement, replicas).
+
+A `Request` is valid by construction: nobody downstream checks it again. The front hands it to the `Backend` with a
+`Sink`; the back calls the sink on the event loop's thread, in order, and ends with exactly one `ended`. Both sides know
+token ids only; text stays in the front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.errors import OctavoError
+from workers.types import Finish, Load, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One accepted request. `deadline` and `accepted_at` are on ``time.monotonic``, in seconds."""
+
+    request_id: str
+    model: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    """End-of-sequence ids included, unless the client ignores them."""
+    n: int = 1
+    num_logprobs: int | None = None
+    priority: int = 0
+    affinity_key: str = ""
+    tenant: str = ""
+    salt: bytes = b""
+    adapter: str = ""
+    deadline: float
+    accepted_at: float
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A replica that could have taken a batch, and its cost in tokens."""
+
+    replica: str
+    matched_tokens: int = 0
+    owed_tokens: float = 0.0
+    uncached_tokens: float = 0.0
+    decode_tokens: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        return self.owed_tokens + self.uncached_tokens + self.decode_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Why a request goes where it goes; a value that can be logged and replayed."""
+
+    replica: str
+    rule: str
+    matched_tokens: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    attempt: int = 1
+
+
+class Sink(Protocol):
+    """Where the back delivers one request's answer. None of these blocks or raises."""
+
+    def dispatched(self, decision: Decision, queue_s: float) -> None:
+        """The request was sent to `decision.replica`, `queue_s` after its acceptance."""
+
+    def cached(self, num_tokens: int) -> None:
+        """The replica found this many prompt tokens in its cache. Before the first tokens."""
+
+    def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None: ...
+
+    def finished(self, index: int, finish: Finish) -> None:
+        """Choice `index` ended with STOP or LENGTH; its tokens have all been delivered."""
+
+    def ended(self, error: OctavoError | None) -> None:
+        """The request is over: all choices finished (None), or `error`. Nothing follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """What a router knows of one replica."""
+
+    replica_id: str
+    model: str
+    state: str
+    """"connecting", "ready", "draining" or "refused"."""
+    detail: str = ""
+    address: str = ""
+    pid: int = 0
+    node_id: str = ""
+    block_size: int = 0
+    kernels: str = ""
+    dtype: str = ""
+    engine: str = ""
+    epoch: int = 0
+    load: Load = Load()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """What waits in this router and what is on the way, and how much may wait."""
+
+    num_queued_requests: int
+    num_queued_tokens: int
+    num_running_requests: int
+    max_queued_tokens: int
+
+
+class Backend(Protocol):
+    """The router's back as its front sees it. Everything is called on the event loop's thread and returns at once."""
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Take `request` on, or raise OverloadedError or UnavailableError; after a return, `sink.ended` is called
+        exactly once, also at the deadline."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request with CancelledRequestError and free what it holds. Unknown or ended: no effect."""
+
+    def replicas(self) -> Sequence[ReplicaView]: ...
+
+    def backlog(self) -> Backlog: ...

@@ -1,0 +1,54 @@
+"""How an engine is set up; `cluster` fills it from TOML and environment and checks it with `check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.errors import ConfigError
+
+ENGINES = ("paged", "fake")
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    engine: str = "paged"
+    dtype: str = "auto"
+    """Of weights and activations. auto: bf16 where the CPU multiplies it natively, else fp32."""
+    block_size: int = 16
+    num_blocks: int = 0
+    """KV blocks; 0: as many as `kv_memory_fraction` of the free memory holds, at most what `max_num_sequences` needs."""
+    kv_memory_fraction: float = 0.3
+    max_model_len: int = 0
+    """0: what the model's files say."""
+    max_num_sequences: int = 64
+    chunk_tokens: int = 256
+    """The token budget of a step: decodes first, prefill chunks fill the rest."""
+    threads: int = 0
+    """Of one replica; 0: cores of the node // replicas, at least 1."""
+    prefix_cache: bool = True
+    fake_step_s: float = 0.0
+    """Engine `fake` only: how long a step takes."""
+
+    def check(self) -> None:
+        """Raises ConfigError with the rule and the value."""
+        rules = [
+            (self.engine in ENGINES, "engine.engine", f"must be one of {', '.join(ENGINES)}", self.engine),
+            (self.dtype in DTYPES, "engine.dtype", f"must be one of {', '.join(DTYPES)}", self.dtype),
+            (1 <= self.block_size <= 256, "engine.block_size", "must be in [1, 256]", self.block_size),
+            (self.num_blocks >= 0, "engine.num_blocks", "must be >= 0", self.num_blocks),
+            (
+                0 < self.kv_memory_fraction < 1,
+                "engine.kv_memory_fraction",
+                "must be in (0, 1)",
+                self.kv_memory_fraction,
+            ),
+            (self.max_model_len >= 0, "engine.max_model_len", "must be >= 0", self.max_model_len),
+            (self.max_num_sequences >= 1, "engine.max_num_sequences", "must be >= 1", self.max_num_sequences),
+            (self.chunk_tokens >= 1, "engine.chunk_tokens", "must be >= 1", self.chunk_tokens),
+            (self.threads >= 0, "engine.threads", "must be >= 0", self.threads),
+            (self.fake_step_s >= 0, "engine.fake_step_s", "must be >= 0", self.fake_step_s),
+        ]
+        for holds, key, rule, value in rules:
+            if not holds:
+                raise ConfigError(f"{key} {rule}, is {value!r}")

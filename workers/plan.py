@@ -1,0 +1,86 @@
+"""What one engine step computes, and what came of it: the values between the scheduler and a runner.
+
+    plan = scheduler.schedule()          decide
+    ticket = runner.launch(plan)         apply
+    scheduler.commit(plan, output)       account
+
+A runner reads of a `Sequence` only: tokens, num_prompt_tokens, block_table, sampling, constraint, adapter. It never
+writes to one. Knows no requests, no clock, no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from workers.types import TokenLogprobs
+
+if TYPE_CHECKING:
+    from workers.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One sequence's share of a step: compute the tokens at positions ``[start, start + num_tokens)``.
+
+    Keys and values of positions below `start` are in the sequence's blocks; those of the chunk are written to
+    ``block_table[position // block_size]`` at ``position % block_size``.
+
+        tokens       0 ............ start .......... start + num_tokens ... len(tokens)
+                     |-- in cache --|--- computed ---|
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+    """Whether a next token is drawn from the logits of the chunk's last position."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    number: int
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """Blocks (from, to) whose keys and values are copied before anything of this step is written."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Aligned with `StepPlan.chunks`. A chunk that does not sample has no tokens; one that does has one or more."""
+
+    tokens: Seq[tuple[int, ...]]
+    logprobs: Seq[tuple[TokenLogprobs, ...]] = ()
+    pooled: Seq[tuple[float, ...]] = ()
+
+
+class Ticket(Protocol):
+    """A launched step."""
+
+    @property
+    def plan(self) -> StepPlan: ...
+
+    def output(self) -> StepOutput:
+        """Wait for the step and return what it produced."""
+
+
+class Runner(Protocol):
+    """The device side of an engine: holds weights and the KV cache."""
+
+    def launch(self, plan: StepPlan) -> Ticket: ...
+
+    def close(self) -> None: ...
+
+
+class Constraint(Protocol):
+    """What a sequence may say next (grammar, schema). Rebuilt after a preemption or resume by replaying the answer."""
+
+    def mask(self) -> Seq[int]:
+        """Return the token ids that are allowed next."""
+
+    def advance(self, token_id: int) -> None: ...
