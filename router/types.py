@@ -7,7 +7,7 @@ token ids only; text stays in the front.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,12 +117,10 @@ class Backlog:
 class Backend(Protocol):
     """The router's back as its front sees it. Everything is called on the event loop's thread and returns at once."""
 
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Take `request` on, or raise OverloadedError or UnavailableError; after a return, `sink.ended` is called
-        exactly once, also at the deadline."""
-
-    def cancel(self, request_id: str) -> None:
-        """End a request with CancelledRequestError and free what it holds. Unknown or ended: no effect."""
+    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+        """Take `request` on, or raise OverloadedError or UnavailableError. After a return, `sink.ended` is called
+        exactly once, also at the deadline. The returned function cancels: it ends the request with
+        CancelledRequestError (delivered before it returns) and frees what it holds; later calls have no effect."""
 
     def replicas(self) -> Sequence[ReplicaView]: ...
 

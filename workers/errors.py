@@ -11,7 +11,7 @@
     ├── CancelledRequestError      CANCELLED
     ├── UnauthenticatedError       UNAUTHENTICATED
     ├── ForbiddenError             PERMISSION_DENIED
-    └── StartupError               never on the wire: a process cannot start; the CLI prints it and exits with `exit_code`
+    └── StartupError               never on the wire: the CLI prints it and exits with `exit_code`
         ├── ConfigError            exit code 2
         └── ModelFileError         exit code 3          missing, corrupt, truncated, unsupported, or does not fit
 
