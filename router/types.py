@@ -8,7 +8,7 @@ token ids only; text stays in the front.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.errors import OctavoError
@@ -101,7 +101,7 @@ class ReplicaView:
     dtype: str = ""
     engine: str = ""
     epoch: int = 0
-    load: Load = Load()
+    load: Load = field(default_factory=Load)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

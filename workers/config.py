@@ -17,7 +17,7 @@ class EngineConfig:
     """Of weights and activations. auto: bf16 where the CPU multiplies it natively, else fp32."""
     block_size: int = 16
     num_blocks: int = 0
-    """KV blocks; 0: as many as `kv_memory_fraction` of the free memory holds, at most what `max_num_sequences` needs."""
+    """KV blocks; 0: as many as `kv_memory_fraction` of free memory holds, at most what `max_num_sequences` needs."""
     kv_memory_fraction: float = 0.3
     max_model_len: int = 0
     """0: what the model's files say."""
