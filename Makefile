@@ -1,2 +1,33 @@
-check:
-	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+# The interface of this repository. Each target works on a fresh clone: it makes .venv first.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check test exact bench protos baseline
+
+help:  ## show the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
+
+setup:  ## make .venv with everything (PYTHON, TORCH_INDEX)
+	@bash scripts/setup.sh
+
+demo: setup  ## start a cluster with a real model, send it prompts, show what happened, stop
+	@.venv/bin/octavo demo $(ARGS)
+
+serve: setup  ## run a cluster until Ctrl-C; ARGS="--model ... --replicas ..."
+	@exec .venv/bin/octavo serve $(ARGS)
+
+check: setup  ## format, lint, types, protobuf rules, stubs up to date, import arrows
+	@bash scripts/check.sh
+
+test: setup  ## all tests but the long ones
+	@.venv/bin/python -m pytest -m "not exact" $(ARGS)
+
+exact: setup  ## the long form of the oracle: engine against plain transformers, reference tokens made anew
+	@.venv/bin/python -m pytest -m exact tests/oracle $(ARGS)
+
+bench: setup  ## measure this machine; writes load_tests/results/
+	@.venv/bin/python -m load_tests.bench $(ARGS)
+
+protos:  ## rewrite the generated stubs from the .proto files
+	@bash scripts/protos.sh
+
+baseline: setup  ## accept the present contract as the one that `buf breaking` compares with
+	@.venv/bin/buf build protos -o protos/baseline.binpb
