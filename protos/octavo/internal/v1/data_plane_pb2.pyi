@@ -241,6 +241,7 @@ class Dispatch(google.protobuf.message.Message):
     BATCH_ID_FIELD_NUMBER: builtins.int
     WORK_FIELD_NUMBER: builtins.int
     batch_id: builtins.int
+    """Grows from one Dispatch of a stream to the next."""
     @property
     def work(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Work]: ...
     def __init__(
@@ -477,8 +478,11 @@ class StepBatch(google.protobuf.message.Message):
     DELTAS_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     KV_EVENTS_FIELD_NUMBER: builtins.int
+    LAST_BATCH_ID_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Engine steps so far; a batch may merge several."""
+    last_batch_id: builtins.int
+    """The last Dispatch of this router whose work `load` counts; what was sent after it, the router adds by itself."""
     @property
     def deltas(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkDelta]: ...
     @property
@@ -492,9 +496,10 @@ class StepBatch(google.protobuf.message.Message):
         deltas: collections.abc.Iterable[Global___WorkDelta] | None = ...,
         load: Global___Load | None = ...,
         kv_events: Global___KvEvents | None = ...,
+        last_batch_id: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["kv_events", b"kv_events", "load", b"load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "load", b"load", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "last_batch_id", b"last_batch_id", "load", b"load", "step", b"step"]) -> None: ...
 
 Global___StepBatch: typing_extensions.TypeAlias = StepBatch
 
