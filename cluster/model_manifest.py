@@ -1,0 +1,79 @@
+"""What is written beside a model's weights: tokenizer.json, chat_template.jinja, manifest.json, and how they are named.
+
+Fingerprints say whether two processes hold the same thing:
+
+    model       architecture and shape, the same for a GGUF file and a directory of safetensors of one model
+    tokenizer   SHA-256 of tokenizer.json
+    weights     SHA-256 over the size, the first 4 MiB and 64 sampled chunks of each file: an edited, cut or exchanged
+                file is noticed within milliseconds also at 100 GB, single flipped bits in between are not (the default
+                model's whole SHA-256 is checked when it is fetched)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from workers.types import ModelFiles, ModelManifest
+
+TOKENIZER_JSON = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+MANIFEST = "manifest.json"
+
+HEAD_BYTES = 4 << 20
+SAMPLE_BYTES = 1 << 16
+NUM_SAMPLES = 64
+
+
+def model_files(entry: Path, weights: Path) -> ModelFiles:
+    """Return the files of a complete cache entry."""
+    template = entry / CHAT_TEMPLATE
+    return ModelFiles(
+        weights=weights,
+        tokenizer_json=entry / TOKENIZER_JSON,
+        chat_template=template if template.exists() else None,
+        manifest=entry / MANIFEST,
+    )
+
+
+def is_complete(entry: Path, weights: Sequence[Path]) -> bool:
+    """Say whether `entry` holds a manifest that this release reads, and the tokenizer and weights that it names."""
+    try:
+        manifest = ModelManifest.from_json((entry / MANIFEST).read_text())
+        return manifest.tokenizer_fingerprint == text_fingerprint(
+            (entry / TOKENIZER_JSON).read_text()
+        ) and manifest.weights_fingerprint == weights_fingerprint(weights)
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
+
+
+def write_files(entry: Path, manifest: ModelManifest, tokenizer_json: str, chat_template: str | None) -> None:
+    (entry / TOKENIZER_JSON).write_text(tokenizer_json)
+    if chat_template is not None:
+        (entry / CHAT_TEMPLATE).write_text(chat_template)
+    (entry / MANIFEST).write_text(manifest.to_json())
+
+
+def text_fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_fingerprint(shape: Mapping[str, object]) -> str:
+    return text_fingerprint(json.dumps(shape, sort_keys=True))
+
+
+def weights_fingerprint(files: Sequence[Path]) -> str:
+    """Return the fingerprint of `files`, in this order."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            digest.update(file.read(HEAD_BYTES))
+            stride = max(SAMPLE_BYTES, (size - HEAD_BYTES) // NUM_SAMPLES)
+            for start in [*range(HEAD_BYTES, size, stride), max(0, size - SAMPLE_BYTES)]:
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
