@@ -1,0 +1,248 @@
+"""The engine `paged`: scheduler, block pool and runner behind the engine seam, stepped by hand.
+
+Owns the works in progress. A plain synchronous object, not thread safe: `EngineThread` gives it a thread and an inbox.
+Knows token ids and choices, no text, no network, no device.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from octavo.names import Reason
+
+from workers.blocks import BlockPool
+from workers.config import EngineConfig
+from workers.plan import Constraint, Runner, StepPlan, Ticket
+from workers.prefix import PrefixHasher
+from workers.scheduler import Scheduler
+from workers.sequence import Sequence
+from workers.types import EngineInfo, Finish, FinishReason, GenerateWork, KvEvent, Load, TokenDelta, Work, WorkId
+
+CHECK_INTERVAL_S = 10.0
+"""An engine that becomes idle checks its blocks, this often at most."""
+
+_log = logging.getLogger(__name__)
+
+
+class PagedEngine:
+    """Implements `SteppedEngine`. `info` says how many blocks of which size `runner` has; `hasher` has that size too.
+
+    `lag` is how many steps are launched before the first of them is read: 0 for a runner that computes in `launch`, 1
+    for a device that works on one step while the next is decided. `constraint_for` makes the constraint of a work.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        info: EngineInfo,
+        runner: Runner,
+        hasher: PrefixHasher,
+        clock: Callable[[], float] = time.monotonic,
+        lag: int = 0,
+        constraint_for: Callable[[GenerateWork], Constraint | None] = lambda work: None,
+    ) -> None:
+        assert hasher.block_size == info.block_size
+        self._config = config
+        self._info = info
+        self._runner = runner
+        self._clock = clock
+        self._lag = lag
+        self._constraint_for = constraint_for
+        self._pool = BlockPool(info.num_blocks)
+        self._scheduler = Scheduler(
+            pool=self._pool,
+            hasher=hasher,
+            chunk_tokens=config.chunk_tokens,
+            max_num_sequences=config.max_num_sequences,
+            prefix_cache=config.prefix_cache,
+        )
+        self._works: dict[WorkId, list[Sequence]] = {}
+        """The sequences of each work that has not ended."""
+        self._launched: deque[Ticket] = deque()
+        self._outputs: list[TokenDelta] = []
+        self._num_arrivals = 0
+        self._checked_at = clock()
+        self._is_closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def submit(self, work: Work) -> None:
+        """Take `work` on; see `Engine`. A work whose id is in progress already is the same work: no effect."""
+        if work.work_id in self._works:
+            return
+        if self._is_closed:
+            self._refuse(work, FinishReason.CANCELLED)
+        elif not isinstance(work, GenerateWork):
+            message = f"engine {self._info.engine} serves {', '.join(sorted(self._info.capabilities))} only"
+            self._refuse(work, FinishReason.ERROR, Reason.ENGINE_CAPABILITY, message)
+        elif not work.prompt:
+            self._refuse(work, FinishReason.ERROR, Reason.EMPTY_PROMPT, "prompt must have at least one token")
+        else:
+            self._submit(work)
+
+    def abort(self, work_id: WorkId) -> None:
+        now = self._clock()
+        for sequence in self._works.get(work_id, ()):
+            self._scheduler.end(sequence, FinishReason.CANCELLED, now)
+        self._collect()
+
+    def step(self) -> bool:
+        """Run one step; return whether there was anything to do."""
+        plan = self._scheduler.schedule(self._clock())
+        try:
+            if plan.chunks:
+                self._launched.append(self._runner.launch(plan))
+            is_due = len(self._launched) > (self._lag if plan.chunks else 0)
+            output = self._launched[0].output() if is_due else None
+        except Exception as error:
+            self._isolate(plan, error)
+        else:
+            if output is not None:
+                self._scheduler.commit(self._launched.popleft().plan, output, self._clock())
+        self._collect()
+        if plan.chunks or self._launched:
+            return True
+        self._check_when_due()
+        return False
+
+    def drain_outputs(self) -> list[TokenDelta]:
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def kv_events(self) -> list[KvEvent]:
+        return self._pool.drain_events()
+
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        owed = scheduler.owed_prefill_tokens
+        return Load(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            owed_prefill_tokens=owed,
+            credit_tokens=self._credit_tokens(owed),
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_computed_tokens=scheduler.num_computed_tokens,
+            num_steps=scheduler.num_steps,
+        )
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for work_id in list(self._works):
+            self.abort(work_id)
+        self._launched.clear()
+        self._runner.close()
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of scheduler and pool; between steps."""
+        self._scheduler.check_integrity()
+        live = {id(s) for sequences in self._works.values() for s in sequences if not s.is_ended}
+        assert live == {id(s) for s in [*self._scheduler.waiting, *self._scheduler.running]}
+
+    def _submit(self, work: GenerateWork) -> None:
+        now = self._clock()
+        sequences = []
+        for index in range(work.n):
+            self._num_arrivals += 1
+            sequences.append(
+                Sequence(
+                    work,
+                    index=index,
+                    arrival=self._num_arrivals,
+                    arrived_at=now,
+                    constraint=self._constraint_for(work),
+                )
+            )
+        self._works[work.work_id] = sequences
+        for sequence in sequences:
+            refusal = self._too_long(work) or self._scheduler.refusal(sequence)
+            complete = sequence.ending()
+            if refusal is not None:
+                self._scheduler.end(sequence, FinishReason.ERROR, now, error=(Reason.PROMPT_TOO_LONG, refusal))
+            elif complete is not None:
+                self._scheduler.end(sequence, complete, now)
+            else:
+                self._scheduler.add(sequence)
+        self._collect()
+
+    def _too_long(self, work: GenerateWork) -> str | None:
+        if len(work.prompt) + work.max_tokens <= self._info.max_model_len:
+            return None
+        return (
+            f"prompt ({len(work.prompt)} tokens) + max_tokens ({work.max_tokens}) must be at most "
+            f"{self._info.max_model_len} tokens"
+        )
+
+    def _refuse(self, work: Work, reason: FinishReason, error_reason: str = "", message: str = "") -> None:
+        """End a work that never got a sequence."""
+        finish = Finish(reason=reason, error_reason=error_reason, error_message=message)
+        num_choices = work.n if isinstance(work, GenerateWork) else 1
+        self._outputs += [TokenDelta(work_id=work.work_id, index=index, finish=finish) for index in range(num_choices)]
+
+    def _isolate(self, plan: StepPlan, error: Exception) -> None:
+        """Find out whose fault a failed step is: compute its chunks one by one, and end those that fail alone.
+
+        A chunk computed twice writes the same values to the same places, and blocks that were copied from are still
+        held. With steps in flight this cannot be told, and all their sequences end.
+        """
+        if self._lag:
+            plans = [*(ticket.plan for ticket in self._launched), plan]
+            self._launched.clear()
+            for failed in plans:
+                self._scheduler.end_copies(failed)
+                for chunk in failed.chunks:
+                    self._fail(chunk.sequence, error)
+            return
+        self._launched.clear()
+        if len(plan.chunks) == 1:
+            self._fail(plan.chunks[0].sequence, error)
+        else:
+            for chunk in plan.chunks:
+                table = chunk.sequence.block_table
+                copies = tuple(copy for copy in plan.copies if copy[1] in table)
+                alone = StepPlan(plan.number, (chunk,), copies)
+                try:
+                    output = self._runner.launch(alone).output()
+                except Exception as own_error:
+                    self._fail(chunk.sequence, own_error)
+                else:
+                    self._scheduler.commit(alone, output, self._clock())
+        self._scheduler.end_copies(plan)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        _log.error("sequence %s of %s failed", sequence.index, sequence.work.work_id, exc_info=error)
+        message = f"the engine could not compute this request ({type(error).__name__})"
+        self._scheduler.end(sequence, FinishReason.ERROR, self._clock(), error=(Reason.INTERNAL, message))
+
+    def _collect(self) -> None:
+        """Take the scheduler's deltas over, and forget works all of whose choices have ended."""
+        for delta in self._scheduler.drain_deltas():
+            self._outputs.append(delta)
+            if delta.finish is not None and all(s.is_ended for s in self._works.get(delta.work_id, ())):
+                self._works.pop(delta.work_id, None)
+
+    def _credit_tokens(self, owed: int) -> int:
+        """Prompt tokens of new work that keep the next two steps full."""
+        num_sequences = len(self._scheduler.running) + len(self._scheduler.waiting)
+        if num_sequences == 0:
+            return 2 * self._config.chunk_tokens
+        if num_sequences >= self._config.max_num_sequences or self._scheduler.is_short_of_blocks:
+            return 0
+        return max(0, 2 * self._config.chunk_tokens - owed)
+
+    def _check_when_due(self) -> None:
+        now = self._clock()
+        if not self._works and now - self._checked_at >= CHECK_INTERVAL_S:
+            self._checked_at = now
+            self.check_integrity()

@@ -1,0 +1,363 @@
+"""Decides what each step computes, and accounts for what came of it.
+
+Owns the sequences that wait and those that run, and is the only one who gives them blocks and takes them away. Knows
+no clock (`now` is an argument), no device and no requests. A sequence is waiting (holds no block), running (holds the
+blocks of all its known tokens) or ended.
+
+A step has a budget of tokens: every running sequence that decodes gets one, prefill chunks fill the rest, in the order
+of rank (priority, then arrival). A new sequence is admitted when the blocks of all its tokens are there at once; a
+decode that finds no block takes those of the running sequence with the last rank, which waits again and is recomputed.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from itertools import chain
+from operator import attrgetter
+
+from workers.blocks import BlockPool
+from workers.plan import Chunk, StepOutput, StepPlan
+from workers.prefix import PrefixHasher
+from workers.sequence import Sequence
+from workers.types import Finish, FinishReason, TokenDelta, TokenLogprobs
+
+MAX_OVERTAKES = 64
+"""How many sequences of a lower rank may pass one that lacks blocks; then nobody passes it any more."""
+
+_rank = attrgetter("rank")
+
+
+class Scheduler:
+    """Schedules onto `pool`; not thread safe. Deltas pile up until `drain_deltas`."""
+
+    def __init__(
+        self,
+        *,
+        pool: BlockPool,
+        hasher: PrefixHasher,
+        chunk_tokens: int,
+        max_num_sequences: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        self._pool = pool
+        self._hasher = hasher
+        self._block_size = hasher.block_size
+        self._chunk_tokens = chunk_tokens
+        self._max_running = min(max_num_sequences, chunk_tokens)
+        """So that every running sequence can decode in every step."""
+        self._prefix_cache = prefix_cache
+        self.waiting: list[Sequence] = []
+        """By rank, like `running`."""
+        self.running: list[Sequence] = []
+        self.is_short_of_blocks = False
+        """Whether a sequence waited in the last step because blocks were missing."""
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self.num_computed_tokens = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+
+        self._copied: dict[int, list[int]] = {}
+        """By step number: the blocks that the step copies from, held until it is committed."""
+        self._deltas: list[TokenDelta] = []
+
+    @property
+    def owed_prefill_tokens(self) -> int:
+        """Known tokens of accepted sequences that must be computed before their next token, cached or not."""
+        return sum(owed for s in chain(self.waiting, self.running) if (owed := s.num_tokens - s.num_computed) > 1)
+
+    def refusal(self, sequence: Sequence) -> str | None:
+        """Return why this sequence could never run, in words for its client; None if it could run alone."""
+        most = sequence.num_prompt_tokens + sequence.work.max_tokens - 1
+        needed = self._num_blocks(max(most, len(sequence.tokens)))
+        if needed <= self._pool.num_blocks:
+            return None
+        return (
+            f"prompt ({sequence.num_prompt_tokens} tokens) + max_tokens ({sequence.work.max_tokens}) needs {needed} KV "
+            f"blocks of {self._block_size} tokens, the engine has {self._pool.num_blocks}"
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Let `sequence` wait for its first step. It has a `refusal` of None and is not complete."""
+        insort(self.waiting, sequence, key=_rank)
+
+    def end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        *,
+        error: tuple[str, str] = ("", ""),
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
+        """Emit the last delta of `sequence` and free all that it holds. Ended already: no effect.
+
+        `error` is a reason of `octavo.names.Reason` and a message.
+        """
+        if sequence.is_ended:
+            return
+        self._release(sequence)
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.is_ended = True
+        started = now if sequence.started_at is None else sequence.started_at
+        first = now if sequence.first_token_at is None else sequence.first_token_at
+        finish = Finish(
+            reason=reason,
+            stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
+            error_reason=error[0],
+            error_message=error[1],
+            queue_s=started - sequence.arrived_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            num_preemptions=sequence.num_preemptions,
+        )
+        self._emit(sequence, token_ids, logprobs, finish)
+
+    def drain_deltas(self) -> list[TokenDelta]:
+        """Return the deltas since the last call, in order."""
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def schedule(self, now: float) -> StepPlan:
+        """Decide the next step. The caller launches the plan, unless it is empty, and then commits it."""
+        self._expire(now)
+        self.num_steps += 1
+        chunks: list[Chunk] = []
+        copies: list[tuple[int, int]] = []
+        num_preemptions = self.num_preemptions
+        budget = self._continue(chunks, copies)
+        self.is_short_of_blocks = self.num_preemptions > num_preemptions
+        if not self.is_short_of_blocks:
+            self._admit(now, budget, chunks, copies)
+        if copies:
+            self._copied[self.num_steps] = [source for source, _ in copies]
+        return StepPlan(self.num_steps, tuple(chunks), tuple(copies))
+
+    def commit(self, plan: StepPlan, output: StepOutput, now: float) -> None:
+        """Account for what `plan` computed. Sequences that ended meanwhile are passed over.
+
+        A chunk that samples brings one token; several if the runner verified a draft; none if it took a token back,
+        which is then drawn again.
+        """
+        self.end_copies(plan)
+        no_logprobs: tuple[TokenLogprobs, ...] = ()
+        for i, (chunk, tokens) in enumerate(zip(plan.chunks, output.tokens, strict=True)):
+            self.num_computed_tokens += chunk.num_tokens
+            if not chunk.sequence.is_ended:
+                self._commit_chunk(chunk, tokens, output.logprobs[i] if output.logprobs else no_logprobs, now)
+
+    def end_copies(self, plan: StepPlan) -> None:
+        """Let go of the blocks that `plan` copied from. `commit` does it; call it for a plan that failed."""
+        self._pool.release(self._copied.pop(plan.number, ()))
+
+    def check_integrity(self) -> None:
+        """Assert all that must hold between steps, here and in the pool, whose only holders are these sequences."""
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=_rank)
+            assert not any(s.is_ended for s in queue)
+        for s in self.waiting:
+            assert not s.block_table
+            assert s.num_computed == s.num_scheduled == 0
+        for s in self.running:
+            s.check()
+            assert len(s.block_table) >= self._num_blocks(s.num_scheduled)
+        assert len(self.running) <= self._max_running
+        self._pool.check_integrity(chain((s.block_table for s in self.running), self._copied.values()))
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _expire(self, now: float) -> None:
+        for sequence in [*self.waiting, *self.running]:
+            if sequence.work.deadline is not None and sequence.work.deadline <= now:
+                self.end(sequence, FinishReason.DEADLINE, now)
+
+    def _continue(self, chunks: list[Chunk], copies: list[tuple[int, int]]) -> int:
+        """Plan chunks of the running sequences; return what is left of the budget."""
+        num_decodes = sum(s.num_to_schedule == 1 for s in self.running)
+        prefill_budget = self._chunk_tokens - num_decodes
+        prefills: list[Chunk] = []
+        for sequence in list(self.running):
+            wanted = sequence.num_to_schedule
+            if wanted == 0 or sequence not in self.running:
+                continue
+            granted = 1 if wanted == 1 else min(wanted, prefill_budget)
+            if granted == 0 or not self._provide(sequence, granted, copies):
+                continue
+            chunk = self._chunk(sequence, granted)
+            if wanted == 1:
+                chunks.append(chunk)
+            else:
+                prefill_budget -= granted
+                prefills.append(chunk)
+        chunks += prefills
+        return prefill_budget
+
+    def _provide(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> bool:
+        """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
+        If not, it may have been preempted."""
+        table = sequence.block_table
+        first = sequence.num_scheduled // self._block_size
+        if first < len(table):
+            while (block := self._pool.write(table[first], sequence)) is None:
+                if not self._make_room(sequence):
+                    return False
+            if block != table[first]:
+                copies.append((table[first], block))
+                table[first] = block
+        while len(table) < self._num_blocks(sequence.num_scheduled + num_tokens):
+            allocated = self._pool.allocate(1, sequence)
+            if allocated:
+                table += allocated
+            elif not self._make_room(sequence):
+                return False
+        return True
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Preempt the running sequence of the last rank; return whether `sequence` itself still runs and room was made.
+
+        One whose step is in flight is never taken, nor one that goes before `sequence`.
+        """
+        for victim in reversed(self.running):
+            if victim.rank < sequence.rank:
+                return False
+            if not victim.is_in_flight:
+                self._preempt(victim)
+                return victim is not sequence
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        sequence.start(0)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.running.remove(sequence)
+        insort(self.waiting, sequence, key=_rank)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give all blocks of `sequence` back, the tail to be reused first."""
+        self._pool.release(reversed(sequence.block_table))
+        sequence.block_table = []
+
+    def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        start = sequence.num_scheduled
+        return Chunk(sequence, start, num_tokens, sequence.schedule(num_tokens))
+
+    def _admit(self, now: float, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]) -> None:
+        """Let waiting sequences run, in order of rank, while budget, blocks and places last."""
+        overtaken: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if budget == 0 or len(self.running) >= self._max_running:
+                return
+            hashes = sequence.block_hashes(self._hasher) if self._prefix_cache else []
+            matched = self._pool.match(hashes)
+            if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
+                continue  # somebody is computing its next block right now
+            if not self._take_blocks(sequence, matched, copies):
+                self.is_short_of_blocks = True
+                if sequence.num_overtaken >= MAX_OVERTAKES:
+                    return
+                overtaken.append(sequence)
+                continue
+            for passed in overtaken:
+                passed.num_overtaken += 1
+            self._start(sequence, len(matched), now)
+            granted = min(sequence.num_to_schedule, budget)
+            budget -= granted
+            chunks.append(self._chunk(sequence, granted))
+
+    def _take_blocks(self, sequence: Sequence, matched: list[int], copies: list[tuple[int, int]]) -> bool:
+        """Give a waiting sequence the blocks of all its tokens, beginning with the `matched` ones; or none of them.
+
+        One block for each running sequence is left, so that they can go on without preempting it at once. If all of
+        its tokens are cached, the last one is computed again for its logits, in a copy of the last block.
+        """
+        pool = self._pool
+        num_blocks = self._num_blocks(sequence.num_tokens)
+        is_all_cached = len(matched) * self._block_size == sequence.num_tokens
+        needed = num_blocks - len(matched) + sum(pool.num_references(block) == 0 for block in matched)
+        if is_all_cached and pool.num_references(matched[-1]):
+            needed += 1
+        if needed + len(self.running) > pool.num_free:
+            return False
+        pool.acquire(matched)
+        table = list(matched)
+        if is_all_cached:
+            source, block = table[-1], pool.write(table[-1], sequence)
+            assert block is not None
+            if block != source:
+                copies.append((source, block))
+                table[-1] = block
+        else:
+            fresh = pool.allocate(num_blocks - len(matched), sequence)
+            assert fresh is not None
+            table += fresh
+        sequence.block_table = table
+        return True
+
+    def _start(self, sequence: Sequence, num_matched: int, now: float) -> None:
+        """Make a waiting sequence with its blocks a running one, and promise what it will compute."""
+        num_cached = min(num_matched * self._block_size, sequence.num_tokens - 1)
+        sequence.start(num_cached)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_rank)
+        if self._prefix_cache:
+            hashes = sequence.block_hashes(self._hasher)
+            for i in range(num_cached // self._block_size, len(hashes)):
+                self._pool.promise(sequence.block_table[i], hashes[i])
+        if sequence.started_at is None:
+            sequence.started_at = now
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            self.prefix_cache_queries += sequence.num_prompt_tokens
+            self.prefix_cache_hits += sequence.num_cached_tokens
+
+    def _commit_chunk(
+        self, chunk: Chunk, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], now: float
+    ) -> None:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.num_computed
+        sequence.commit(chunk.num_tokens, samples=chunk.samples)
+        accepted, reason = 0, None
+        for token in tokens:
+            accepted += 1
+            reason = sequence.append(token)
+            if reason is not None:
+                break
+        if chunk.samples and not accepted:
+            sequence.roll_back()
+        self._fill(sequence, chunk.start)
+        if accepted and sequence.first_token_at is None:
+            sequence.first_token_at = now
+        if reason is not None:
+            self.end(sequence, reason, now, token_ids=tokens[:accepted], logprobs=logprobs[:accepted])
+        elif accepted:
+            self._emit(sequence, tokens, logprobs, None)
+
+    def _fill(self, sequence: Sequence, start: int) -> None:
+        """Publish the blocks that became full since position `start`."""
+        first, last = start // self._block_size, sequence.num_computed // self._block_size
+        if first < last:
+            hashes = sequence.block_hashes(self._hasher) if self._prefix_cache else None
+            for i in range(first, last):
+                self._pool.fill(sequence.block_table[i], hashes[i] if hashes else None)
+
+    def _emit(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        finish: Finish | None,
+    ) -> None:
+        delta = TokenDelta(
+            work_id=sequence.work.work_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish=finish,
+            num_cached_tokens=sequence.num_cached_tokens if sequence.index == 0 else None,
+        )
+        sequence.num_cached_tokens = None
+        self._deltas.append(delta)

@@ -1,0 +1,178 @@
+"""One choice of a work while it lives in the engine: its tokens, its blocks, and how far it has come.
+
+Owns the integers of its life, and asserts them: ``num_computed <= num_scheduled <= num_tokens``. Knows token ids, not
+text; decides nothing: the scheduler does.
+
+    tokens   prompt | received | generated | placeholders
+             0 ........ num_computed ........ num_scheduled ........ num_tokens
+             |- keys and values stored -|- in a launched step -|- to be scheduled -|
+
+A placeholder stands for a token that a launched step will bring: `len(tokens)` does not count it, `num_tokens` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from workers.plan import Constraint
+from workers.prefix import PrefixHasher
+from workers.types import FinishReason, GenerateWork, SamplingParams
+
+
+class Sequence:
+    """Choice `index` of `work`. `arrival` orders sequences of equal priority; `arrived_at` is in seconds."""
+
+    __slots__ = (
+        "__weakref__",
+        "_chain",
+        "arrival",
+        "arrived_at",
+        "block_table",
+        "constraint",
+        "first_token_at",
+        "index",
+        "is_ended",
+        "num_cached_tokens",
+        "num_computed",
+        "num_overtaken",
+        "num_placeholders",
+        "num_preemptions",
+        "num_scheduled",
+        "sampling",
+        "started_at",
+        "tokens",
+        "work",
+    )
+
+    def __init__(
+        self,
+        work: GenerateWork,
+        *,
+        index: int = 0,
+        arrival: int = 0,
+        arrived_at: float = 0.0,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.work = work
+        self.index = index
+        self.arrival = arrival
+        self.tokens: list[int] = [*work.prompt, *work.received]
+        self.block_table: list[int] = []
+        self.sampling: SamplingParams = (
+            replace(work.sampling, seed=(work.sampling.seed + index) % 2**64) if index else work.sampling
+        )
+        self.constraint = constraint
+        if constraint is not None:
+            for token in work.received:
+                constraint.advance(token)
+        self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_placeholders = 0
+        self.num_cached_tokens: int | None = None
+        """Prompt tokens found in the cache when it first ran; None before, and after it has been reported."""
+        self.num_preemptions = 0
+        self.num_overtaken = 0
+        """How many sequences of a lower rank were admitted while this one lacked blocks."""
+        self.arrived_at = arrived_at
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.is_ended = False
+        self._chain: list[bytes] = []
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.work.prompt)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) + self.num_placeholders
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Received and generated tokens and placeholders: what `max_tokens` counts."""
+        return self.num_tokens - len(self.work.prompt)
+
+    @property
+    def adapter(self) -> str:
+        return self.work.adapter
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the smaller one. Priority (lower goes first), then arrival."""
+        return (self.work.priority, self.arrival)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step that computes some of its tokens has been scheduled and not committed."""
+        return self.num_scheduled > self.num_computed
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether it cannot be scheduled before the tokens of launched steps are known."""
+        return self.constraint is not None and self.num_placeholders > 0
+
+    @property
+    def num_to_schedule(self) -> int:
+        """Tokens to compute before the next one can be drawn; 0 while nothing may be drawn."""
+        if self.needs_last_token or self.num_answer_tokens >= self.work.max_tokens:
+            return 0
+        return self.num_tokens - self.num_scheduled
+
+    def schedule(self, num_tokens: int) -> bool:
+        """Account for a chunk of `num_tokens`; return whether a token is drawn from it."""
+        self.num_scheduled += num_tokens
+        samples = self.num_scheduled == self.num_tokens
+        self.num_placeholders += samples
+        self.check()
+        return samples
+
+    def start(self, num_computed: int) -> None:
+        """Begin to run with the keys and values of `num_computed` tokens in its blocks."""
+        assert not self.is_in_flight
+        self.num_computed = self.num_scheduled = num_computed
+        self.check()
+
+    def commit(self, num_tokens: int, *, samples: bool) -> None:
+        """Account for a chunk that has been computed, before its tokens are appended."""
+        self.num_computed += num_tokens
+        self.num_placeholders -= samples
+        assert self.num_placeholders >= 0
+
+    def append(self, token: int) -> FinishReason | None:
+        """Add a generated token; return the reason if it is the last one."""
+        self.tokens.append(token)
+        if self.constraint is not None:
+            self.constraint.advance(token)
+        return self.ending()
+
+    def ending(self) -> FinishReason | None:
+        """Return why the answer is complete as it stands; None if it is not."""
+        num_answer_tokens = len(self.tokens) - len(self.work.prompt)
+        if num_answer_tokens and self.tokens[-1] in self.work.stop_token_ids:
+            return FinishReason.STOP
+        if num_answer_tokens >= self.work.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def roll_back(self) -> None:
+        """Forget what was computed beyond the last known token but one, so that a next token can be drawn."""
+        self.num_computed = min(self.num_computed, len(self.tokens) - 1)
+        self.num_scheduled = self.num_computed
+        self.check()
+
+    def unschedule(self) -> None:
+        """Forget the scheduled chunks that nobody will commit."""
+        self.num_scheduled = self.num_computed
+        self.num_placeholders = 0
+
+    def block_hashes(self, hasher: PrefixHasher) -> list[bytes]:
+        """Return the hashes of all full blocks of known tokens."""
+        size, chain = hasher.block_size, self._chain
+        if len(self.tokens) // size > len(chain):
+            parent = chain[-1] if chain else hasher.root(self.work.salt, self.work.adapter)
+            chain += hasher.blocks(parent, self.tokens[len(chain) * size :])
+        return chain
+
+    def check(self) -> None:
+        """Assert the inequality of its life."""
+        assert 0 <= self.num_computed <= self.num_scheduled <= self.num_tokens
