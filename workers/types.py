@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -255,8 +255,9 @@ class ModelFiles:
 class Boot(Protocol):
     """What `cluster` hands to Router and Worker, picklable, so that they read neither environment nor configuration."""
 
-    def start_process(self, role: str) -> None:
-        """Set up tracing and logging in this process. `role` is "router" or "worker"."""
+    def start_process(self, role: str) -> Callable[[], None]:
+        """Set up tracing and logging in this process. `role` is "router" or "worker". Call what is returned last of
+        all: it sends what is still to be sent, bounded in time."""
 
     def model_files(self, name: str) -> ModelFiles:
         """Fetch a model into this node's cache if it is not there, check it, and say where its files are."""
