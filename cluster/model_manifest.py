@@ -38,22 +38,36 @@ def model_files(entry: Path, weights: Path) -> ModelFiles:
     )
 
 
-def is_complete(entry: Path, weights: Sequence[Path]) -> bool:
-    """Say whether `entry` holds a manifest that this release reads, and the tokenizer and weights that it names."""
+def read_manifest(entry: Path) -> ModelManifest | None:
+    """Return the manifest in `entry`, or None if it has none that this release reads."""
     try:
-        manifest = ModelManifest.from_json((entry / MANIFEST).read_text())
-        return manifest.tokenizer_fingerprint == text_fingerprint(
-            (entry / TOKENIZER_JSON).read_text()
-        ) and manifest.weights_fingerprint == weights_fingerprint(weights)
+        return ModelManifest.from_json((entry / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_complete(entry: Path) -> bool:
+    """Say whether `entry` has a manifest and the tokenizer that it names."""
+    manifest = read_manifest(entry)
+    path = entry / TOKENIZER_JSON
+    if manifest is None or not path.is_file():
         return False
+    return manifest.tokenizer_fingerprint == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def holds_weights(entry: Path, weights: Sequence[Path]) -> bool:
+    """Say whether `weights` are those that the manifest in `entry` names."""
+    manifest = read_manifest(entry)
+    if manifest is None or not all(path.is_file() for path in weights):
+        return False
+    return manifest.weights_fingerprint == weights_fingerprint(weights)
 
 
 def write_files(entry: Path, manifest: ModelManifest, tokenizer_json: str, chat_template: str | None) -> None:
-    (entry / TOKENIZER_JSON).write_text(tokenizer_json)
+    (entry / TOKENIZER_JSON).write_text(tokenizer_json, encoding="utf-8")
     if chat_template is not None:
-        (entry / CHAT_TEMPLATE).write_text(chat_template)
-    (entry / MANIFEST).write_text(manifest.to_json())
+        (entry / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+    (entry / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def text_fingerprint(text: str) -> str:

@@ -28,10 +28,19 @@ TEKKEN = (
 )
 
 
-class WordRule(NamedTuple):
-    """How text is cut into words: digits first where `single_digits`, then by `pattern`."""
+# Applied one after the other, each inside the pieces of the one before; for files whose maker chose no rule.
+UNNAMED = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
 
-    pattern: str
+
+class WordRule(NamedTuple):
+    """How text is cut into words: digits first where `single_digits`, then by each of `patterns`."""
+
+    patterns: tuple[str, ...]
     single_digits: bool = False
     nfc: bool = False
     ignore_merges: bool = False
@@ -40,18 +49,23 @@ class WordRule(NamedTuple):
     """Where the file does not say."""
 
 
+_LLAMA3_RULE = WordRule((LLAMA3,), ignore_merges=True, adds_bos=True)
+_SINGLE_DIGITS_RULE = WordRule((GPT2,), single_digits=True)
+_QWEN2_RULE = WordRule((QWEN2,), nfc=True)
+
 WORD_RULES: Mapping[str, WordRule] = {
-    "gpt-2": WordRule(GPT2),
-    "smollm": WordRule(GPT2, single_digits=True),
-    "starcoder": WordRule(GPT2, single_digits=True),
-    "refact": WordRule(GPT2, single_digits=True),
-    "llama-bpe": WordRule(LLAMA3, ignore_merges=True, adds_bos=True),
-    "llama3": WordRule(LLAMA3, ignore_merges=True, adds_bos=True),
-    "llama-v3": WordRule(LLAMA3, ignore_merges=True, adds_bos=True),
-    "smaug-bpe": WordRule(LLAMA3),
-    "qwen2": WordRule(QWEN2, nfc=True),
-    "deepseek-r1-qwen": WordRule(QWEN2, nfc=True),
-    "tekken": WordRule(TEKKEN, ignore_merges=True, adds_bos=True),
+    "default": WordRule(UNNAMED),
+    "gpt-2": WordRule((GPT2,)),
+    "smollm": _SINGLE_DIGITS_RULE,
+    "starcoder": _SINGLE_DIGITS_RULE,
+    "refact": _SINGLE_DIGITS_RULE,
+    "llama-bpe": _LLAMA3_RULE,
+    "llama3": _LLAMA3_RULE,
+    "llama-v3": _LLAMA3_RULE,
+    "smaug-bpe": WordRule((LLAMA3,)),
+    "qwen2": _QWEN2_RULE,
+    "deepseek-r1-qwen": _QWEN2_RULE,
+    "tekken": WordRule((TEKKEN,), ignore_merges=True, adds_bos=True),
 }
 
 
@@ -148,7 +162,7 @@ def _byte_level(vocabulary: Vocabulary) -> Any:
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rule.single_digits else []
-    steps.append(pre_tokenizers.Split(Regex(rule.pattern), behavior="isolated"))
+    steps += [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -178,18 +192,18 @@ def _sentence_piece(vocabulary: Vocabulary) -> Any:
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return every way to make a token out of two, best score of the result first, then by the ids of the halves."""
+    """Return every way to make a token out of two, best score of the whole first, then by ids."""
     ids, scores = vocabulary.ids, vocabulary.scores
     merges = []
     for token, number in ids.items():
         if vocabulary.types[number] != NORMAL:
             continue
         for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in ids and right in ids:
-                merges.append((-scores[number], ids[left], ids[right], left, right))
+            left, right = ids.get(token[:cut]), ids.get(token[cut:])
+            if left is not None and right is not None:
+                merges.append((-scores[number], number, left, right))
     merges.sort()
-    return [(left, right) for _, _, _, left, right in merges]
+    return [(vocabulary.tokens[left], vocabulary.tokens[right]) for _, _, left, right in merges]
 
 
 def _add_tokens(tokenizer: Any, vocabulary: Vocabulary) -> None:

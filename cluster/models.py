@@ -11,14 +11,23 @@ no Ray. The first call for a model may take minutes; every later one takes milli
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from cluster import model_default
+from cluster import model_default, model_hub
 from cluster.model_cache import ModelCache
-from cluster.model_local import describe_gguf
-from cluster.model_manifest import is_complete, model_files
+from cluster.model_directory import CONFIG, content_fingerprint, describe_directory
+from cluster.model_gguf_description import describe_gguf
+from cluster.model_manifest import (
+    holds_weights,
+    is_complete,
+    model_files,
+    read_manifest,
+    text_fingerprint,
+    weights_fingerprint,
+)
 from cluster.model_progress import Progress, for_process
 from workers.errors import ModelFileError
-from workers.types import ModelFiles
+from workers.types import ModelFiles, ModelManifest
 
 DEFAULT = "default"
 FORMAT = 1
@@ -34,9 +43,33 @@ def fetch_model(name: str, *, cache_dir: Path | None = None, progress: Progress 
     progress = progress or for_process()
     if name == DEFAULT:
         return _default(cache, progress)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _directory(cache, path.absolute(), path.absolute().name)
+    if path.is_file():
+        return _gguf(cache, path.absolute())
+    hub_name = model_hub.parse(name)
+    if hub_name is not None and path.suffix != ".gguf":
+        return _directory(cache, model_hub.snapshot(hub_name, progress), hub_name.repository)
     raise ModelFileError(
-        f"a model is {DEFAULT}, a .gguf file, a directory with config.json, or ORG/NAME[@revision]; {name!r} is none"
+        f"a model is {DEFAULT}, a .gguf file, a directory with {CONFIG}, or ORG/NAME[@revision]; {name!r} is none of "
+        "these, or does not exist"
     )
+
+
+class CachedModel(NamedTuple):
+    path: Path
+    manifest: ModelManifest
+
+
+def cached_models(cache_dir: Path | None = None) -> list[CachedModel]:
+    """Return what this node's cache holds."""
+    models = []
+    for entry in ModelCache(cache_dir).entries():
+        manifest = read_manifest(entry)
+        if manifest is not None:
+            models.append(CachedModel(entry, manifest))
+    return models
 
 
 def _default(cache: ModelCache, progress: Progress) -> ModelFiles:
@@ -48,7 +81,27 @@ def _default(cache: ModelCache, progress: Progress) -> ModelFiles:
     entry = cache.fill(
         f"{DEFAULT}-{model_default.SHA256[:16]}-{FORMAT}",
         build,
-        is_valid=lambda entry: is_complete(entry, [entry / model_default.FILE_NAME]),
+        is_valid=lambda entry: is_complete(entry) and holds_weights(entry, [entry / model_default.FILE_NAME]),
         waiting=lambda: progress.note("another process is fetching the default model; waiting for it"),
     )
     return model_files(entry, entry / model_default.FILE_NAME)
+
+
+def _gguf(cache: ModelCache, path: Path) -> ModelFiles:
+    key = _key(path.stem, weights_fingerprint([path]))
+    entry = cache.fill(key, lambda entry: describe_gguf(path, entry, name=path.stem), is_valid=is_complete)
+    return model_files(entry, path)
+
+
+def _directory(cache: ModelCache, folder: Path, name: str) -> ModelFiles:
+    if not (folder / CONFIG).exists():
+        raise ModelFileError(f"{folder / CONFIG}: is missing: the directory of a model has one")
+    key = _key(name, content_fingerprint(folder))
+    entry = cache.fill(key, lambda entry: describe_directory(folder, entry, name=name), is_valid=is_complete)
+    return model_files(entry, folder)
+
+
+def _key(name: str, fingerprint: str) -> str:
+    """Name and content: a model under another name, or edited, is another entry."""
+    readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)[:64].lstrip(".")
+    return f"{readable}-{text_fingerprint(name + fingerprint)[:16]}-{FORMAT}"

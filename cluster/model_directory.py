@@ -1,0 +1,222 @@
+"""Describes a model in a directory as transformers writes it: config.json, safetensors, tokenizer.json.
+
+The directory is only read. Weights are not opened beyond their headers, which tell whether a file was cut; pickled
+weights are not read at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.model_manifest import model_fingerprint, text_fingerprint, weights_fingerprint, write_files
+from workers.errors import ModelFileError
+from workers.types import ModelManifest
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type` of config.json; SmolLM2 and TinyLlama say llama."""
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+CARD = "README.md"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DESCRIBING_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, CARD)
+
+MAX_HEADER_BYTES = 100 << 20
+
+
+def content_fingerprint(folder: Path) -> str:
+    """Return a text that changes when any file changes that a description is made of. Raises ModelFileError."""
+    parts = [weights_fingerprint(weight_files(folder))]
+    for name in DESCRIBING_FILES:
+        path = folder / name
+        parts.append(text_fingerprint(_read(path)) if path.exists() else "")
+    return text_fingerprint("\n".join(parts))
+
+
+def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
+    """Write tokenizer.json, chat_template.jinja and manifest.json of the model in `folder` into `entry`.
+
+    Raises ModelFileError naming the file, the rule and the value.
+    """
+    config = _read_object(folder / CONFIG)
+    shape = _shape(folder / CONFIG, config)
+    weights = weight_files(folder)
+    for path in weights:
+        _check_extent(path)
+    tokenizer_text, token_ids = _tokenizer(folder, shape["vocabulary"])
+    settings = _read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
+    manifest = ModelManifest(
+        name=name,
+        architecture=str(shape["architecture"]),
+        vocab_size=shape["vocabulary"],
+        max_model_len=_whole(folder / CONFIG, config, "max_position_embeddings"),
+        eos_token_ids=_ends(folder, config, settings, token_ids),
+        bos_token_id=_beginning(config, settings, token_ids),
+        weights_format="safetensors",
+        model_fingerprint=model_fingerprint(shape),
+        tokenizer_fingerprint=text_fingerprint(tokenizer_text),
+        weights_fingerprint=weights_fingerprint(weights),
+        licence=_licence(folder),
+    )
+    write_files(entry, manifest, tokenizer_text, _chat_template(folder, settings))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that make up the model, in a fixed order. Raises ModelFileError."""
+    if (folder / INDEX).exists():
+        path = folder / INDEX
+        index = _read_object(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ModelFileError(f"{path}: weight_map must name the file of each tensor, is {index!r}")
+        names = sorted({str(name) for name in index.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise ModelFileError(f"{path}: a file of weight_map must lie in the same directory, is {name!r}")
+            if not (folder / name).is_file():
+                raise ModelFileError(f"{folder / name}: is missing; {INDEX} names it as one of {len(names)} files")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+    hint = f"; found {', '.join(found)}, which is not read from a directory by this release" if found else ""
+    raise ModelFileError(f"{folder}: must have {SINGLE} or {INDEX}{hint}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_object(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(_read(path))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: must be a JSON object, is a {type(value).__name__}")
+    return value
+
+
+def _whole(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelFileError(f"{path}: {key} must be a whole number of at least 1, is {value!r}")
+    return value
+
+
+def _shape(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ModelFileError(f"{path}: model_type must be one of {', '.join(MODEL_TYPES)}, is {kind!r}")
+    heads, width = _whole(path, config, "num_attention_heads"), _whole(path, config, "hidden_size")
+    return {
+        "architecture": kind,
+        "layers": _whole(path, config, "num_hidden_layers"),
+        "width": width,
+        "feed_forward": _whole(path, config, "intermediate_size"),
+        "heads": heads,
+        "kv_heads": _whole(path, config, "num_key_value_heads", heads),
+        "head_size": _whole(path, config, "head_dim", width // heads),
+        "vocabulary": _whole(path, config, "vocab_size"),
+    }
+
+
+def _check_extent(path: Path) -> None:
+    """Refuse a safetensors file that ends before its tensors do. Header: length (8 bytes, little endian), then JSON."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ModelFileError(
+                f"{path}: is truncated or corrupt: the header's length is {length}, the file has {size}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+        needed = 8 + length + int(end)
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ModelFileError(f"{path}: is corrupt: the header is not that of a safetensors file: {error}") from error
+    if needed != size:
+        raise ModelFileError(f"{path}: is truncated or corrupt: its header says {needed} bytes, the file has {size}")
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> tuple[str, Mapping[str, int]]:
+    path = folder / TOKENIZER
+    if not path.exists():
+        others = sorted(found.name for found in folder.glob("tokenizer.model*")) + sorted(
+            found.name for found in folder.glob("vocab*")
+        )
+        hint = f" (found {', '.join(others)}; AutoTokenizer.from_pretrained(...).save_pretrained(...) converts)"
+        raise ModelFileError(f"{path}: is missing: a model needs its tokenizer{hint if others else ''}")
+    from tokenizers import Tokenizer
+
+    text = _read(path)
+    try:
+        token_ids: Mapping[str, int] = Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ModelFileError(f"{path}: is not a tokenizer: {error}") from error
+    largest = max(token_ids.values(), default=-1)
+    if not 0 <= largest < vocab_size:
+        raise ModelFileError(f"{path}: its token ids must be below vocab_size ({vocab_size}), the largest is {largest}")
+    return text, token_ids
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    if (folder / CHAT_TEMPLATE).exists():
+        return _read(folder / CHAT_TEMPLATE)
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _ends(
+    folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any], token_ids: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return the ids that end an answer, the tokenizer's own end first."""
+    path = folder / GENERATION_CONFIG
+    generation = _read_object(path) if path.exists() else {}
+    named = token_ids.get(_token_text(settings.get("eos_token")))
+    numbers: list[Any] = [] if named is None else [named]
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        numbers += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(number for number in numbers if isinstance(number, int)))
+
+
+def _beginning(config: Mapping[str, Any], settings: Mapping[str, Any], token_ids: Mapping[str, int]) -> int | None:
+    number = token_ids.get(_token_text(settings.get("bos_token")), config.get("bos_token_id"))
+    return number if isinstance(number, int) else None
+
+
+def _token_text(value: Any) -> str:
+    """tokenizer_config.json gives a token as its text or as an object with `content`."""
+    return str(value.get("content", "")) if isinstance(value, dict) else str(value or "")
+
+
+def _licence(folder: Path) -> str:
+    """Return what the model card's front matter says."""
+    path = folder / CARD
+    if not path.exists():
+        return ""
+    front = _read(path).split("---", 2)
+    found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.MULTILINE) if len(front) == 3 else None
+    return found.group(1) if found else ""
