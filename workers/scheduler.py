@@ -64,7 +64,9 @@ class Scheduler:
     @property
     def owed_prefill_tokens(self) -> int:
         """Known tokens of accepted sequences that must be computed before their next token, cached or not."""
-        return sum(owed for s in chain(self.waiting, self.running) if (owed := s.num_tokens - s.num_computed) > 1)
+        decoding = 1
+        owed = (s.num_tokens - s.num_computed for s in self.running)
+        return sum(s.num_tokens for s in self.waiting) + sum(n for n in owed if n > decoding)
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why this sequence could never run, in words for its client; None if it could run alone."""
@@ -102,19 +104,7 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         sequence.is_ended = True
-        started = now if sequence.started_at is None else sequence.started_at
-        first = now if sequence.first_token_at is None else sequence.first_token_at
-        finish = Finish(
-            reason=reason,
-            stop_token_id=sequence.tokens[-1] if reason is FinishReason.STOP else None,
-            error_reason=error[0],
-            error_message=error[1],
-            queue_s=started - sequence.arrived_at,
-            prefill_s=first - started,
-            decode_s=now - first,
-            num_preemptions=sequence.num_preemptions,
-        )
-        self._emit(sequence, token_ids, logprobs, finish)
+        self._emit(sequence, token_ids, logprobs, sequence.finish(reason, now, error))
 
     def drain_deltas(self) -> list[TokenDelta]:
         """Return the deltas since the last call, in order."""
@@ -124,7 +114,6 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. The caller launches the plan, unless it is empty, and then commits it."""
         self._expire(now)
-        self.num_steps += 1
         chunks: list[Chunk] = []
         copies: list[tuple[int, int]] = []
         num_preemptions = self.num_preemptions
@@ -132,6 +121,8 @@ class Scheduler:
         self.is_short_of_blocks = self.num_preemptions > num_preemptions
         if not self.is_short_of_blocks:
             self._admit(now, budget, chunks, copies)
+        if chunks:
+            self.num_steps += 1
         if copies:
             self._copied[self.num_steps] = [source for source, _ in copies]
         return StepPlan(self.num_steps, tuple(chunks), tuple(copies))
@@ -182,8 +173,8 @@ class Scheduler:
         prefills: list[Chunk] = []
         for sequence in list(self.running):
             wanted = sequence.num_to_schedule
-            if wanted == 0 or sequence not in self.running:
-                continue
+            if wanted == 0 or not sequence.block_table:
+                continue  # nothing to do, or preempted a moment ago
             granted = 1 if wanted == 1 else min(wanted, prefill_budget)
             if granted == 0 or not self._provide(sequence, granted, copies):
                 continue
@@ -200,20 +191,19 @@ class Scheduler:
         """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
         If not, it may have been preempted."""
         table = sequence.block_table
-        first = sequence.num_scheduled // self._block_size
-        if first < len(table):
-            while (block := self._pool.write(table[first], sequence)) is None:
-                if not self._make_room(sequence):
-                    return False
-            if block != table[first]:
-                copies.append((table[first], block))
-                table[first] = block
         while len(table) < self._num_blocks(sequence.num_scheduled + num_tokens):
             allocated = self._pool.allocate(1, sequence)
             if allocated:
                 table += allocated
             elif not self._make_room(sequence):
                 return False
+        first = sequence.num_scheduled // self._block_size
+        while (block := self._pool.write(table[first], sequence)) is None:
+            if not self._make_room(sequence):
+                return False
+        if block != table[first]:
+            copies.append((table[first], block))
+            table[first] = block
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from workers.plan import Constraint
 from workers.prefix import PrefixHasher
-from workers.types import FinishReason, GenerateWork, SamplingParams
+from workers.types import Finish, FinishReason, GenerateWork, SamplingParams
 
 
 class Sequence:
@@ -118,6 +118,21 @@ class Sequence:
             return 0
         return self.num_tokens - self.num_scheduled
 
+    def finish(self, reason: FinishReason, now: float, error: tuple[str, str] = ("", "")) -> Finish:
+        """Return why it ends now and where its time went. `error`: an `octavo.names.Reason` and a message."""
+        started = now if self.started_at is None else self.started_at
+        first = now if self.first_token_at is None else self.first_token_at
+        return Finish(
+            reason=reason,
+            stop_token_id=self.tokens[-1] if reason is FinishReason.STOP else None,
+            error_reason=error[0],
+            error_message=error[1],
+            queue_s=started - self.arrived_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            num_preemptions=self.num_preemptions,
+        )
+
     def schedule(self, num_tokens: int) -> bool:
         """Account for a chunk of `num_tokens`; return whether a token is drawn from it."""
         self.num_scheduled += num_tokens
@@ -159,11 +174,6 @@ class Sequence:
         self.num_computed = min(self.num_computed, len(self.tokens) - 1)
         self.num_scheduled = self.num_computed
         self.check()
-
-    def unschedule(self) -> None:
-        """Forget the scheduled chunks that nobody will commit."""
-        self.num_scheduled = self.num_computed
-        self.num_placeholders = 0
 
     def block_hashes(self, hasher: PrefixHasher) -> list[bytes]:
         """Return the hashes of all full blocks of known tokens."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 
 from octavo.names import Reason
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 class EngineThread:
     """Implements `Engine` over `engine`, which nobody else touches from now on.
 
-    `notify` is called on the engine's thread whenever there are new outputs, KV events or, with works to do, another
-    load; it must neither block nor raise.
+    `notify` is called on the engine's thread when there are outputs or KV events to drain or the credit has changed; it
+    must neither block nor raise.
     """
 
     def __init__(self, engine: SteppedEngine, notify: Callable[[], None], *, name: str = "octavo-engine") -> None:
@@ -46,13 +46,15 @@ class EngineThread:
         self._notify = notify
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
-        """Guards `_outputs` and `_events`."""
+        """Guards `_outputs`, `_events` and `_is_closed`."""
         self._outputs: list[TokenDelta] = []
         self._events: list[KvEvent] = []
         self._load = engine.load()
         self._open: dict[WorkId, set[int]] = {}
         """The choices of each work that have not ended; the engine's thread only."""
-        self._is_closing = False
+        self._is_closed = False
+        """Whether `close` was called; a work that comes later never reaches the engine."""
+        self._is_running = True
         self.failure: BaseException | None = None
         """What `step` raised; None while the engine is sound."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -68,7 +70,11 @@ class EngineThread:
         return self._thread.is_alive()
 
     def submit(self, work: Work) -> None:
-        self._inbox.put(lambda: self._submit(work))
+        with self._lock:
+            if self._is_closed:
+                self._outputs += _endings(work.work_id, range(_num_choices(work)), FinishReason.CANCELLED)
+            else:
+                self._inbox.put(lambda: self._submit(work))
 
     def abort(self, work_id: WorkId) -> None:
         self._inbox.put(lambda: self._engine.abort(work_id))
@@ -89,7 +95,10 @@ class EngineThread:
 
     def close(self) -> None:
         """Stop after the step in progress; returns at once. `join` waits."""
-        self._inbox.put(self._close)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._inbox.put(self._close)
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread to end after `close`; return whether it has."""
@@ -98,12 +107,15 @@ class EngineThread:
 
     def _run(self) -> None:
         is_busy = False
-        while not self._is_closing:
-            self._take_commands(is_busy)
-            if self._is_closing:
-                break
-            is_busy = self._step()
-            self._publish()
+        while self._is_running:
+            try:
+                self._take_commands(is_busy)
+                is_busy = self.failure is None and self._is_running and self._engine.step()
+                self._publish()
+            except Exception as error:
+                is_busy = False
+                self._break(error)
+        self._engine.close()
 
     def _take_commands(self, is_busy: bool) -> None:
         """Carry out what is in the inbox; wait for something if the engine has nothing to do."""
@@ -115,29 +127,20 @@ class EngineThread:
         except Empty:
             return
 
-    def _step(self) -> bool:
-        if self.failure is not None:
-            return False
-        try:
-            return self._engine.step()
-        except Exception as error:
-            self._break(error)
-            return False
-
-    def _break(self, error: BaseException) -> None:
+    def _break(self, error: Exception) -> None:
+        """End all works: the engine cannot be trusted any more."""
         _log.error("the engine is broken", exc_info=error)
         self.failure = error
-        message = f"the engine of this replica failed ({type(error).__name__})"
         for work_id in list(self._open):
-            self._end(work_id, FinishReason.ERROR, message)
+            self._end(work_id, FinishReason.ERROR, _broken(error))
+        self._notify()
 
     def _submit(self, work: Work) -> None:
         if work.work_id in self._open:
             return
-        self._open[work.work_id] = set(range(work.n if isinstance(work, GenerateWork) else 1))
+        self._open[work.work_id] = set(range(_num_choices(work)))
         if self.failure is not None:
-            message = f"the engine of this replica failed ({type(self.failure).__name__})"
-            self._end(work.work_id, FinishReason.ERROR, message)
+            self._end(work.work_id, FinishReason.ERROR, _broken(self.failure))
             return
         try:
             self._engine.submit(work)
@@ -148,21 +151,25 @@ class EngineThread:
 
     def _end(self, work_id: WorkId, reason: FinishReason, message: str = "") -> None:
         """End the open choices of a work without the engine."""
-        error_reason = Reason.INTERNAL if reason is FinishReason.ERROR else ""
-        finish = Finish(reason=reason, error_reason=error_reason, error_message=message)
-        deltas = [TokenDelta(work_id=work_id, index=i, finish=finish) for i in sorted(self._open.pop(work_id))]
+        deltas = _endings(work_id, sorted(self._open.pop(work_id)), reason, message)
         with self._lock:
             self._outputs += deltas
 
     def _publish(self) -> None:
         """Hand over what the engine produced since the last time, and say so."""
-        outputs = [delta for delta in self._engine.drain_outputs() if self._is_open(delta)]
-        events = self._engine.kv_events()
-        self._load = self._engine.load()
+        outputs: list[TokenDelta] = []
+        events: list[KvEvent] = []
+        load = self._load
+        if self.failure is None:
+            outputs = [delta for delta in self._engine.drain_outputs() if self._is_open(delta)]
+            events = self._engine.kv_events()
+            load = self._engine.load()
+        has_news = load.credit_tokens != self._load.credit_tokens
+        self._load = load
         with self._lock:
             self._outputs += outputs
             self._events += events
-            has_news = bool(self._outputs or self._events)
+            has_news = has_news or bool(self._outputs or self._events)
         if has_news:
             self._notify()
 
@@ -178,12 +185,21 @@ class EngineThread:
         return True
 
     def _close(self) -> None:
-        self._is_closing = True
-        try:
-            self._engine.close()
-            self._publish()
-        except Exception as error:
-            _log.error("the engine did not close", exc_info=error)
+        self._is_running = False
         for work_id in list(self._open):
             self._end(work_id, FinishReason.CANCELLED)
-        self._notify()
+
+
+def _num_choices(work: Work) -> int:
+    return work.n if isinstance(work, GenerateWork) else 1
+
+
+def _endings(work_id: WorkId, choices: Iterable[int], reason: FinishReason, message: str = "") -> list[TokenDelta]:
+    finish = Finish(
+        reason=reason, error_reason=Reason.INTERNAL if reason is FinishReason.ERROR else "", error_message=message
+    )
+    return [TokenDelta(work_id=work_id, index=index, finish=finish) for index in choices]
+
+
+def _broken(error: BaseException) -> str:
+    return f"the engine of this replica failed ({type(error).__name__})"
