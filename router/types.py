@@ -85,6 +85,15 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaAddress:
+    """A replica that the control plane says is there, and where its data port is ("host:port")."""
+
+    replica_id: str
+    address: str
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaView:
     """What a router knows of one replica."""
 

@@ -1,0 +1,96 @@
+"""The router's side of the data plane's messages: our values out, protobuf in, and back. Owns no state, does no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from octavo.internal.v1 import data_plane_pb2 as pb
+
+from router.types import Request
+from workers.types import Finish, FinishReason, Load, SamplingParams, TokenLogprobs
+
+
+def to_work(request: Request, *, work_id: int, attempt: int, now: float, traceparent: str, tracestate: str) -> pb.Work:
+    """Return one attempt of `request`, whose deadline is after `now`."""
+    work = pb.Work(
+        work_id=work_id,
+        request_id=request.request_id,
+        attempt=attempt,
+        priority=request.priority,
+        timeout_us=_timeout_us(request.deadline - now),
+        traceparent=traceparent,
+        tracestate=tracestate,
+        adapter=request.adapter,
+        salt=request.salt,
+        generate=pb.Generate(
+            prompt_token_ids=request.prompt,
+            max_tokens=request.max_tokens,
+            min_tokens=request.min_tokens,
+            stop_token_ids=sorted(request.stop_token_ids),
+            n=request.n,
+            sampling=_to_sampling(request.sampling),
+        ),
+    )
+    if request.num_logprobs is not None:
+        work.generate.num_logprobs = request.num_logprobs
+    return work
+
+
+def _timeout_us(left_s: float) -> int:
+    """Return 0, no deadline, for an infinite one only."""
+    return 0 if left_s == float("inf") else max(1, min(int(left_s * 1e6), 2**63))
+
+
+def _to_sampling(sampling: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        logit_bias=sampling.logit_bias,
+    )
+
+
+def from_logprobs(messages: Iterable[pb.TokenLogprobs]) -> list[TokenLogprobs]:
+    return [
+        TokenLogprobs(message.logprob, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True)))
+        for message in messages
+    ]
+
+
+def from_finish(message: pb.Finish) -> Finish:
+    """A reason that this release does not know is an error."""
+    try:
+        reason = FinishReason(message.reason)
+    except ValueError:
+        reason = FinishReason.ERROR
+    return Finish(
+        reason=reason,
+        stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
+        error_reason=message.error_reason,
+        error_message=message.error_message,
+        queue_s=message.queue_s,
+        prefill_s=message.prefill_s,
+        decode_s=message.decode_s,
+        num_preemptions=message.num_preemptions,
+    )
+
+
+def from_load(message: pb.Load, num_steps: int = 0) -> Load:
+    return Load(
+        num_running=message.num_running,
+        num_waiting=message.num_waiting,
+        num_blocks=message.num_blocks,
+        num_free_blocks=message.num_free_blocks,
+        owed_prefill_tokens=message.owed_prefill_tokens,
+        credit_tokens=message.credit_tokens,
+        num_preemptions=message.num_preemptions,
+        prefix_cache_queries=message.prefix_cache_queries,
+        prefix_cache_hits=message.prefix_cache_hits,
+        num_computed_tokens=message.num_computed_tokens,
+        num_steps=num_steps,
+    )

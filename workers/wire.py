@@ -1,0 +1,151 @@
+"""The replica's side of the data plane's messages: protobuf in, our values out, and back.
+
+Owns no state and does no I/O. A router has proven the cluster's secret before anything of it is read, so its works are
+taken as they are; what an engine cannot do, it says itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from octavo.internal.v1 import data_plane_pb2 as pb
+
+from workers.types import (
+    EngineInfo,
+    Finish,
+    GenerateWork,
+    Load,
+    PoolWork,
+    SamplingParams,
+    TokenDelta,
+    Work,
+    WorkId,
+)
+
+
+def from_work(message: pb.Work, owner: str, now: float) -> Work:
+    """Return the work for the engine; its deadline counts from `now`. Raises ValueError for a kind that is unknown."""
+    deadline = now + message.timeout_us / 1e6 if message.timeout_us else None
+    work_id = WorkId(owner, message.work_id)
+    kind = message.WhichOneof("work")
+    if kind == "generate":
+        generate = message.generate
+        return GenerateWork(
+            work_id=work_id,
+            request_id=message.request_id,
+            attempt=message.attempt,
+            priority=message.priority,
+            deadline=deadline,
+            traceparent=message.traceparent,
+            tracestate=message.tracestate,
+            adapter=message.adapter,
+            salt=message.salt,
+            prompt=list(generate.prompt_token_ids),
+            received=list(generate.received_token_ids),
+            sampling=_from_sampling(generate.sampling),
+            max_tokens=generate.max_tokens,
+            min_tokens=generate.min_tokens,
+            stop_token_ids=frozenset(generate.stop_token_ids),
+            n=generate.n or 1,
+            num_logprobs=generate.num_logprobs if generate.HasField("num_logprobs") else None,
+        )
+    if kind == "pool":
+        return PoolWork(
+            work_id=work_id,
+            request_id=message.request_id,
+            attempt=message.attempt,
+            priority=message.priority,
+            deadline=deadline,
+            traceparent=message.traceparent,
+            tracestate=message.tracestate,
+            adapter=message.adapter,
+            salt=message.salt,
+            tokens=list(message.pool.token_ids),
+            method=message.pool.method,
+            normalize=message.pool.normalize,
+        )
+    raise ValueError("this release knows works of kind generate and pool only")
+
+
+def _from_sampling(message: pb.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        seed=message.seed,
+        logit_bias=dict(message.logit_bias),
+    )
+
+
+def add_to(message: pb.WorkDelta, delta: TokenDelta) -> None:
+    """Append what `delta` says to a message of the same work and choice."""
+    if delta.token_ids:
+        message.token_ids.extend(delta.token_ids)
+    for logprobs in delta.logprobs:
+        message.logprobs.add(
+            logprob=logprobs.logprob,
+            top_token_ids=[token_id for token_id, _ in logprobs.top],
+            top_logprobs=[logprob for _, logprob in logprobs.top],
+        )
+    if delta.num_cached_tokens is not None:
+        message.cached_tokens = delta.num_cached_tokens
+    if delta.pooled:
+        message.pooled.extend(delta.pooled)
+    if delta.finish is not None:
+        _to_finish(message.finish, delta.finish)
+
+
+def _to_finish(message: pb.Finish, finish: Finish) -> None:
+    message.reason = finish.reason.value
+    if finish.stop_token_id is not None:
+        message.stop_token_id = finish.stop_token_id
+    message.error_reason = finish.error_reason
+    message.error_message = finish.error_message
+    message.queue_s = finish.queue_s
+    message.prefill_s = finish.prefill_s
+    message.decode_s = finish.decode_s
+    message.num_preemptions = finish.num_preemptions
+
+
+def to_load(load: Load) -> pb.Load:
+    return pb.Load(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_blocks=load.num_blocks,
+        num_free_blocks=load.num_free_blocks,
+        owed_prefill_tokens=load.owed_prefill_tokens,
+        credit_tokens=load.credit_tokens,
+        prefix_cache_queries=load.prefix_cache_queries,
+        prefix_cache_hits=load.prefix_cache_hits,
+        num_preemptions=load.num_preemptions,
+        num_computed_tokens=load.num_computed_tokens,
+    )
+
+
+def to_hello_ack(
+    info: EngineInfo, *, protocol: int, replica_id: str, epoch: int, pid: int, load: Load, resident: Iterable[bytes]
+) -> pb.HelloAck:
+    return pb.HelloAck(
+        protocol=protocol,
+        replica_id=replica_id,
+        epoch=epoch,
+        fingerprints=pb.Fingerprints(
+            model=info.model_fingerprint, tokenizer=info.tokenizer_fingerprint, hash_key=info.hash_key_fingerprint
+        ),
+        weights_fingerprint=info.weights_fingerprint,
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        max_model_len=info.max_model_len,
+        capabilities=sorted(info.capabilities),
+        load=to_load(load),
+        resident=pb.KvEvents(cleared=True, stored=b"".join(resident)),
+        kernels=info.kernels,
+        dtype=info.dtype,
+        engine=info.engine,
+        pid=pid,
+        model=info.model,
+    )
