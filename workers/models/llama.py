@@ -1,0 +1,155 @@
+"""The Llama family: Llama 2 and 3, Mistral, SmolLM2, TinyLlama, Qwen2, Qwen3. Differences are numbers of `ModelShape`.
+
+Owns the weights, packed once at load. Knows rows of tokens and positions; not sequences, blocks or sampling.
+
+    x = embedding                                   fp32 from here on, whatever the type of the weights
+    x += output(attend(rotate(qkv(norm(x)))))       per layer
+    x += down(silu(gate(norm(x))) * up(norm(x)))
+    logits = head(norm(x))                          of the rows that sample; fp32
+
+The residual stream and everything elementwise are fp32; matrix products and the cache have `dtype`; the head is fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import rms_norm, silu
+
+from workers.attention.backend import StepAttention
+from workers.attention.layout import StepLayout
+from workers.linear import Adapter, Linear
+from workers.weights.checkpoint import Checkpoint
+from workers.weights.shape import ModelShape, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    attention_norm: torch.Tensor
+    qkv: Linear
+    head_norm: torch.Tensor | None
+    """[heads + kv_heads, head_dim]: the weight of q_norm for each query head, then of k_norm for each key head."""
+    output: Linear
+    ffn_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class LlamaModel:
+    """Raises ModelFileError if `checkpoint` lacks a tensor, or one is of another size than the shape says."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.shape: ModelShape = checkpoint.shape
+        self.dtype = dtype
+        shape = self.shape
+        embedding = checkpoint.tensor("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size)
+        self._layers = [_load_layer(checkpoint, i, dtype) for i in range(shape.num_layers)]
+        self._norm = checkpoint.tensor("model.norm.weight", shape.hidden_size)
+        head = (
+            embedding
+            if shape.tied_embeddings
+            else checkpoint.tensor("lm_head.weight", shape.vocab_size, shape.hidden_size)
+        )
+        self._head = Linear(head, None, torch.float32)
+        self._embedding = embedding.to(dtype)
+        self._frequencies = inverse_frequencies(shape.rope, shape.head_dim)
+        self.adapters: set[str] = set()
+        """Names that a sequence may have."""
+
+    def attach(self, name: str, changes: Mapping[tuple[int, str], Adapter]) -> None:
+        """Add an adapter: what it adds to projections, each named by layer and "qkv", "output", "gate_up" or "down"."""
+        for (layer, projection), change in changes.items():
+            linear = getattr(self._layers[layer], projection)
+            assert isinstance(linear, Linear)
+            linear.adapters[name] = change
+        self.adapters.add(name)
+
+    @torch.inference_mode()
+    def forward(self, layout: StepLayout, attention: StepAttention) -> torch.Tensor:
+        """Compute the rows of a step; return the logits [len(layout.sampling_rows), vocab_size] in fp32."""
+        shape, adapters = self.shape, layout.adapter_rows
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        angles = layout.positions[:, None].float() * self._frequencies
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        x = self._embedding[layout.tokens].float()
+        for number, layer in enumerate(self._layers):
+            qkv = layer.qkv(self._norm_of(x, layer.attention_norm), adapters)
+            qkv = qkv.view(len(x), num_rotated + shape.num_kv_heads, shape.head_dim)
+            heads = qkv[:, :num_rotated].float()
+            if layer.head_norm is not None:
+                heads = rms_norm(heads, (shape.head_dim,), None, shape.norm_eps) * layer.head_norm
+            rotated = rotate(heads, cos, sin).to(self.dtype)
+            mixed = attention.attend(
+                number, rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], qkv[:, num_rotated:]
+            )
+            x += layer.output(mixed, adapters)
+            gate, up = layer.gate_up(self._norm_of(x, layer.ffn_norm), adapters).chunk(2, dim=-1)
+            x += layer.down(silu(gate).mul_(up), adapters)
+        return self._head(rms_norm(x[layout.sampling_rows], (shape.hidden_size,), self._norm, shape.norm_eps))
+
+    def _norm_of(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, (self.shape.hidden_size,), weight, self.shape.norm_eps).to(self.dtype)
+
+
+def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (i, i + dim / 2) of `heads` [rows, heads, dim] by its angle; cos and sin are [rows, 1, dim / 2].
+
+    Formula: Su et al., RoFormer (2021), with the halves of GPT-NeoX.
+    """
+    half = heads.shape[-1] // 2
+    left, right = heads[..., :half], heads[..., half:]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Return the angle per position [head_dim / 2] of each rotated pair. llama3: Meta's llama-models, apply_scaling."""
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "divisors":
+        return frequencies / torch.tensor(rope.divisors)
+    if rope.scaling == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        turns = rope.original_max_positions / wavelengths
+        share = (turns - rope.low_frequency_factor) / (rope.high_frequency_factor - rope.low_frequency_factor)
+        share = share.clamp(0, 1)
+        return (1 - share) * frequencies / rope.factor + share * frequencies
+    assert rope.scaling == "none"
+    return frequencies
+
+
+def _load_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype) -> _Layer:
+    shape, prefix = checkpoint.shape, f"model.layers.{number}"
+    hidden, ffn = shape.hidden_size, shape.ffn_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+    def fused(names: dict[str, int], inputs: int, has_bias: bool) -> Linear:
+        """Stack the projections `names` (with their output sizes) of the same input into one."""
+        weight = torch.cat([checkpoint.tensor(f"{prefix}.{name}.weight", size, inputs) for name, size in names.items()])
+        if not has_bias:
+            return Linear(weight, None, dtype)
+        bias = torch.cat([checkpoint.tensor(f"{prefix}.{name}.bias", size) for name, size in names.items()])
+        return Linear(weight, bias, dtype)
+
+    head_norm = None
+    if shape.qk_norm:
+        q_norm = checkpoint.tensor(f"{prefix}.self_attn.q_norm.weight", shape.head_dim)
+        k_norm = checkpoint.tensor(f"{prefix}.self_attn.k_norm.weight", shape.head_dim)
+        head_norm = torch.cat((q_norm.expand(shape.num_heads, -1), k_norm.expand(shape.num_kv_heads, -1)))
+    attention, mlp = "self_attn", "mlp"
+    return _Layer(
+        attention_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", hidden),
+        qkv=fused(
+            {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys},
+            hidden,
+            shape.qkv_bias,
+        ),
+        head_norm=head_norm,
+        output=fused({f"{attention}.o_proj": hidden}, queries, shape.output_bias),
+        ffn_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
+        gate_up=fused({f"{mlp}.gate_proj": ffn, f"{mlp}.up_proj": ffn}, hidden, shape.ffn_bias),
+        down=fused({f"{mlp}.down_proj": hidden}, ffn, shape.ffn_bias),
+    )

@@ -1,0 +1,124 @@
+"""Puts the engine `paged` together: weights, KV cache, attention, runner, scheduler."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from workers import kernels, memory
+from workers.attention.cache import KvCache, bytes_per_block
+from workers.attention.cpu import CpuAttention
+from workers.config import EngineConfig
+from workers.engine import PagedEngine
+from workers.errors import ConfigError, ModelFileError
+from workers.models.llama import LlamaModel
+from workers.prefix import PrefixHasher
+from workers.runner import CpuRunner
+from workers.threads import set_threads
+from workers.types import EngineInfo, ModelManifest
+from workers.weights.checkpoint import open_checkpoint
+from workers.weights.shape import ModelShape
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+_log = logging.getLogger(__name__)
+
+
+def build_paged(
+    config: EngineConfig,
+    weights: Path,
+    manifest: ModelManifest,
+    *,
+    hash_key: bytes,
+    threads: int,
+    clock: Callable[[], float],
+) -> PagedEngine:
+    """See `build_engine`."""
+    set_threads(threads)
+    dtype = choose_dtype(config.dtype)
+    started = time.monotonic()
+    checkpoint = open_checkpoint(weights)
+    max_model_len = choose_max_model_len(config, manifest, checkpoint.shape)
+    model = LlamaModel(checkpoint, dtype)
+    _log.info(
+        "loaded %s in %.1f s: %s, kernels %s, %d threads",
+        manifest.name,
+        time.monotonic() - started,
+        DTYPE_NAMES[dtype],
+        kernels.kernel_for(dtype),
+        threads,
+    )
+    cache = _make_cache(config, checkpoint.shape, dtype, max_model_len)
+    hasher = PrefixHasher(hash_key, config.block_size)
+    info = EngineInfo(
+        engine="paged",
+        model=manifest.name,
+        block_size=config.block_size,
+        num_blocks=cache.num_blocks,
+        max_model_len=max_model_len,
+        vocab_size=checkpoint.shape.vocab_size,
+        model_fingerprint=manifest.model_fingerprint,
+        tokenizer_fingerprint=manifest.tokenizer_fingerprint,
+        weights_fingerprint=manifest.weights_fingerprint,
+        hash_key_fingerprint=hasher.key_fingerprint,
+        dtype=DTYPE_NAMES[dtype],
+        kernels=kernels.kernel_for(dtype),
+    )
+    runner = CpuRunner(model, cache, CpuAttention())
+    return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """Return the type of weights and activations that `EngineConfig.dtype` means on this machine."""
+    if name == "auto":
+        return kernels.native_dtype()
+    return next(dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == name)
+
+
+def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: ModelShape) -> int:
+    """Return the most tokens of prompt and answer together. Raises ConfigError or ModelFileError."""
+    if manifest.vocab_size != shape.vocab_size:
+        raise ModelFileError(
+            f"the manifest of {manifest.name} says a vocabulary of {manifest.vocab_size}, its weights have "
+            f"{shape.vocab_size}"
+        )
+    if config.max_model_len > shape.max_positions:
+        raise ConfigError(
+            f"engine.max_model_len must be at most {shape.max_positions}, for which {manifest.name} is made; is "
+            f"{config.max_model_len}"
+        )
+    max_model_len = config.max_model_len or min(manifest.max_model_len, shape.max_positions)
+    if shape.sliding_window is not None and max_model_len > shape.sliding_window:
+        raise ModelFileError(
+            f"{manifest.name} attends to a sliding window of {shape.sliding_window} tokens, which is not supported; it "
+            f"can be served with engine.max_model_len {shape.sliding_window} or less, is {max_model_len}"
+        )
+    return max_model_len
+
+
+def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int) -> KvCache:
+    size = memory.size_pool(
+        config,
+        bytes_per_block=bytes_per_block(
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            block_size=config.block_size,
+            head_dim=shape.head_dim,
+            dtype=dtype,
+        ),
+        max_model_len=max_model_len,
+        free_bytes=memory.free_memory(),
+    )
+    _log.info("%s", size.explanation)
+    return KvCache(
+        num_layers=shape.num_layers,
+        num_blocks=size.num_blocks,
+        num_kv_heads=shape.num_kv_heads,
+        block_size=config.block_size,
+        head_dim=shape.head_dim,
+        dtype=dtype,
+    )

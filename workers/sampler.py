@@ -1,0 +1,153 @@
+"""From logits to next tokens, each row by its own parameters.
+
+Order and definitions are vLLM's: allowed tokens, bias, penalties, temperature, min_p, top_k, top_p; temperature 0 takes
+the largest logit of what the penalties left.
+
+Randomness has no state: the token at `position` of a sequence is chosen by one number u(seed, position) in [0, 1), as
+the first token, in the order of ids, at which the cumulative probability exceeds u. So a sequence draws the same tokens
+alone and in any batch, after a preemption and on another replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from workers.types import SamplingParams
+
+if TYPE_CHECKING:
+    from workers.sequence import Sequence
+
+NUM_CANDIDATES = 256
+"""How many of the largest logits are looked at for top_p before all are sorted."""
+
+
+def draw(logits: torch.Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
+    """Choose the token at ``positions[i]`` of ``sequences[i]`` from ``logits[i]``; `logits` [n, vocab] are overwritten.
+
+    Raises FloatingPointError if a row has NaN or infinity, or no allowed token.
+    """
+    _allow(logits, sequences)
+    _add_bias(logits, sequences)
+    _penalise(logits, sequences)
+    best, tokens = logits.max(dim=-1)
+    if not best.isfinite().all():
+        rows = (~best.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"rows {rows} of the logits are not finite, or allow no token")
+    drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
+    if drawn:
+        params = [sequences[i].sampling for i in drawn]
+        tokens[drawn] = _draw_randomly(logits[drawn] - best[drawn, None], params, [positions[i] for i in drawn])
+    chosen: list[int] = tokens.tolist()
+    return chosen
+
+
+def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return u(seed, position), multiples of 2^-32 in [0, 1): two rounds of SplitMix64 (Steele et al. 2014)."""
+    seed = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)
+    state = _mix(_mix(seed) + np.array(positions, dtype=np.uint64))
+    return (state >> np.uint64(32)).astype(np.float64) * 2.0**-32
+
+
+def _mix(state: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _draw_randomly(logits: torch.Tensor, params: Seq[SamplingParams], positions: Seq[int]) -> torch.Tensor:
+    """Choose from `logits` [n, vocab], whose largest is 0 in each row: so a tiny temperature makes no infinity."""
+    logits = logits / _column(params, lambda p: p.temperature)
+    min_p = _column(params, lambda p: p.min_p)
+    if min_p.any():
+        logits.masked_fill_(logits < min_p.log(), -math.inf)
+    _keep_top_k(logits, params)
+    _keep_top_p(logits, params)
+    cumulative = logits.double().exp_().cumsum(-1)
+    chosen = torch.from_numpy(uniforms([p.seed for p in params], positions))[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, chosen, right=True).flatten()
+
+
+def _keep_top_k(logits: torch.Tensor, params: Seq[SamplingParams]) -> None:
+    """Keep the k largest of each row, and what equals the k-th."""
+    vocab = logits.shape[-1]
+    counts = [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]
+    limited = [i for i, count in enumerate(counts) if count < vocab]
+    if not limited:
+        return
+    counts = [counts[i] for i in limited]
+    largest = logits[limited].topk(max(counts)).values
+    smallest = torch.full((len(logits), 1), -math.inf)
+    smallest[limited] = largest.gather(1, torch.tensor(counts)[:, None] - 1)
+    logits.masked_fill_(logits < smallest, -math.inf)
+
+
+def _keep_top_p(logits: torch.Tensor, params: Seq[SamplingParams]) -> None:
+    """Keep the largest of each row until their probabilities reach p: every token before which the sum is below p."""
+    limited = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    if not limited:
+        return
+    rows = logits[limited]
+    mass = rows.double().exp().sum(-1, keepdim=True) * _column([params[i] for i in limited], lambda p: p.top_p)
+    for count in (min(NUM_CANDIDATES, rows.shape[-1]), rows.shape[-1]):
+        largest = rows.topk(count).values
+        weights = largest.double().exp_()
+        is_kept = weights.cumsum(-1) - weights < mass
+        is_kept[:, 0] = True
+        if not is_kept[:, -1].any():
+            break
+    smallest = torch.full((len(logits), 1), -math.inf)
+    smallest[limited] = largest.masked_fill_(~is_kept, math.inf).amin(-1, keepdim=True)
+    logits.masked_fill_(logits < smallest, -math.inf)
+
+
+def _allow(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
+    for row, sequence in zip(logits, sequences, strict=True):
+        if sequence.constraint is not None:
+            forbidden = torch.ones(len(row), dtype=torch.bool)
+            forbidden[torch.tensor(sequence.constraint.mask(), dtype=torch.int64)] = False
+            row.masked_fill_(forbidden, -math.inf)
+
+
+def _add_bias(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
+    for row, sequence in zip(logits, sequences, strict=True):
+        if sequence.sampling.logit_bias:
+            row[torch.tensor(list(sequence.sampling.logit_bias))] += torch.tensor(
+                list(sequence.sampling.logit_bias.values()), dtype=torch.float32
+            )
+
+
+def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
+    """Repetition counts prompt and answer; presence and frequency count the answer.
+
+    Works on the (row, token) pairs that occur, as numbers row * vocab + token, not on whole rows.
+    """
+    rows = [i for i, sequence in enumerate(sequences) if sequence.sampling.has_penalties]
+    if not rows:
+        return
+    vocab = logits.shape[-1]
+    pairs = np.concatenate([np.array(sequences[i].tokens, dtype=np.int64) + i * vocab for i in rows])
+    in_answer = np.concatenate([np.arange(len(sequences[i].tokens)) >= sequences[i].num_prompt_tokens for i in rows])
+    distinct, inverse = np.unique(pairs, return_inverse=True)
+    counts = torch.from_numpy(np.bincount(inverse, weights=in_answer)).float()
+    params = [sequence.sampling for sequence in sequences]
+    row = torch.from_numpy(distinct // vocab)
+    repetition = _column(params, lambda p: p.repetition_penalty).flatten()[row]
+    frequency = _column(params, lambda p: p.frequency_penalty).flatten()[row]
+    presence = _column(params, lambda p: p.presence_penalty).flatten()[row]
+
+    index = torch.from_numpy(distinct)
+    values = logits.view(-1)[index]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits.view(-1)[index] = values - frequency * counts - presence * (counts > 0)
+
+
+def _column(params: Seq[SamplingParams], get: Callable[[SamplingParams], float]) -> torch.Tensor:
+    """Return [n, 1] of one parameter."""
+    return torch.tensor([get(p) for p in params], dtype=torch.float32)[:, None]

@@ -1,0 +1,53 @@
+"""A model's weights on disk, as named fp32 tensors and a shape; names are those of Hugging Face's Llama.
+
+    open_checkpoint(path) -> GgufCheckpoint         a .gguf file
+                          -> SafetensorsCheckpoint  a directory with config.json and *.safetensors
+
+Tensors are read one at a time, so that a loader which packs as it goes never holds two copies of a model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from workers.errors import ModelFileError
+from workers.weights.shape import ModelShape
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Checkpoint(Protocol):
+    @property
+    def shape(self) -> ModelShape: ...
+
+    def tensor(self, name: str, *size: int) -> torch.Tensor:
+        """Return the tensor `name` ("model.layers.0.mlp.up_proj.weight") as fp32, finite and of this size.
+
+        Raises ModelFileError with the name if it is missing, of another size, unreadable or not finite.
+        """
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model file or directory: headers are checked now, tensors when they are read. Raises ModelFileError."""
+    if path.is_dir():
+        from workers.weights.safetensors_checkpoint import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    if path.is_file():
+        from workers.weights.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    raise ModelFileError(f"{path}: no such model file or directory")
+
+
+def checked(tensor: torch.Tensor, where: str, size: tuple[int, ...]) -> torch.Tensor:
+    """Return `tensor` in fp32. Raises ModelFileError, naming `where`, for another size or numbers not finite."""
+    if tuple(tensor.shape) != size:
+        raise ModelFileError(f"{where}: size must be {list(size)}, is {list(tensor.shape)}")
+    tensor = tensor.float()
+    # A sum is not finite if any term is not: one pass without a mask of the tensor's size.
+    if not tensor.sum().isfinite():
+        raise ModelFileError(f"{where}: has numbers that are not finite")
+    return tensor
