@@ -1,0 +1,109 @@
+"""Python arguments to a GenerateRequest. Knows which shapes the wire can carry; the rules are the router's to check.
+
+What cannot be put on the wire (a negative token id, a message without a role) is an `InvalidArgumentError` with the
+field, as it would be had the router seen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, TypedDict
+
+from octavo.client.errors import FieldViolation, InvalidArgumentError
+from octavo.names import Reason
+from octavo.v1 import inference_service_pb2 as pb
+from octavo.v1 import types_pb2
+
+
+class Message(TypedDict):
+    """One turn of a conversation: role "system", "user" or "assistant", or what else the model's template knows."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+"""Text, token ids, or a conversation that the router renders with the model's chat template."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """How to generate. What is left out has the router's default; the rules are in octavo/v1/types.proto."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    n: int
+    best_of: int
+    logprobs: int
+    priority: int
+    affinity_key: str
+
+
+_SAMPLING_FIELDS = frozenset(types_pb2.Sampling.DESCRIPTOR.fields_by_name)
+
+
+def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.GenerateRequest:
+    """Return the request for these arguments. Raises InvalidArgumentError; TypeError for an unknown option."""
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    request = pb.GenerateRequest(model=model, prompt=make_prompt(prompt))
+    for name, value in options.items():
+        if value is None:  # the same as leaving it out
+            continue
+        owner = request.sampling if name in _SAMPLING_FIELDS else request
+        path = f"sampling.{name}" if name in _SAMPLING_FIELDS else name
+        try:
+            field = getattr(owner, name)
+            if hasattr(field, "update"):
+                field.update(value)
+            elif hasattr(field, "extend"):
+                field.extend([value] if isinstance(value, str) else value)
+            else:
+                setattr(owner, name, value)
+        except (TypeError, ValueError) as error:
+            raise _invalid(path, f"{error}, is {value!r}") from None
+    return request
+
+
+def make_prompt(prompt: Prompt) -> types_pb2.Prompt:
+    """Return the wire's form of a prompt. Raises InvalidArgumentError."""
+    if isinstance(prompt, str):
+        return types_pb2.Prompt(text=prompt)
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
+        raise _invalid("prompt", f"must be text, token ids or messages, is {type(prompt).__name__}")
+    if prompt and isinstance(prompt[0], Mapping):
+        messages = [_message(i, message) for i, message in enumerate(prompt)]
+        return types_pb2.Prompt(messages=types_pb2.ChatMessages(messages=messages))
+    try:
+        return types_pb2.Prompt(token_ids=types_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise _invalid("prompt.token_ids", str(error)) from None
+
+
+def _message(position: int, message: object) -> types_pb2.ChatMessage:
+    if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+        shape = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+        raise _invalid(f"prompt.messages[{position}]", f"must have exactly role and content, has {shape}")
+    try:
+        content = [types_pb2.ContentPart(text=message["content"])]
+        return types_pb2.ChatMessage(role=message["role"], content=content)
+    except TypeError as error:
+        raise _invalid(f"prompt.messages[{position}]", str(error)) from None
+
+
+def _invalid(field: str, description: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{field}: {description}", reason=Reason.INVALID_FIELD, field_violations=[FieldViolation(field, description)]
+    )
