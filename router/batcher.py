@@ -62,6 +62,11 @@ class Batcher:
         """Prompt tokens that wait."""
         return self._num_tokens
 
+    @property
+    def oldest_since(self) -> float | None:
+        """When the longest wait here began; None when nothing waits."""
+        return self._oldest_since() if self._queued else None
+
     def add(self, queued: Queued) -> None:
         """Let `queued` wait. Its key must be new and its `since` not before that of any other."""
         assert queued.key not in self._queued

@@ -1,0 +1,179 @@
+"""Replicas with the fake engine behind real data ports, a router's back in front of them, and sinks that remember."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.link import LinkTimes, RouterIdentity
+from router.types import Decision, ReplicaAddress, Request
+from workers.config import EngineConfig
+from workers.data_plane import DataPlaneServer, DataPlaneTimes
+from workers.errors import OctavoError
+from workers.fake import FakeEngine, fake_continuation, fake_manifest
+from workers.handshake import ClusterKeys
+from workers.thread import EngineThread
+from workers.types import Finish, FinishReason, SamplingParams, TokenLogprobs
+
+SECRET = bytes(range(32))
+KEYS = ClusterKeys.derive(SECRET)
+VOCAB = 1_000
+FAST = LinkTimes(attach_s=2.0, min_backoff_s=0.01, max_backoff_s=0.1)
+ROUTER = RouterIdentity(router_id="router-1", epoch=7, keys=KEYS)
+
+_numbers = itertools.count(1)
+
+
+class Replica:
+    """A fake engine on its thread behind a data port. `await start()`; later `stop()` or `kill()`."""
+
+    def __init__(self, replica_id: str, *, keys: ClusterKeys = KEYS, hello_s: float = 5.0, **engine: object) -> None:
+        settings = {"engine": "fake", "block_size": 4, "num_blocks": 256, "chunk_tokens": 64, "max_num_sequences": 32}
+        self.replica_id = replica_id
+        self.engine = FakeEngine(
+            EngineConfig(**(settings | engine)),  # type: ignore[arg-type]
+            manifest=fake_manifest(vocab_size=VOCAB, max_model_len=1_000),
+            hash_key=keys.prefix_hash,
+        )
+        self.server = DataPlaneServer(
+            replica_id=replica_id, key=keys.data_plane, times=DataPlaneTimes(hello_s=hello_s, heartbeat_s=0.1)
+        )
+        self.thread = EngineThread(self.engine, self.server.notify)
+
+    @property
+    def address(self) -> ReplicaAddress:
+        return ReplicaAddress(replica_id=self.replica_id, address=self.server.address, node_id="node-1")
+
+    async def start(self) -> Replica:
+        await self.server.start(self.thread)
+        return self
+
+    async def kill(self) -> None:
+        """End it as a crash would: streams break, nothing is said."""
+        await self.server.stop(0.0)
+        await self._close_engine()
+
+    async def stop(self) -> None:
+        await self.server.stop()
+        await self._close_engine()
+
+    async def _close_engine(self) -> None:
+        self.thread.close()
+        assert await asyncio.to_thread(self.thread.join, 5.0)
+
+
+class RecordingSink:
+    """Remembers an answer and asserts the order of its calls."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.cached_tokens: int | None = None
+        self.token_ids: list[int] = []
+        self.num_deliveries = 0
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish: Finish | None = None
+        self.error: OctavoError | None = None
+        self.num_ends = 0
+        self.done = asyncio.Event()
+        self.on_tokens: Callable[[], None] = lambda: None
+
+    def dispatched(self, decision: Decision, queue_s: float) -> None:
+        assert not self.num_ends
+        assert queue_s >= 0
+        assert decision.attempt == len(self.decisions) + 1
+        self.decisions.append(decision)
+
+    def cached(self, num_tokens: int) -> None:
+        assert not self.num_ends
+        assert not self.token_ids
+        self.cached_tokens = num_tokens
+
+    def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        assert not self.num_ends
+        assert self.finish is None
+        assert index == 0
+        assert token_ids
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        self.num_deliveries += 1
+        self.on_tokens()
+
+    def finished(self, index: int, finish: Finish) -> None:
+        assert not self.num_ends
+        assert self.finish is None
+        assert index == 0
+        self.finish = finish
+
+    def ended(self, error: OctavoError | None) -> None:
+        self.num_ends += 1
+        assert self.num_ends == 1
+        assert (error is None) == (self.finish is not None)
+        self.error = error
+        self.done.set()
+
+    async def wait(self, timeout_s: float = 10.0) -> RecordingSink:
+        async with asyncio.timeout(timeout_s):
+            await self.done.wait()
+        return self
+
+
+def make_request(prompt: Sequence[int], max_tokens: int = 8, *, timeout_s: float = 30.0, **fields: object) -> Request:
+    now = time.monotonic()
+    defaults: dict[str, object] = {
+        "request_id": f"request-{next(_numbers)}",
+        "model": "fake",
+        "prompt": list(prompt),
+        "sampling": SamplingParams(temperature=0.0),
+        "max_tokens": max_tokens,
+        "deadline": now + timeout_s,
+        "accepted_at": now,
+    }
+    return Request(**(defaults | fields))  # type: ignore[arg-type]
+
+
+def make_prompt(rng: random.Random, num_tokens: int) -> list[int]:
+    return [rng.randrange(VOCAB) for _ in range(num_tokens)]
+
+
+def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTER, **config: float) -> Dispatcher:
+    return Dispatcher(
+        RouterConfig(**config),  # type: ignore[arg-type]
+        identity,
+        rng=random.Random(1),
+        link_times=times,
+    )
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for what must come true by itself."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110: what it waits for is in another thread or process
+            await asyncio.sleep(0.005)
+
+
+def assert_answers(sink: RecordingSink, request: Request) -> None:
+    """The whole answer came, token for token, and ended well."""
+    assert sink.error is None
+    assert sink.num_ends == 1
+    assert sink.token_ids == fake_continuation(request.prompt, request.max_tokens, VOCAB)
+    assert sink.finish is not None
+    assert sink.finish.reason is FinishReason.LENGTH
+
+
+async def assert_idle(dispatcher: Dispatcher, *replicas: Replica) -> None:
+    """Nothing is left anywhere: no permit, work, deadline, count or block."""
+    dispatcher.check_integrity()
+    backlog = dispatcher.backlog()
+    assert (backlog.num_queued_requests, backlog.num_queued_tokens, backlog.num_running_requests) == (0, 0, 0)
+    for replica in replicas:
+        await until(lambda replica=replica: replica.server.num_works == 0)  # type: ignore[misc]
+        await until(lambda replica=replica: replica.thread.load().num_free_blocks == 256)  # type: ignore[misc]
+    for link in dispatcher._links.values():
+        if link.can_send:
+            await until(lambda link=link: link.state.num_running == 0 and link.state.owed_tokens == 0)  # type: ignore[misc]
+            assert link.state.num_uncounted == 0
