@@ -59,17 +59,17 @@ class SecretSource:
 def ensure_secret() -> SecretSource:
     """Return the source of this cluster's secret; makes the actor unless a file or an earlier build did.
 
-    Ray must be connected. Raises ConfigError.
+    Ray must be connected; nobody waits for the actor here, for its process starts beside the replicas'. Raises
+    ConfigError.
     """
     if path := os.environ.get(SECRET_FILE):
         read_secret(Path(path))
         return SecretSource()
     import ray
 
-    keeper = ray.remote(SecretKeeper).options(
+    ray.remote(SecretKeeper).options(
         name=ACTOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0
-    )
-    ray.get(keeper.remote().secret.remote(), timeout=_PATIENCE_S)
+    ).remote()
     return SecretSource()
 
 

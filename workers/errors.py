@@ -13,7 +13,8 @@
     ├── ForbiddenError             PERMISSION_DENIED
     └── StartupError               never on the wire: the CLI prints it and exits with `exit_code`
         ├── ConfigError            exit code 2
-        └── ModelFileError         exit code 3          missing, corrupt, truncated, unsupported, or does not fit
+        ├── ModelFileError         exit code 3          missing, corrupt, truncated, unsupported, or does not fit
+        └── PortInUseError         exit code 4
 
 `reason` is a constant of `octavo.names.Reason`, stable across releases; `str(error)` has the rule and the value.
 `assert` is for our own bugs, these are for the world.
@@ -111,3 +112,7 @@ class ConfigError(StartupError):
 
 class ModelFileError(StartupError):
     exit_code = 3
+
+
+class PortInUseError(StartupError):
+    exit_code = 4

@@ -1,0 +1,104 @@
+"""Binds Router and Worker into one Ray Serve application and says what each of them may use.
+
+`build` is for a process that has a `ClusterConfig`; `app` is the builder that ``serve deploy`` imports, whose `args`
+are the configuration file's keys. Nothing here starts anything but the actor with the cluster's secret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from cluster.boot import ClusterBoot
+from cluster.config import ClusterConfig, load
+from cluster.secret import SecretSource, ensure_secret
+from router.serve import Router
+from workers.serve import STOP_MARGIN_S, Worker
+
+ROUTER = "Router"
+WORKER = "Worker"
+FORWARDED = ("OTEL_", "OCTAVO_", "RAY_SERVE_")
+"""Beginnings of the variables that replicas and routers get from the process that builds the application."""
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""One event loop a process: a second grpc.aio loop costs threads, hand-overs and log noise."""
+MAX_ONGOING_REQUESTS = 1_000
+"""Only Serve's control calls count against it."""
+MAX_START_ATTEMPTS = 3
+
+
+def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ: Mapping[str, str]) -> Any:
+    """Return the Serve application of `config` for nodes of `cores`."""
+    boot = ClusterBoot(config.log)
+    runtime_env = {"env_vars": forwarded(environ)}
+    stop_s = graceful_shutdown_timeout_s(config)
+    common = {
+        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": stop_s,
+        "health_check_period_s": config.replicas.health_check_period_s,
+        "health_check_timeout_s": config.replicas.health_check_timeout_s,
+        "max_constructor_retry_count": MAX_START_ATTEMPTS,
+    }
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus(cores), "resources": dict(config.resources.custom)}
+    if config.resources.memory_bytes:
+        resources["memory"] = config.resources.memory_bytes
+    worker = serve.deployment(
+        name=WORKER,
+        num_replicas=config.replicas.num_replicas,
+        ray_actor_options={**resources, "runtime_env": runtime_env},
+        request_router_config=RequestRouterConfig(
+            request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": WORKER}
+        ),
+        **common,
+    )(Worker)
+    router = serve.deployment(
+        name=ROUTER, num_replicas=1, ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env}, **common
+    )(Router)
+    workers = worker.bind(
+        boot=boot,
+        config=dataclasses.replace(config.engine, threads=config.threads(cores)),
+        model=config.model,
+        secret=secret,
+        graceful_shutdown_timeout_s=stop_s,
+    )
+    return router.bind(
+        boot=boot,
+        config=config.router,
+        model=config.model,
+        host=config.serve.host,
+        port=config.serve.port,
+        secret=secret,
+        group=WORKER,
+        workers=workers,
+    )
+
+
+def app(args: dict[str, Any]) -> Any:
+    """Build the application on a Ray cluster for ``serve deploy``; `args` are the keys of the configuration file.
+
+    Raises ConfigError.
+    """
+    config = load(None, os.environ, args)
+    return build(config, cores=cores_of_node(), secret=ensure_secret(), environ=os.environ)
+
+
+def graceful_shutdown_timeout_s(config: ClusterConfig) -> float:
+    """Return how long Serve waits for a router or replica that it stops: the drain, and what comes after it."""
+    return config.router.drain_grace_s + 2 * STOP_MARGIN_S
+
+
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that routers and replicas are started with."""
+    return ONE_LOOP | {name: value for name, value in environ.items() if name.startswith(FORWARDED)}
+
+
+def cores_of_node() -> float:
+    """Return the CPUs of the smallest node of the connected Ray that has any."""
+    cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return min((count for count in cores if count > 0), default=float(os.cpu_count() or 1))

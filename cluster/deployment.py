@@ -1,0 +1,140 @@
+"""Our application on a Ray that this process is connected to: put there, waited for, drained and removed.
+
+Says why a replica does not start in the words of the error that it met there. Knows no signals and starts no Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from cluster import app
+from cluster.config import ClusterConfig
+from cluster.secret import ensure_secret
+from workers import errors
+from workers.errors import StartupError
+
+POLL_S = 0.1
+CALL_TIMEOUT_S = 10.0
+DELETE_TIMEOUT_S = 65.0
+"""Serve's own limit is 60 s."""
+_REMOTE_ERROR = re.compile(r"workers\.errors\.(\w+): (.+)")
+_REMOTE_EXCEPTION = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): .+$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterView:
+    """What a router says of itself and of the replicas that it knows."""
+
+    address: str
+    own_address: str
+    models: list[str]
+    replicas: list[dict[str, Any]]
+
+
+class Deployment:
+    """The application of `config`."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._name = config.serve.app
+        self._is_deployed = False
+        self._router: Any = None
+
+    def deploy(self) -> None:
+        """Hand the application to Serve; returns before anything of it runs. Raises StartupError."""
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        serve.start(proxy_location="Disabled")
+        if self._name in serve.status().applications:
+            raise StartupError(f"that Ray runs an application {self._name} already; name another with --app")
+        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=os.environ)
+        self._is_deployed = True
+        serve.run_many(
+            [serve.RunTarget(application, name=self._name, route_prefix=None)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def await_ready(self) -> RouterView:
+        """Wait until the router has all replicas. Raises StartupError saying what went wrong, or what is missing."""
+        end = time.monotonic() + self._config.serve.start_timeout_s
+        while not (state := self._state()).is_running:
+            if time.monotonic() >= end:
+                raise StartupError(f"not ready after {self._config.serve.start_timeout_s:g} s: {state.text}")
+            time.sleep(POLL_S)
+        self._router = serve.get_app_handle(self._name)
+        while True:
+            view = RouterView(**self._router.describe.remote().result(timeout_s=CALL_TIMEOUT_S))
+            if sum(replica["state"] == "ready" for replica in view.replicas) >= self._config.replicas.num_replicas:
+                return view
+            refused = [replica for replica in view.replicas if replica["state"] == "refused"]
+            if refused or time.monotonic() >= end:
+                states = ", ".join(
+                    f"{replica['id']} is {replica['state']} {replica['detail']}" for replica in view.replicas
+                )
+                raise StartupError(f"the router has not all {self._config.replicas.num_replicas} replicas: {states}")
+            time.sleep(POLL_S)
+
+    def remove(self, *, is_hurried: Callable[[], bool]) -> None:
+        """Let running requests finish and take the application away; at once when hurried. Never raises."""
+        if not self._is_deployed:
+            return
+        drain_s = self._config.router.drain_grace_s + CALL_TIMEOUT_S
+        if self._router is not None:
+            _bounded(lambda: self._router.broadcast("drain").results(timeout_s=drain_s), drain_s, is_hurried)
+        _bounded(lambda: serve.delete(self._name), DELETE_TIMEOUT_S, is_hurried)
+
+    def _state(self) -> _State:
+        """Raises StartupError when it cannot become ready."""
+        status = serve.status().applications.get(self._name)
+        if status is None:
+            return _State(False, "Serve does not know the application yet")
+        messages = [
+            message for message in (status.message, *(d.message for d in status.deployments.values())) if message
+        ]
+        for message in messages:
+            if found := _REMOTE_ERROR.findall(message):
+                name, text = found[-1]
+                kind = getattr(errors, name, StartupError)
+                raise (kind if issubclass(kind, StartupError) else StartupError)(text)
+        text = "; ".join(f"{name}: {d.status.value} {dict(d.replica_states)}" for name, d in status.deployments.items())
+        if status.status == "DEPLOY_FAILED":
+            causes = [cause for message in messages for cause in _REMOTE_EXCEPTION.findall(message)]
+            raise StartupError(
+                f"the application does not start: {causes[-1] if causes else '; '.join(messages) or text}"
+            )
+        return _State(status.status == "RUNNING", text)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    is_running: bool
+    text: str
+
+
+def _bounded(step: Callable[[], object], timeout_s: float, is_hurried: Callable[[], bool]) -> None:
+    """Do `step` in a thread and wait for it, `timeout_s` at most; hardly at all when hurried."""
+
+    def attempt() -> None:
+        try:
+            step()
+        except Exception as error:
+            logging.getLogger(__name__).warning("stopping: %s", error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    end = time.monotonic() + timeout_s
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(POLL_S)
+        if is_hurried():
+            thread.join(5 * POLL_S)
+            return

@@ -1,0 +1,153 @@
+"""Runs a cluster from a configuration until it is told to stop, and leaves nothing behind.
+
+    reserve the port -> look at the model -> connect to Ray -> deploy -> wait until ready -> announce
+    -> wait for a signal -> drain routers -> delete the application -> disconnect -> nothing of ours is left
+
+Each step is bounded in time. Ray is connected before any gRPC channel of ours exists: after one its start may hang. A
+Ray that was found is left as it was but for our application; a Ray that was started here ends with us.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from cluster.boot import ClusterBoot
+from cluster.config import ClusterConfig, is_loopback
+from workers.errors import PortInUseError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What is announced once every replica can be reached through the router."""
+
+    event: str = "ready"
+    address: str
+    pid: int
+    ray_address: str
+    models: list[str]
+    replicas: list[dict[str, str | int]]
+    """Of each its "id" and "pid"."""
+    version: str
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came before the cluster was ready."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM: the first asks to drain, the second to hurry. For the main thread.
+
+    Until `is_serving` is set, the first one raises `Stopped` wherever the main thread is.
+    """
+
+    def __init__(self) -> None:
+        self.is_serving = False
+        self._stop = threading.Event()
+        self._hurry = threading.Event()
+
+    def install(self) -> None:
+        """Take the signals over; again after anything that takes them itself, as connecting to Ray does."""
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def wait(self) -> None:
+        self._stop.wait()
+
+    @property
+    def is_hurried(self) -> bool:
+        return self._hurry.is_set()
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+            return
+        self._stop.set()
+        if not self.is_serving:
+            raise Stopped
+
+
+def run(
+    config: ClusterConfig, stop: StopSignal, *, announce: Callable[[Ready], None], note: Callable[[str], None]
+) -> None:
+    """Run the cluster of `config` until `stop`. `note` gets lines for people, some of them before it is ready.
+
+    Raises StartupError when it does not start; whatever had started is gone then.
+    """
+    stop.install()
+    with suppress(Stopped), ExitStack() as cluster:
+        port = cluster.enter_context(reserved_port(config))
+        if not config.ray.address:
+            ClusterBoot(config.log).model_files(config.model)
+        # Imports of Ray come late: a wrong option must not wait for them, and a Ray of our own is told first, by its
+        # environment, that it is to stay on loopback.
+        from cluster.ray_connection import connected
+
+        note("starting Ray" if not config.ray.address else f"attaching to the Ray at {config.ray.address}")
+        ray_address = cluster.enter_context(connected(config.ray, note))
+        stop.install()
+        from cluster.deployment import Deployment
+
+        config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=port))
+        deployment = Deployment(config)
+        cluster.callback(lambda: deployment.remove(is_hurried=lambda: stop.is_hurried))
+        note(f"deploying {config.replicas.num_replicas} replicas of {config.model}")
+        deployment.deploy()
+        router = deployment.await_ready()
+        stop.is_serving = True
+        announce(
+            Ready(
+                address=router.address,
+                pid=os.getpid(),
+                ray_address=ray_address,
+                models=router.models,
+                replicas=[{"id": replica["id"], "pid": replica["pid"]} for replica in router.replicas],
+                version=version(),
+            )
+        )
+        stop.wait()
+        note("draining; once more to hurry")
+
+
+def version() -> str:
+    return importlib.metadata.version("octavo")
+
+
+@contextmanager
+def reserved_port(config: ClusterConfig) -> Iterator[int]:
+    """Yield the port that the router is to listen on, and keep others off it meanwhile. Raises PortInUseError.
+
+    Routers set SO_REUSEPORT, with which a port in use would go unnoticed, so it is tried without. Afterwards a socket
+    that is bound but does not listen holds it: connections go to listeners only, and nobody else is given the port.
+    A cluster that is attached to may be on other machines; then the number is taken as it is.
+    """
+    if config.ray.address and not is_loopback(config.serve.host):
+        yield config.serve.port
+        return
+    host = config.serve.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(probe, host, config.serve.port)
+        port: int = probe.getsockname()[1]
+    with socket.socket(family) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _bind(holder, host, port)
+        yield port
+
+
+def _bind(sock: socket.socket, host: str, port: int) -> None:
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        raise PortInUseError(
+            f"serve.port {port} on {host} cannot be bound: {error.strerror}; choose another with --port, or 0 for any"
+        ) from error

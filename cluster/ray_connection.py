@@ -1,0 +1,93 @@
+"""Connects this process to a Ray: one that runs already, or one of our own that ends with us.
+
+Ray's ports are open to whoever reaches them and run what they are sent. So a Ray of our own listens on loopback alone,
+and goes without Ray's token authentication, which would leave a token in the user's home and slow down every call;
+RAY_AUTH_MODE in the environment overrules that. On a machine whose other users are not trusted set RAY_AUTH_MODE=token.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.config import RayConfig
+from cluster.processes import await_end, descendants
+from cluster.secret import NAMESPACE
+from workers.errors import StartupError
+
+END_TIMEOUT_S = 10.0
+MAX_TEMP_DIR = 40
+_OWN_RAY = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Despite its name: Ray takes 127.0.0.1 for this node's address, and all its servers bind that one only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+
+@contextmanager
+def connected(config: RayConfig, note: Callable[[str], None]) -> Iterator[str]:
+    """Be connected to the Ray that `config` says; yields its address. Raises StartupError."""
+    if config.address:
+        with _attached(config.address) as address:
+            yield address
+        return
+    with _temp_dir(config, note) as temp_dir, _own(config, temp_dir) as address:
+        yield address
+
+
+@contextmanager
+def _attached(address: str) -> Iterator[str]:
+    import ray
+
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StartupError(f"no Ray answers at {address}: {error}") from error
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
+    for name, value in _OWN_RAY.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    try:
+        ray.init(
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            object_store_memory=config.object_store_bytes,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(temp_dir),
+        )
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        processes = descendants(os.getpid())
+        ray.shutdown()
+        await_end(processes, END_TIMEOUT_S)
+
+
+@contextmanager
+def _temp_dir(config: RayConfig, note: Callable[[str], None]) -> Iterator[Path]:
+    """Yield a directory for a Ray of our own; a new one is removed unless something went wrong."""
+    if config.temp_dir:
+        yield Path(config.temp_dir).absolute()
+        return
+    parent = tempfile.gettempdir()
+    directory = Path(tempfile.mkdtemp(prefix="octavo-", dir=parent if len(parent) < MAX_TEMP_DIR // 2 else "/tmp"))
+    try:
+        yield directory
+    except Exception:
+        note(f"Ray's logs are in {directory}")
+        raise
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""The router as Ray Serve sees it: a process with the public port, and the place where Serve says which replicas exist.
+
+    Serve's controller --push--> MembershipRouter.update_replicas --> membership --call_soon_threadsafe--> Dispatcher
+
+The only file of this package that knows Ray. Owns the order of start and stop, and the hand-over of membership between
+Serve's thread and the event loop; requests never go through a Serve handle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from router import membership
+from router.config import RouterConfig
+from router.dispatcher import Dispatcher
+from router.link import RouterIdentity
+from router.model import ServedModel
+from router.server import RouterServer
+from router.types import ReplicaAddress
+from workers.handshake import ClusterKeys
+from workers.types import Boot
+
+
+class MembershipRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # ray has no types
+    """Serve's routing policy for replicas: publishes their set. The few control calls may go to any of them.
+
+    Serve pickles this class by value, with every global of this file that it names: only modules and plain functions.
+    """
+
+    def initialize_state(self, *, group: str) -> None:
+        self._group = group
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        membership.publish(self._group, tuple(_address(replica) for replica in replicas))
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            # Without it Serve's retry loop spins while there is nobody to choose.
+            pending_request.routing_context.should_backoff = True
+        return [candidate_replicas]
+
+
+class Router:
+    """The user class of the deployment. `workers` is the handle of the deployment whose replicas do the work, `group`
+    the name under which they are published; `secret` says the cluster's secret, blocks, and is called once."""
+
+    async def __init__(
+        self,
+        *,
+        boot: Boot,
+        config: RouterConfig,
+        model: str,
+        host: str,
+        port: int,
+        secret: Callable[[], bytes],
+        group: str,
+        workers: DeploymentHandle,
+    ) -> None:
+        self._config = config
+        self._stop_process = await asyncio.to_thread(boot.start_process, "router")
+        self._router_id = serve.get_replica_context().replica_id.unique_id
+        files = await asyncio.to_thread(boot.model_files, model)
+        served = await asyncio.to_thread(ServedModel.from_files, files)
+        identity = RouterIdentity(
+            router_id=self._router_id,
+            epoch=time.time_ns(),
+            keys=ClusterKeys.derive(await asyncio.to_thread(secret)),
+            model_fingerprint=served.manifest.model_fingerprint,
+            tokenizer_fingerprint=served.manifest.tokenizer_fingerprint,
+        )
+        self._models = [served.manifest.name]
+        self._dispatcher = Dispatcher(config, identity)
+        self._dispatcher.start()
+        self._watch(group, workers)
+        self._server = RouterServer(self._dispatcher)
+        await self._server.start()
+        self._drained: asyncio.Task[None] | None = None
+
+    def record_replica_metadata(self) -> dict[str, str | int]:
+        """Publish where this router listens. Serve asks once, after the start."""
+        return {"addr": self._server.address, "own_addr": self._server.own_address, "router_id": self._router_id}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `cluster` wants to know of this router: its addresses, its models, its replicas."""
+        replicas = [
+            {"id": view.replica_id, "pid": view.pid, "state": view.state, "detail": view.detail}
+            for view in self._dispatcher.replicas()
+        ]
+        return {
+            "address": self._server.address,
+            "own_address": self._server.own_address,
+            "models": self._models,
+            "replicas": replicas,
+        }
+
+    def check_health(self) -> None:
+        """A router that answers this is well: its one event loop runs."""
+
+    async def drain(self) -> None:
+        """Take nothing new, and let what is there end within the configured grace. Callable again."""
+        if self._drained is None:
+            self._drained = asyncio.create_task(self._server.drain(self._config.drain_grace_s))
+        await self._drained
+
+    async def __del__(self) -> None:
+        """Serve's word for a graceful stop: drain, close, send the last spans."""
+        if not hasattr(self, "_drained"):
+            return
+        await self.drain()
+        await self._server.stop()
+        await self._dispatcher.stop()
+        await asyncio.to_thread(self._stop_process)
+
+    def _watch(self, group: str, workers: DeploymentHandle) -> None:
+        """Hear of all replicas from now on, before the first request."""
+        loop = asyncio.get_running_loop()
+        membership.watch(group, lambda set_: loop.call_soon_threadsafe(self._dispatcher.update_replicas, set_))
+        # A handle listens to the controller from its first use on, and this is one.
+        workers.options(method_name="check_health")
+
+
+def _address(replica: RunningReplica) -> ReplicaAddress:
+    metadata = replica.replica_metadata
+    return ReplicaAddress(replica_id=metadata["replica_id"], address=metadata["addr"], node_id=metadata["node_id"])

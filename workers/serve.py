@@ -1,0 +1,95 @@
+"""The replica as Ray Serve sees it: a process with one engine and a data port.
+
+    start   tracing and logging -> model files -> secret -> engine and its thread -> data port
+    serve   routers come to the data port; Serve only asks for the address (once) and for health
+    stop    announce draining -> wait for what runs -> close port and engine -> send the last spans
+
+Owns the order of these and nothing of the steps themselves. Serve's own request path carries no requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import os
+from collections.abc import Callable
+
+import ray
+from ray import serve
+
+from workers.build import build_engine
+from workers.config import EngineConfig
+from workers.data_plane import DataPlaneServer
+from workers.handshake import PROTOCOL, ClusterKeys
+from workers.thread import EngineThread
+from workers.types import Boot
+
+STOP_MARGIN_S = 3.0
+"""Of the time that Serve gives for a graceful stop, what is kept for closing after the drain."""
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """The user class of the deployment. `secret` says the cluster's secret; it blocks, and is called once.
+
+    `config.threads` is final here. `graceful_shutdown_timeout_s` is what Serve was told as well.
+    """
+
+    async def __init__(
+        self,
+        *,
+        boot: Boot,
+        config: EngineConfig,
+        model: str,
+        secret: Callable[[], bytes],
+        graceful_shutdown_timeout_s: float,
+    ) -> None:
+        self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - STOP_MARGIN_S)
+        self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        files = await asyncio.to_thread(boot.model_files, model)
+        keys = ClusterKeys.derive(await asyncio.to_thread(secret))
+        engine = await asyncio.to_thread(build_engine, config, files, hash_key=keys.prefix_hash, threads=config.threads)
+        self._server = DataPlaneServer(replica_id=self._replica_id, key=keys.data_plane, host=data_host())
+        self._engine = EngineThread(engine, self._server.notify)
+        await self._server.start(self._engine)
+        _log.info("replica %s serves %s at %s", self._replica_id, engine.info.model, self._server.address)
+
+    def record_replica_metadata(self) -> dict[str, str | int]:
+        """Tell routers, through Serve, where the data port is. Serve asks once, after the start."""
+        return {
+            "addr": self._server.address,
+            "replica_id": self._replica_id,
+            "model": self._engine.info.model,
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "protocol": PROTOCOL,
+        }
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when this replica can serve nobody any more; Serve then replaces it."""
+        if self._engine.failure is not None:
+            raise RuntimeError(f"the engine failed: {self._engine.failure!r}")
+        if not self._engine.is_alive:
+            raise RuntimeError("the engine's thread has ended")
+
+    async def __del__(self) -> None:
+        """Serve's word for a graceful stop: finish what runs, then close."""
+        if not hasattr(self, "_engine"):
+            return
+        if not await self._server.drain(self._drain_grace_s):
+            _log.warning("replica %s stops with %d works unfinished", self._replica_id, self._server.num_works)
+        await self._server.stop()
+        self._engine.close()
+        await asyncio.to_thread(self._engine.join, 1.0)
+        await asyncio.to_thread(self._stop_process)
+
+
+def data_host() -> str:
+    """Return the address that this node's data ports bind: loopback where all of Ray is on it, else the node's own."""
+    node = ray.util.get_node_ip_address()
+    if ipaddress.ip_address(node).is_loopback:
+        return "127.0.0.1"
+    return f"[{node}]" if ":" in node else str(node)
