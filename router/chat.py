@@ -38,10 +38,13 @@ MAX_INDENT = 64
 
 _METER = "octavo meter"
 """Where the context keeps the `_Meter`; no name of a template has a space in it."""
-_FILTERS = frozenset(
-    "abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min "
-    "reject rejectattr reverse safe select selectattr sort string striptags sum title trim unique upper".split()
-)
+# fmt: off
+_FILTERS = frozenset({
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
+    "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe",
+    "select", "selectattr", "sort", "string", "striptags", "sum", "title", "trim", "unique", "upper",
+})
+# fmt: on
 _GLOBALS = frozenset({"range", "dict", "namespace"})
 _UNSAFE_METHODS = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"})
 
@@ -202,7 +205,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str) and name == "replace":
             return _replace(owner, *args, **kwargs)
         if isinstance(owner, str) and name == "join":
-            return _join(*args, owner)
+            return _join(args[0], owner)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -260,7 +263,10 @@ def _bounded(value: Any) -> Any:
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
     """As `transformers` has it: no HTML escaping, Unicode as it is."""
-    known = {"ensure_ascii": False, **{name: options[name] for name in ("ensure_ascii", "sort_keys") if name in options}}
+    known = {
+        "ensure_ascii": False,
+        **{name: options[name] for name in ("ensure_ascii", "sort_keys") if name in options},
+    }
     separators = options.get("separators")
     return json.dumps(
         _bounded(value), indent=_narrow(indent), separators=tuple(separators) if separators else None, **known
@@ -271,7 +277,8 @@ def _replace(text: Any, old: Any, new: Any, count: int | None = -1) -> str:
     text, old, new = str(text), str(old), str(new)
     occurrences = text.count(old) if len(new) > len(old) else 0
     _check_size(len(text) + occurrences * (len(new) - len(old)))
-    return text.replace(old, new, -1 if count is None else count)
+    replaced: str = text.replace(old, new, -1 if count is None else count)
+    return replaced
 
 
 def _join(parts: Iterable[Any], d: Any = "", attribute: str | None = None) -> str:
@@ -293,7 +300,9 @@ def _indent(text: Any, width: int = 4, first: bool = False, blank: bool = False)
 
 
 def _narrow(width: Any) -> int | None:
-    if width is None or (isinstance(width, int) and 0 <= width <= MAX_INDENT):
+    if width is None:
+        return None
+    if isinstance(width, int) and 0 <= width <= MAX_INDENT:
         return width
     raise TemplateLimitError(f"it indents by {width!r}, which must be in [0, {MAX_INDENT}]")
 

@@ -289,7 +289,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for characters from 256 on."""
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, other bytes for characters from 256 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,135 @@
+"""Where requests come in, from Generate and from Session alike, and where all their answers are kept count of.
+
+`open` makes an `Answer`, `admit` checks the request and hands it to the back; whatever goes wrong ends that answer and
+nothing is raised. Owns the set of answers whose terminal was not sent, and the sweep that ends those that nobody takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from octavo.names import Reason
+from octavo.v1.inference_service_pb2 import GenerateRequest
+
+from router import status
+from router.answer import Answer
+from router.config import RouterConfig
+from router.model import ServedModel
+from router.span import RequestSpan
+from router.types import Backend
+from router.validation import Envelope, Validator
+from workers.errors import DeadlineError, OctavoError, OverloadedError, UnavailableError
+
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
+"""A client's longer timeout is as good as this one."""
+MAX_SWEEP_S = 1.0
+
+
+class Intake:
+    def __init__(
+        self, config: RouterConfig, models: Mapping[str, ServedModel], backend: Backend, *, router_id: str
+    ) -> None:
+        self.config = config
+        self.validator = Validator(config, models)
+        self.is_draining = False
+        self.num_accepted = 0
+        self.num_ended = 0
+        self._backend = backend
+        self._router_id = router_id
+        self._answers: set[Answer] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to sweep; `stop` must follow."""
+        self._sweeper = asyncio.create_task(self._sweep_forever())
+
+    async def stop(self) -> None:
+        """End what is left, with UNAVAILABLE."""
+        self.end_all()
+        for answer in list(self._answers):
+            answer.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    def deadline(self, accepted_at: float, timeout_s: float | None) -> float:
+        return accepted_at + min(self.config.default_timeout_s if timeout_s is None else timeout_s, MAX_TIMEOUT_S)
+
+    def open(
+        self,
+        envelope: Envelope,
+        *,
+        name: str,
+        model: str,
+        on_ready: Callable[[Answer], None],
+        window: int | None = None,
+    ) -> Answer:
+        """Return the answer of a request that has just come in. `admit` or `close` must follow; `name`: the span's."""
+        span = RequestSpan(name, envelope, model=model, router_id=self._router_id)
+        answer = Answer(envelope, span, self, on_ready=on_ready, window=window)
+        self._answers.add(answer)
+        self._idle.clear()
+        return answer
+
+    async def admit(self, answer: Answer, message: GenerateRequest) -> None:
+        """Check `message` and submit it; suspends only if `Validator.is_quick` says no."""
+        try:
+            self._refuse_if_hopeless(answer.envelope)
+            accepted = await self.validator.accept(message, answer.envelope, traceparent=answer.span.traceparent)
+            if not answer.has_failed:
+                self._refuse_if_hopeless(answer.envelope)
+                answer.begin(accepted, lambda request: self._backend.submit(request, answer))
+        except OctavoError as error:
+            answer.fail(error)
+        except Exception as error:
+            answer.fail(status.unexpected(error))
+
+    def _refuse_if_hopeless(self, envelope: Envelope) -> None:
+        if self.is_draining:
+            raise UnavailableError("this router is draining; use another one", reason=Reason.DRAINING)
+        late_s = time.monotonic() - envelope.deadline
+        if late_s >= 0:
+            raise DeadlineError(f"the deadline must be in the future, passed {late_s:.3f} s ago")
+
+    async def wait_idle(self) -> None:
+        """Return when no answer is left whose terminal was not sent."""
+        await self._idle.wait()
+
+    def end_all(self) -> None:
+        """End every answer that has not ended, with UNAVAILABLE; the terminals have yet to be sent."""
+        for answer in list(self._answers):
+            answer.fail(UnavailableError("this router is stopping; use another one", reason=Reason.DRAINING))
+
+    # What answers tell their owner.
+
+    def begun(self, answer: Answer) -> None:
+        self.num_accepted += 1
+
+    def over(self, answer: Answer) -> None:
+        self.num_ended += 1
+
+    def closed(self, answer: Answer) -> None:
+        self._answers.discard(answer)
+        if not self._answers:
+            self._idle.set()
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(min(MAX_SWEEP_S, self.config.slow_consumer_s / 4))
+            self._sweep(time.monotonic())
+
+    def _sweep(self, now: float) -> None:
+        limit_s = self.config.slow_consumer_s
+        for answer in list(self._answers):
+            if answer.pending_since is not None and now - answer.pending_since > limit_s:
+                answer.fail(slow_consumer(limit_s))
+
+
+def slow_consumer(limit_s: float) -> OverloadedError:
+    return OverloadedError(
+        f"nothing of this answer was taken for {limit_s:g} s; read it, or grant a window", reason=Reason.SLOW_CONSUMER
+    )

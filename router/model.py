@@ -1,0 +1,48 @@
+"""A served model as the router sees it: its manifest, its tokenizer and its chat template; never its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from router.chat import ChatTemplate
+from router.tokenizer import Tokenizer
+from workers.errors import ModelFileError
+from workers.types import CAPABILITY_GENERATE, ModelFiles, ModelManifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    manifest: ModelManifest
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None = None
+    capabilities: tuple[str, ...] = (CAPABILITY_GENERATE,)
+
+    @classmethod
+    def from_files(cls, files: ModelFiles) -> ServedModel:
+        """Open all but the weights, blocking. Raises ModelFileError for a file that is missing or unreadable."""
+        try:
+            manifest = ModelManifest.from_json(_read(files.manifest))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFileError(f"{files.manifest} is not a manifest of a model: {error}") from error
+        tokenizer = Tokenizer.from_file(files.tokenizer_json)
+        template = None
+        if files.chat_template is not None:
+            template = ChatTemplate(_read(files.chat_template), special_tokens=_special_tokens(manifest, tokenizer))
+        return cls(manifest=manifest, tokenizer=tokenizer, chat_template=template)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelFileError(f"cannot read {path}: {error}") from error
+
+
+def _special_tokens(manifest: ModelManifest, tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokens that templates write by name. A model without a beginning of text has an empty one."""
+    eos_token_id = manifest.eos_token_ids[0] if manifest.eos_token_ids else None
+    return {
+        "bos_token": tokenizer.token(manifest.bos_token_id) or "",
+        "eos_token": tokenizer.token(eos_token_id) or "",
+    }

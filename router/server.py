@@ -1,0 +1,197 @@
+"""The router's front door: one grpc.aio server with every public service, health and reflection.
+
+    bind   -> the ports that it will listen on, one call each
+    start  -> SERVING
+    drain  -> NOT_SERVING, new requests refused, Sessions told to go away, running ones finish
+    stop   -> what is left ends with UNAVAILABLE, the port is closed
+
+Owns the order of these and the listening port; knows neither Ray nor replicas, only a `Backend`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from octavo.names import Reason
+from octavo.v1 import inference_service_pb2, model_service_pb2, status_service_pb2
+from octavo.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from octavo.v1.model_service_pb2_grpc import add_ModelServiceServicer_to_server
+from octavo.v1.status_service_pb2_grpc import add_StatusServiceServicer_to_server
+
+from router import status
+from router.config import RouterConfig
+from router.intake import Intake
+from router.model import ServedModel
+from router.servicer import InferenceServicer
+from router.services import ModelServicer, StatusServicer
+from router.session import Sessions
+from router.types import Backend
+from workers.errors import OctavoError, StartupError
+
+SERVICES = (
+    inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    status_service_pb2.DESCRIPTOR.services_by_name["StatusService"].full_name,
+)
+FAREWELL_S = 1.0
+"""How long the last terminals may take to leave when a router stops."""
+MIN_CLIENT_PING_S = 5.0
+"""Clients that ping more often are cut off."""
+
+
+class RouterServer:
+    """Make it on the event loop that it shall run on. `models` may not be changed afterwards.
+
+    `so_reuseport`: whether other routers of this machine may listen on the same port; then a port that is in use by
+    one of them goes unnoticed.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        models: Mapping[str, ServedModel],
+        backend: Backend,
+        *,
+        router_id: str,
+        version: str,
+        so_reuseport: bool = False,
+    ) -> None:
+        self._intake = Intake(config, models, backend, router_id=router_id)
+        self._sessions = Sessions(self._intake)
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=_options(config, so_reuseport))
+        self._is_bound = False
+        self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions))
+        self._add(add_ModelServiceServicer_to_server, ModelServicer(models, self._intake.validator))
+        status_servicer = StatusServicer(backend, self._intake, self._sessions, router_id=router_id, version=version)
+        self._add(add_StatusServiceServicer_to_server, status_servicer)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    @property
+    def intake(self) -> Intake:
+        """Where requests come in; knows how many were accepted and have ended."""
+        return self._intake
+
+    @property
+    def sessions(self) -> Sessions:
+        return self._sessions
+
+    def bind(self, host: str, port: int) -> int:
+        """Listen on ``host:port`` (0: any free port) once started; return the port. May be called for several.
+
+        Raises StartupError if that cannot be, for instance because the port is in use.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {address}: the port is in use, or the address is not this machine's"
+            ) from error
+        if bound == 0:
+            raise StartupError(f"cannot listen on {address}")
+        self._is_bound = True
+        return bound
+
+    async def start(self) -> None:
+        """Serve; `stop` must follow."""
+        assert self._is_bound
+        self._intake.start()
+        await self._server.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Tell health checks. SERVING means that this router takes requests, also while no replica is ready: they wait
+        inside their deadlines."""
+        state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", *SERVICES):
+            await self._health.set(service, state)
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take nothing new and wait, at most `grace_s`, until every answer has reached its client; return whether all
+        have. `stop` must follow."""
+        await self.set_serving(False)
+        self._intake.is_draining = True
+        self._sessions.go_away(grace_s, Reason.DRAINING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._intake.wait_idle()
+                return True
+        return False
+
+    async def stop(self) -> None:
+        """End what is left with UNAVAILABLE and close the ports. Takes at most about `FAREWELL_S`. Idempotent."""
+        await self.set_serving(False)
+        self._intake.is_draining = True
+        self._intake.end_all()
+        self._sessions.finish()
+        await self._server.stop(FAREWELL_S)
+        await self._sessions.stop()
+        await self._intake.stop()
+
+    def _add(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> None:
+        add_to_server(servicer, _Registrar(self._server))
+
+
+class _Registrar:
+    """Stands in for the server while generated code adds a service to it: a message that is no protobuf of its type
+    becomes INVALID_ARGUMENT, where gRPC would answer UNKNOWN with the exception's text."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
+        """The generated code gives the same handlers once more, by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        tolerant = {name: _tolerant(handler) for name, handler in handlers.items()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
+
+
+def _tolerant(handler: Any) -> Any:
+    parse = handler.request_deserializer
+
+    def parse_or_tell(data: bytes) -> object:
+        try:
+            return parse(data)
+        except DecodeError:
+            return status.undecodable()
+
+    kind = (
+        "stream_stream"
+        if handler.request_streaming
+        else "unary_stream"
+        if handler.response_streaming
+        else "unary_unary"
+    )
+    behaviour = getattr(handler, kind)
+
+    async def refuse_or_serve(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+        if isinstance(request, OctavoError):
+            await status.abort(context, request)
+        return await behaviour(request, context)
+
+    return handler._replace(**{"request_deserializer": parse_or_tell, kind: refuse_or_serve})
+
+
+def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
+    keepalive_ms = int(config.keepalive_s * 1000)
+    return [
+        ("grpc.so_reuseport", int(so_reuseport)),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(MIN_CLIENT_PING_S * 1000)),
+    ]

@@ -1,0 +1,120 @@
+"""InferenceService as gRPC sees it. Generate: one request, its answer streamed, all that is available in each message.
+
+Session is one stream of many requests, see ``router/session.py``. A Generate call's cancellation or deadline ends its
+request; its trailers say which replica answered and how much of the prompt it had cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from octavo.names import Metadata, Span
+from octavo.v1.inference_service_pb2 import GenerateRequest, GenerateResponse, SessionRequest
+from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
+
+from router import status
+from router.answer import Answer, decision_message
+from router.identity import identify
+from router.intake import Intake, slow_consumer
+from router.session import Sessions
+from router.validation import Envelope
+from workers.errors import CancelledRequestError, DeadlineError, OctavoError
+
+MAX_MESSAGE_TOKENS = 32_768
+"""In one message, which keeps it far below a client's usual limit of 4 MiB."""
+
+
+class InferenceServicer(InferenceServiceServicer):
+    def __init__(self, intake: Intake, sessions: Sessions) -> None:
+        self._intake = intake
+        self._sessions = sessions
+
+    async def Generate(  # type: ignore[override]  # the stubs know only the form with yield
+        self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
+    ) -> None:
+        ready = asyncio.Event()
+        envelope = self._envelope(request, context)
+        answer = self._intake.open(
+            envelope, name=Span.GENERATE, model=request.model, on_ready=lambda _answer: ready.set()
+        )
+        try:
+            await self._intake.admit(answer, request)
+            await _Reply(context, self._intake.config.slow_consumer_s).stream(answer, ready)
+        except asyncio.CancelledError:
+            # The client left, or the call's deadline passed: gRPC tells both in the same way.
+            is_late = time.monotonic() >= envelope.deadline - 0.001
+            answer.fail(DeadlineError("the deadline passed") if is_late else CancelledRequestError("the client left"))
+            raise
+        finally:
+            answer.close()
+
+    async def Session(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await self._sessions.serve(context)
+
+    def _envelope(self, request: GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]) -> Envelope:
+        now = time.monotonic()
+        metadata = dict(context.invocation_metadata() or ())
+        return Envelope(
+            request_id=request.client_request_id or secrets.token_hex(8),
+            accepted_at=now,
+            deadline=self._intake.deadline(now, context.time_remaining()),
+            identity=identify(context),
+            traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
+            tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
+        )
+
+
+class _Reply:
+    """Writes one answer to one Generate call."""
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse], slow_consumer_s: float
+    ) -> None:
+        self._context = context
+        self._slow_consumer_s = slow_consumer_s
+
+    async def stream(self, answer: Answer, ready: asyncio.Event) -> None:
+        """Return when the whole answer is written; raises, as `context.abort` does, if it ends with an error."""
+        while True:
+            await ready.wait()
+            ready.clear()
+            while answer.has_output:
+                deltas = answer.take(MAX_MESSAGE_TOKENS)
+                is_complete = answer.is_complete
+                message = GenerateResponse(deltas=deltas)
+                if is_complete and answer.error is None:
+                    message.usage.CopyFrom(answer.usage())
+                    if answer.decision is not None:
+                        message.decision.CopyFrom(decision_message(answer.decision))
+                    self._context.set_trailing_metadata(_trailers(answer))
+                if deltas or answer.error is None:
+                    await self._write(message, answer)
+                if answer.is_complete and answer.error is not None:
+                    await self._abort(answer.error, answer)
+                if is_complete:
+                    return
+
+    async def _write(self, message: GenerateResponse, answer: Answer) -> None:
+        try:
+            async with asyncio.timeout(self._slow_consumer_s):
+                await self._context.write(message)
+        except TimeoutError:
+            answer.fail(slow_consumer(self._slow_consumer_s))
+            await self._abort(answer.error or slow_consumer(self._slow_consumer_s), answer)
+
+    async def _abort(self, error: OctavoError, answer: Answer) -> None:
+        await status.abort(self._context, error, _trailers(answer))
+
+
+def _trailers(answer: Answer) -> tuple[tuple[str, str], ...]:
+    trailers = ((Metadata.REQUEST_ID, answer.request_id), (Metadata.CACHED_TOKENS, str(answer.num_cached)))
+    if answer.decision is None:
+        return trailers
+    return (*trailers, (Metadata.REPLICA, answer.decision.replica))
