@@ -172,7 +172,6 @@ class BlockPool:
                 names[block.hash] = number
         assert resident == self._resident
         assert promised == self._promised
-        assert not resident.keys() & promised.keys()
         assert len(self._free) + sum(block.references > 0 for block in self._blocks) == self.num_blocks
         has_hash = [self._blocks[number].hash is not None for number in self._free]
         assert has_hash == sorted(has_hash), "a block with content stands before one without in the free list"

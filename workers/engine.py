@@ -102,11 +102,12 @@ class PagedEngine:
             output = self._launched[0].output() if is_due else None
         except Exception as error:
             self._isolate(plan, error)
+            is_due = True
         else:
             if output is not None:
                 self._scheduler.commit(self._launched.popleft().plan, output, self._clock())
         self._collect()
-        if plan.chunks or self._launched:
+        if plan.chunks or is_due:
             return True
         self._check_when_due()
         return False

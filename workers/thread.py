@@ -115,7 +115,10 @@ class EngineThread:
             except Exception as error:
                 is_busy = False
                 self._break(error)
-        self._engine.close()
+        try:
+            self._engine.close()
+        except Exception as error:
+            _log.error("the engine did not close", exc_info=error)
 
     def _take_commands(self, is_busy: bool) -> None:
         """Carry out what is in the inbox; wait for something if the engine has nothing to do."""

@@ -1,0 +1,255 @@
+"""The engine's thread: commands in, outputs out, one ending for each work whatever happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.workers.toy_engine import Answer, EventReader, ToyEngine, gather, toy_answer, work
+from workers.config import EngineConfig
+from workers.fake import FakeEngine, fake_continuation
+from workers.thread import EngineThread
+from workers.types import FinishReason, Load, SteppedEngine, TokenDelta, Work, WorkId
+
+PATIENCE_S = 20.0
+
+
+class Consumer:
+    """Drains an engine thread whenever it is notified, as a data plane does."""
+
+    def __init__(self, engine: SteppedEngine) -> None:
+        self.news = threading.Event()
+        self.num_notified = 0
+        self.notified_by: set[str] = set()
+        self.answers: dict[WorkId, Answer] = {}
+        self.reader = EventReader()
+        self.thread = EngineThread(engine, self.notify)
+
+    def notify(self) -> None:
+        self.num_notified += 1
+        self.notified_by.add(threading.current_thread().name)
+        self.news.set()
+
+    def drain(self) -> None:
+        gather(self.thread.drain_outputs(), self.answers)
+        self.reader.apply(self.thread.kv_events())
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Drain until `condition` holds."""
+        give_up = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < give_up, "nothing happened"
+            self.news.wait(0.05)
+            self.news.clear()
+            self.drain()
+
+    def ended(self, *numbers: int) -> bool:
+        ids = [WorkId("r", number) for number in numbers]
+        return all(i in self.answers and self.answers[i].finish is not None for i in ids)
+
+
+@pytest.fixture
+def consume() -> Iterator[Callable[[SteppedEngine], Consumer]]:
+    consumers: list[Consumer] = []
+
+    def start(engine: SteppedEngine) -> Consumer:
+        consumers.append(Consumer(engine))
+        return consumers[-1]
+
+    yield start
+    for consumer in consumers:
+        consumer.thread.close()
+        assert consumer.thread.join(PATIENCE_S)
+        assert not consumer.thread.is_alive
+
+
+Consume = Callable[[SteppedEngine], Consumer]
+
+
+def test_works_from_many_threads_are_answered(consume: Consume) -> None:
+    engine = FakeEngine()
+    consumer = consume(engine)
+    assert consumer.thread.info is engine.info
+
+    def submit(owner: int) -> None:
+        for number in range(owner * 20, owner * 20 + 20):
+            consumer.thread.submit(work(number, range(number % 40 + 1), 10))
+
+    submitters = [threading.Thread(target=submit, args=(owner,)) for owner in range(4)]
+    for thread in submitters:
+        thread.start()
+    for thread in submitters:
+        thread.join()
+    consumer.wait(lambda: consumer.ended(*range(80)))
+    for number in range(80):
+        expected = fake_continuation(range(number % 40 + 1), 10, engine.info.vocab_size)
+        assert consumer.answers[WorkId("r", number)].tokens == expected
+    consumer.wait(lambda: consumer.thread.load().num_free_blocks == 4_096)
+    assert consumer.notified_by == {"octavo-engine"}
+
+
+def test_every_choice_of_a_work_ends(consume: Consume) -> None:
+    consumer = consume(FakeEngine())
+    consumer.thread.submit(work(1, [1], 3, n=2))
+    consumer.thread.submit(work(2, [1], 9))
+    consumer.wait(lambda: consumer.ended(1, 2))
+    consumer.wait(lambda: consumer.thread.load().num_running == 0)
+    assert len(consumer.answers[WorkId("r", 1)].tokens) == 3
+
+
+def test_an_idle_engine_neither_steps_nor_notifies(consume: Consume) -> None:
+    class Counting(FakeEngine):
+        num_steps = 0
+
+        def step(self) -> bool:
+            self.num_steps += 1
+            return super().step()
+
+    engine = Counting()
+    consumer = consume(engine)
+    consumer.thread.submit(work(1, [1, 2], 3))
+    consumer.wait(lambda: consumer.ended(1))
+    time.sleep(0.05)
+    consumer.drain()
+    before = (engine.num_steps, consumer.num_notified)
+    time.sleep(0.1)
+    assert (engine.num_steps, consumer.num_notified) == before
+    assert engine.num_steps == 4
+
+
+def test_abort_and_deadline(consume: Consume) -> None:
+    consumer = consume(FakeEngine(EngineConfig(engine="fake", fake_step_s=0.001)))
+    consumer.thread.submit(work(1, [1], 8_000))
+    consumer.thread.submit(work(2, [2], 8_000, deadline=time.monotonic() + 0.05))
+    consumer.wait(lambda: consumer.ended(2))
+    assert consumer.answers[WorkId("r", 2)].finish is FinishReason.DEADLINE
+    consumer.thread.abort(WorkId("r", 1))
+    consumer.thread.abort(WorkId("r", 77))
+    consumer.wait(lambda: consumer.ended(1))
+    assert consumer.answers[WorkId("r", 1)].finish is FinishReason.CANCELLED
+    consumer.wait(lambda: consumer.thread.load().num_free_blocks == 4_096)
+
+
+def test_a_work_that_cannot_run_yet_does_not_miss_its_deadline(consume: Consume) -> None:
+    """Its first block is promised by somebody who never fills it: nothing can be computed, yet time goes on."""
+    engine = FakeEngine()
+    task = work(1, range(40), 3, deadline=time.monotonic() + 0.05)
+    (block,) = engine._pool.allocate(1, "nobody") or ()
+    hasher = engine._scheduler._hasher
+    engine._pool.promise(block, hasher.block(hasher.root(), range(16)))
+    consumer = consume(engine)
+    consumer.thread.submit(task)
+    consumer.wait(lambda: consumer.ended(1))
+    assert consumer.answers[WorkId("r", 1)].finish is FinishReason.DEADLINE
+
+
+def test_a_work_id_in_progress_is_taken_once(consume: Consume) -> None:
+    consumer = consume(FakeEngine())
+    for _ in range(2):
+        consumer.thread.submit(work(1, [1], 500))
+    consumer.wait(lambda: consumer.ended(1))
+    assert len(consumer.answers[WorkId("r", 1)].tokens) == 500
+
+
+def test_close_ends_what_runs_and_what_comes_later(consume: Consume) -> None:
+    engine = ToyEngine()
+    consumer = consume(engine)
+    consumer.thread.submit(work(1, [1], 900))
+    consumer.wait(lambda: WorkId("r", 1) in consumer.answers)
+    consumer.thread.submit(work(2, [1], 900))
+    consumer.thread.close()
+    consumer.thread.close()
+    consumer.thread.submit(work(3, [1], 900))
+    assert consumer.thread.join(PATIENCE_S)
+    consumer.drain()
+    assert consumer.ended(1, 2, 3)
+    assert consumer.answers[WorkId("r", 3)].finish is FinishReason.CANCELLED
+    assert engine.runner.is_closed
+    consumer.thread.submit(work(4, [1], 900, n=2))
+    assert [delta.index for delta in consumer.thread.drain_outputs()] == [0, 1]
+
+
+def test_one_poison_work_fails_alone(consume: Consume) -> None:
+    consumer = consume(ToyEngine(poison=666))
+    consumer.thread.submit(work(1, [1, 2], 30))
+    consumer.thread.submit(work(2, [666], 30))
+    consumer.wait(lambda: consumer.ended(1, 2))
+    assert consumer.answers[WorkId("r", 1)].tokens == toy_answer(work(1, [1, 2], 30))
+    assert consumer.answers[WorkId("r", 2)].finish is FinishReason.ERROR
+    assert consumer.thread.failure is None
+
+
+class Broken(FakeEngine):
+    """Fails where it is told to."""
+
+    fails_in = ""
+
+    def step(self) -> bool:
+        if self.fails_in == "step":
+            raise RuntimeError("step")
+        return super().step()
+
+    def submit(self, work: Work) -> None:
+        if self.fails_in == "submit":
+            raise RuntimeError("submit")
+        super().submit(work)
+
+    def abort(self, work_id: WorkId) -> None:
+        if self.fails_in == "abort":
+            raise RuntimeError("abort")
+        super().abort(work_id)
+
+    def load(self) -> Load:
+        if self.fails_in == "load":
+            raise RuntimeError("load")
+        return super().load()
+
+
+@pytest.mark.parametrize("place", ["step", "abort", "load"])
+def test_a_broken_engine_ends_all_works_and_says_so(consume: Consume, place: str) -> None:
+    engine = Broken(EngineConfig(engine="fake", fake_step_s=0.001))
+    consumer = consume(engine)
+    consumer.thread.submit(work(1, [1], 8_000))
+    consumer.thread.submit(work(2, [1], 8_000))
+    consumer.wait(lambda: len(consumer.answers) == 2)
+    engine.fails_in = place
+    consumer.thread.abort(WorkId("r", 99))
+    consumer.wait(lambda: consumer.ended(1, 2))
+    assert isinstance(consumer.thread.failure, RuntimeError)
+    consumer.thread.submit(work(3, [1], 3))
+    consumer.wait(lambda: consumer.ended(3))
+    for number in (1, 2, 3):
+        last = consumer.answers[WorkId("r", number)].last
+        assert last is not None
+        assert last.finish is not None
+        assert last.finish.error_message == "the engine of this replica failed (RuntimeError)"
+    assert consumer.thread.is_alive
+
+
+def test_a_work_whose_submission_fails_ends_alone(consume: Consume) -> None:
+    engine = Broken()
+    consumer = consume(engine)
+    engine.fails_in = "submit"
+    consumer.thread.submit(work(1, [1], 3))
+    consumer.wait(lambda: consumer.ended(1))
+    engine.fails_in = ""
+    consumer.thread.submit(work(2, [1], 3))
+    consumer.wait(lambda: consumer.ended(2))
+    assert consumer.answers[WorkId("r", 1)].finish is FinishReason.ERROR
+    assert consumer.answers[WorkId("r", 2)].finish is FinishReason.LENGTH
+
+
+def test_deltas_after_an_ending_are_dropped(consume: Consume) -> None:
+    """An engine that speaks of a work which has ended, or which nobody submitted, is not heard."""
+
+    class Babbling(FakeEngine):
+        def drain_outputs(self) -> list[TokenDelta]:
+            return [*super().drain_outputs(), TokenDelta(work_id=WorkId("r", 5), token_ids=(1,))]
+
+    consumer = consume(Babbling())
+    consumer.thread.submit(work(1, [1], 3))
+    consumer.wait(lambda: consumer.ended(1))
+    assert consumer.answers.keys() == {WorkId("r", 1)}
