@@ -48,7 +48,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path, cache_dir: Path):
     transformers = pytest.importorskip("transformers")
     folder = write_directory(tmp_path / "saved")
     (folder / "model.safetensors").unlink()
-    config = transformers.Qwen2Config(
+    config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
@@ -57,10 +57,10 @@ def test_what_transformers_writes_is_read(tmp_path: Path, cache_dir: Path):
         num_key_value_heads=2,
         max_position_embeddings=96,
     )
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     manifest = manifest_of(folder, cache_dir)
-    assert (manifest.architecture, manifest.max_model_len, manifest.vocab_size) == ("qwen2", 96, 64)
+    assert (manifest.architecture, manifest.max_model_len, manifest.vocab_size) == ("llama", 96, 64)
     missing = sorted(folder.glob("model-*.safetensors"))[0]
     missing.unlink()
     with pytest.raises(ModelFileError, match=f"{missing.name}: is missing; model.safetensors.index.json names it"):

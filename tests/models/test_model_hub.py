@@ -7,23 +7,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
 
 from cluster.models import fetch_model
 from tests.models.hub_stand_in import COMMIT, Hub, Repository, running
 from tests.models.model_directories import directory_files
-from workers.types import ModelManifest
-
-SCRIPT = """
-import sys
-from cluster.models import fetch_model
 from workers.errors import ModelFileError
-try:
-    print(fetch_model(sys.argv[1]).manifest)
-except ModelFileError as error:
-    sys.exit(str(error))
-"""
+from workers.types import ModelManifest
 
 
 @pytest.fixture
@@ -47,72 +41,68 @@ def hub(tmp_path: Path):
 
 
 class Node:
-    """A machine with caches of its own. huggingface_hub reads its settings on import, so each fetch is a process."""
+    """A machine with caches of its own. huggingface_hub reads most settings once, so they are set where it keeps them;
+    `test_the_environment_counts` shows that they come from the environment."""
 
-    def __init__(self, hub: Hub, home: Path) -> None:
-        self.home = home
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "OCTAVO_"))
-        }
-        self.environment |= {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(home / "hf"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "OCTAVO_CACHE_DIR": str(home / "octavo"),
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            "NO_PROXY": "127.0.0.1",
-        }
+    def __init__(self, hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._hub = hub
+        self._home = home
+        self._monkeypatch = monkeypatch
 
-    def fetch(self, name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT, name],
-            env={**self.environment, **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+    def fetch(
+        self, name: str, *, token: str | None = None, is_offline: bool = False, endpoint: str = ""
+    ) -> ModelManifest:
+        with self._monkeypatch.context() as patch:
+            patch.delenv("HF_TOKEN", raising=False)
+            patch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+            patch.setattr(constants, "HF_TOKEN_PATH", str(self._home / "token"))
+            patch.setattr(constants, "HF_HUB_CACHE", str(self._home / "hub"))
+            patch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+            endpoint = endpoint or self._hub.endpoint
+            patch.setattr(constants, "ENDPOINT", endpoint)
+            patch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            if token is not None:
+                patch.setenv("HF_TOKEN", token)
+            files = fetch_model(name, cache_dir=self._home / "octavo")
+        return ModelManifest.from_json(files.manifest.read_text())
 
-    def manifest(self, name: str, **environment: str) -> ModelManifest:
-        done = self.fetch(name, **environment)
-        assert done.returncode == 0, done.stderr
-        return ModelManifest.from_json(Path(done.stdout.strip()).read_text())
-
-    def refusal(self, name: str, **environment: str) -> str:
-        done = self.fetch(name, **environment)
-        assert done.returncode == 1, done.stdout
-        return done.stderr.strip().splitlines()[-1]
+    def refusal(self, name: str, **settings: Any) -> str:
+        with pytest.raises(ModelFileError) as caught:
+            self.fetch(name, **settings)
+        return str(caught.value)
 
 
 @pytest.fixture
-def node(hub: Hub, tmp_path: Path) -> Node:
-    return Node(hub, tmp_path)
+def node(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    yield Node(hub, tmp_path, monkeypatch)
+    close_session()
 
 
 def test_a_public_model_is_fetched_once_and_only_what_is_needed(hub: Hub, node: Node):
-    manifest = node.manifest("org/public@v1")
+    manifest = node.fetch("org/public@v1")
     assert (manifest.name, manifest.architecture, manifest.licence) == ("org/public", "llama", "apache-2.0")
     assert hub.downloaded == {"config.json", "tokenizer.json", "model.safetensors", "README.md"}
     num_requests = len(hub.requests)
-    assert node.manifest("org/public@v1", HF_HUB_OFFLINE="1") == manifest
+    assert node.fetch("org/public@v1", is_offline=True) == manifest
     assert len(hub.requests) == num_requests, "offline means offline"
-    assert node.manifest(f"org/public@{COMMIT}") == manifest
+    assert node.fetch(f"org/public@{COMMIT}") == manifest
     assert not [request for request in hub.requests[num_requests:] if "/resolve/" in request], "nothing fetched twice"
 
 
 def test_a_private_model_needs_the_token_and_looks_missing_without(node: Node):
     assert "no such repository, or a private one" in node.refusal("org/private")
-    assert "no such repository" in node.refusal("org/private", HF_TOKEN="wrong")
-    assert node.manifest("org/private", HF_TOKEN="secret").name == "org/private"
+    assert "no such repository" in node.refusal("org/private", token="wrong")
+    assert node.fetch("org/private", token="secret").name == "org/private"
 
 
 def test_a_gated_model_says_what_to_do(node: Node):
-    for environment in ({}, {"HF_TOKEN": "wrong"}):
-        text = node.refusal("org/gated", **environment)
+    for token in (None, "wrong"):
+        text = node.refusal("org/gated", token=token)
         assert text.startswith("org/gated at http://127.0.0.1:")
         assert "is gated: accept the model's terms on its page, and set HF_TOKEN" in text
-    assert node.manifest("org/gated", HF_TOKEN="secret").name == "org/gated"
+    assert node.fetch("org/gated", token="secret").name == "org/gated"
 
 
 def test_what_does_not_exist_is_named(node: Node):
@@ -122,21 +112,43 @@ def test_what_does_not_exist_is_named(node: Node):
 
 
 def test_without_the_hub_only_what_is_cached_is_served(node: Node):
-    text = node.refusal("org/public", HF_HUB_OFFLINE="1")
+    text = node.refusal("org/public", is_offline=True)
     assert "not (completely) in the hub's cache" in text
     assert "HF_HUB_OFFLINE forbids to fetch it" in text
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        text = node.refusal("org/public", HF_ENDPOINT=endpoint)
+        text = node.refusal("org/public", endpoint=endpoint)
         assert "it cannot be fetched" in text
-        node.manifest("org/public")
-        assert node.manifest("org/public", HF_ENDPOINT=endpoint).name == "org/public"
+        node.fetch("org/public")
+        assert node.fetch("org/public", endpoint=endpoint).name == "org/public"
 
 
 def test_a_gguf_file_that_is_missing_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path):
-    from workers.errors import ModelFileError
-
     with pytest.raises(ModelFileError, match="or does not exist"):
         fetch_model("org/model.gguf", cache_dir=tmp_path)
     assert hub.requests == []
+
+
+def test_the_environment_counts(hub: Hub, tmp_path: Path):
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and the own cache, as a user sets them."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "secret",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "OCTAVO_CACHE_DIR": str(tmp_path / "octavo"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from cluster.models import fetch_model; print(fetch_model('org/private').weights)"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "hf")
+    assert len(list((tmp_path / "octavo" / "models").glob("org-private-*/manifest.json"))) == 1
