@@ -7,6 +7,7 @@ are the configuration file's keys. Nothing here starts anything but the actor wi
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -71,11 +72,11 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
         boot=boot,
         config=config.router,
         model=config.model,
-        host=config.serve.host,
-        port=config.serve.port,
+        listen=(config.serve.host, config.serve.port),
         secret=secret,
         group=WORKER,
         workers=workers,
+        version=importlib.metadata.version("octavo"),
     )
 
 

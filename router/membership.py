@@ -15,7 +15,7 @@ Members = tuple[ReplicaAddress, ...]
 
 _lock = threading.Lock()
 _members: dict[str, Members] = {}
-_watchers: dict[str, list[Callable[[Members], None]]] = {}
+_watchers: dict[str, list[Callable[[Members], object]]] = {}
 
 
 def publish(group: str, members: Members) -> None:
@@ -28,7 +28,7 @@ def publish(group: str, members: Members) -> None:
             watcher(members)
 
 
-def watch(group: str, watcher: Callable[[Members], None]) -> None:
+def watch(group: str, watcher: Callable[[Members], object]) -> None:
     """Call `watcher` with every new set, on the publisher's thread, and with the present one, if there is one, now.
 
     It must not block and must not call this module.

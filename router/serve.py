@@ -52,19 +52,20 @@ class MembershipRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # ray h
 
 class Router:
     """The user class of the deployment. `workers` is the handle of the deployment whose replicas do the work, `group`
-    the name under which they are published; `secret` says the cluster's secret, blocks, and is called once."""
+    the name under which they are published; `listen` is the public host and port, 0 for any; `secret` says the cluster's
+    secret, blocks, and is called once."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         *,
         boot: Boot,
         config: RouterConfig,
         model: str,
-        host: str,
-        port: int,
+        listen: tuple[str, int],
         secret: Callable[[], bytes],
         group: str,
         workers: DeploymentHandle,
+        version: str,
     ) -> None:
         self._config = config
         self._stop_process = await asyncio.to_thread(boot.start_process, "router")
@@ -78,17 +79,22 @@ class Router:
             model_fingerprint=served.manifest.model_fingerprint,
             tokenizer_fingerprint=served.manifest.tokenizer_fingerprint,
         )
-        self._models = [served.manifest.name]
+        self._models = {served.manifest.name: served}
         self._dispatcher = Dispatcher(config, identity)
         self._dispatcher.start()
         self._watch(group, workers)
-        self._server = RouterServer(self._dispatcher)
+        self._server = RouterServer(
+            config, self._models, self._dispatcher, router_id=self._router_id, version=version, so_reuseport=True
+        )
+        host, port = listen
+        # The public port is the same for all routers of a node; the other one leads to this router alone.
+        self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
         await self._server.start()
-        self._drained: asyncio.Task[None] | None = None
+        self._drained: asyncio.Task[bool] | None = None
 
     def record_replica_metadata(self) -> dict[str, str | int]:
         """Publish where this router listens. Serve asks once, after the start."""
-        return {"addr": self._server.address, "own_addr": self._server.own_address, "router_id": self._router_id}
+        return {"addr": self._address, "own_addr": self._own_address, "router_id": self._router_id}
 
     def describe(self) -> dict[str, Any]:
         """Return what `cluster` wants to know of this router: its addresses, its models, its replicas."""
@@ -97,9 +103,9 @@ class Router:
             for view in self._dispatcher.replicas()
         ]
         return {
-            "address": self._server.address,
-            "own_address": self._server.own_address,
-            "models": self._models,
+            "address": self._address,
+            "own_address": self._own_address,
+            "models": list(self._models),
             "replicas": replicas,
         }
 

@@ -37,7 +37,7 @@ class Worker:
     `config.threads` is final here. `graceful_shutdown_timeout_s` is what Serve was told as well.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         *,
         boot: Boot,

@@ -1,0 +1,88 @@
+"""A tiny OTLP/gRPC collector in the test's process: keeps the spans that it is sent and finds whole traces in them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True)
+class Span:
+    service: str
+    name: str
+    trace_id: str
+    span_id: str
+    parent_id: str
+    attributes: dict[str, Any]
+    links: tuple[str, ...]
+    """Span ids."""
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Serves between `__enter__` and `__exit__`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spans: list[Span] = []
+        self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+
+    def __enter__(self) -> Collector:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.stop(0).wait()
+
+    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  # the method's name on the wire
+        with self._lock:
+            self._spans += _spans(request)
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+    def spans(self, trace_id: str) -> list[Span]:
+        with self._lock:
+            return [span for span in self._spans if span.trace_id == trace_id]
+
+    def await_spans(self, trace_id: str, names: set[str]) -> dict[str, Span]:
+        """Return one trace's spans by name, once those called `names` are among them."""
+        end = time.monotonic() + TIMEOUT_S
+        while True:
+            spans = {span.name: span for span in self.spans(trace_id)}
+            if names <= spans.keys():
+                return spans
+            assert time.monotonic() < end, f"of {sorted(names)} only {sorted(spans)} came"
+            time.sleep(0.05)
+
+
+def _spans(request: Any) -> Iterator[Span]:
+    for resource in request.resource_spans:
+        about = {item.key: item.value.string_value for item in resource.resource.attributes}
+        for scope in resource.scope_spans:
+            for span in scope.spans:
+                yield Span(
+                    service=about["service.name"],
+                    name=span.name,
+                    trace_id=span.trace_id.hex(),
+                    span_id=span.span_id.hex(),
+                    parent_id=span.parent_span_id.hex(),
+                    attributes={item.key: _value(item.value) for item in span.attributes},
+                    links=tuple(link.span_id.hex() for link in span.links),
+                )
+
+
+def _value(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    return None if kind is None else getattr(value, kind)

@@ -1,0 +1,58 @@
+"""What tests of several folders share: running clusters and the default model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.models import fetch_model
+from tests.cluster import ClusterProcess, running
+from tests.collector import Collector
+from workers.errors import ModelFileError
+from workers.types import ModelFiles
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """An OTLP collector in this process."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def fake_cluster(collector: Collector) -> Iterator[ClusterProcess]:
+    """A router and two replicas of the engine `fake`, 5 ms a step, whose every span goes to `collector`."""
+    with running(
+        *("--model", "fake", "--engine", "fake", "--replicas", "2"),
+        OCTAVO_ENGINE__FAKE_STEP_S="0.005",
+        OCTAVO_ENGINE__NUM_BLOCKS="1024",
+        OCTAVO_ROUTER__DRAIN_GRACE_S="5",
+        OCTAVO_REPLICAS__HEALTH_CHECK_PERIOD_S="1",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
+        OTEL_BSP_SCHEDULE_DELAY="200",
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def default_model() -> ModelFiles:
+    """The files of the embedded default model, fetched into the user's cache if they are not there."""
+    try:
+        return fetch_model("default")
+    except ModelFileError as error:
+        pytest.skip(f"the default model cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def model_cluster(default_model: ModelFiles) -> Iterator[ClusterProcess]:
+    """A router and one replica of the default model in fp32."""
+    assert default_model.weights.exists()
+    with running(
+        *("--model", "default", "--replicas", "1"),
+        OCTAVO_ENGINE__DTYPE="fp32",
+        OCTAVO_ENGINE__NUM_BLOCKS="512",
+        OCTAVO_ROUTER__DRAIN_GRACE_S="5",
+        OMP_NUM_THREADS="2",
+    ) as cluster:
+        yield cluster
