@@ -298,6 +298,8 @@ class Dispatcher:
                 self._leave(flight)
                 self._end(flight, None)
         elif finish.reason is FinishReason.ERROR and finish.error_reason in (Reason.DRAINING, Reason.REPLICA_LOST):
+            if flight.link is not None and finish.error_reason == Reason.DRAINING:
+                flight.link.replica_drains()
             self._lose(flight, finish.error_message, finish.error_reason)
         else:
             if flight.num_open_choices == 0:

@@ -174,6 +174,11 @@ class ReplicaLink:
             self._aborts.append(work_id)
             self._wake.set()
 
+    def replica_drains(self) -> None:
+        """The replica has said that it takes no new work: with an announcement, or by turning a work down."""
+        if self.status == "ready":
+            self.status, self.detail = "draining", "the replica takes no new work"
+
     async def _keep_attached(self) -> None:
         delay = self._times.min_backoff_s
         while not self._is_retired:
@@ -284,7 +289,7 @@ class ReplicaLink:
         self._wake.clear()
 
     async def _serve(self, call: Any) -> None:
-        """Read and write until the stream ends. Raises AioRpcError, _SilenceError; ValueError for a malformed message."""
+        """Read and write until the stream ends. Raises AioRpcError or _SilenceError; ValueError for bad messages."""
         reader = asyncio.create_task(self._take(call), name="link-reader")
         others = [
             asyncio.create_task(self._write(call), name="link-writer"),
@@ -307,7 +312,7 @@ class ReplicaLink:
             self._num_silent_ticks = 0
             may_have_credit = False
             if message.HasField("draining"):
-                self.status, self.detail = "draining", "the replica takes no new work"
+                self.replica_drains()
             if message.HasField("step_batch"):
                 batch = message.step_batch
                 may_have_credit = self.state.update(batch)

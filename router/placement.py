@@ -116,9 +116,9 @@ def _candidate(request: Request, hashes: PromptHashes, replica: Placeable) -> Ca
 
 
 def _owes_to_cache(chosen: Candidate, candidates: Sequence[Candidate]) -> bool:
-    """Say whether `chosen` would have lost without what it has cached."""
-    without = min(candidate.cost + candidate.matched_tokens for candidate in candidates)
-    return chosen.matched_tokens > 0 and chosen.cost + chosen.matched_tokens > without
+    """Say whether `chosen` might have lost to one with less of the prompt cached, had nobody cached any of it."""
+    bare = chosen.cost + chosen.matched_tokens
+    return any(c.matched_tokens < chosen.matched_tokens and c.cost + c.matched_tokens <= bare for c in candidates)
 
 
 def _favour(affinity_key: str, replica: str) -> bytes:

@@ -152,7 +152,7 @@ def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTE
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Wait for what must come true by itself."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110: what it waits for is in another thread or process
+        while not condition():  # noqa: ASYNC110  what it waits for is in another thread
             await asyncio.sleep(0.005)
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+from octavo.internal.v1 import data_plane_pb2 as pb
+from octavo.names import Reason
+
 from router.dispatcher import Dispatcher
 from tests.data_plane.rig import (
+    KEYS,
+    VOCAB,
     RecordingSink,
     Replica,
     assert_answers,
@@ -15,7 +22,17 @@ from tests.data_plane.rig import (
     make_dispatcher,
     make_prompt,
     make_request,
+    until,
 )
+from workers.data_plane import DataPlaneServer
+from workers.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+from workers.fake import fake_continuation
 
 
 @asynccontextmanager
@@ -50,3 +67,410 @@ async def test_answers_are_the_engines_token_for_token() -> None:
             assert sink.cached_tokens is not None
         assert {sink.decisions[0].replica for sink in sinks} == {"one", "two"}
         await assert_idle(dispatcher, one, two)
+
+
+async def test_a_repeated_prompt_is_placed_where_it_is_cached() -> None:
+    prompt = make_prompt(random.Random(2), 41)
+    one, two = Replica("one"), Replica("two")
+    async with cluster(one, two) as dispatcher:
+        await until(lambda: all(view.state == "ready" for view in dispatcher.replicas()))
+        first = RecordingSink()
+        dispatcher.submit(make_request(prompt), first)
+        await first.wait()
+        home = first.decisions[0].replica
+        await until(lambda: len(dispatcher._links[home].state.resident) >= 10)
+        for _ in range(5):
+            sink = RecordingSink()
+            dispatcher.submit(make_request(prompt), sink)
+            await sink.wait()
+            assert sink.decisions[0].replica == home
+            assert sink.decisions[0].rule == "prefix"
+            assert sink.decisions[0].matched_tokens == sink.cached_tokens == 40
+
+
+async def test_cancel_ends_at_once_and_frees_blocks() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        cancel = dispatcher.submit(make_request(range(30), 500), sink)
+        await until(lambda: len(sink.token_ids) > 3)
+        cancel()
+        assert isinstance(sink.error, CancelledRequestError)
+        cancel()
+        await assert_idle(dispatcher, replica)
+
+
+async def test_a_sink_may_cancel_while_it_is_given_tokens() -> None:
+    """As the front does when it finds a stop string; the finish in the same message must not count any more."""
+    replica = Replica("one")
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        cancel = dispatcher.submit(make_request(range(30), 1), sink)
+        sink.on_tokens = cancel
+        await sink.wait()
+        assert isinstance(sink.error, CancelledRequestError)
+        assert len(sink.token_ids) == 1
+        await assert_idle(dispatcher, replica)
+
+
+async def test_cancel_in_the_queue() -> None:
+    async with cluster() as dispatcher:
+        sink = RecordingSink()
+        cancel = dispatcher.submit(make_request(range(30)), sink)
+        assert dispatcher.backlog().num_queued_tokens == 30
+        cancel()
+        assert isinstance(sink.error, CancelledRequestError)
+        assert sink.decisions == []
+
+
+async def test_a_deadline_in_the_queue_is_kept() -> None:
+    async with cluster() as dispatcher:
+        sinks = [RecordingSink() for _ in range(3)]
+        for timeout_s, sink in zip((0.15, 0.05, 0.1), sinks, strict=True):
+            dispatcher.submit(make_request(range(30), timeout_s=timeout_s), sink)
+        for sink in sinks:
+            assert isinstance((await sink.wait(1.0)).error, DeadlineError)
+            assert sink.decisions == []
+
+
+async def test_a_deadline_that_is_past_is_never_dispatched() -> None:
+    replica = Replica("one")
+    async with cluster(replica) as dispatcher:
+        await until(lambda: dispatcher.replicas()[0].state == "ready")
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(30), timeout_s=-1.0), sink)
+        assert isinstance((await sink.wait()).error, DeadlineError)
+        assert sink.decisions == []
+        assert replica.thread.load().num_computed_tokens == 0
+
+
+async def test_a_deadline_in_the_middle_of_an_answer_is_kept() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(30), 900, timeout_s=0.2), sink)
+        assert isinstance((await sink.wait()).error, DeadlineError)
+        assert 0 < len(sink.token_ids) < 900
+        await assert_idle(dispatcher, replica)
+
+
+async def test_the_engine_keeps_a_deadline_by_itself() -> None:
+    """Not only the router's timer: the replica is told what is left."""
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(30), 900, timeout_s=0.2), sink)
+        await until(lambda: bool(dispatcher._works))
+        dispatcher._deadlines.discard(next(iter(dispatcher._works)))
+        dispatcher._deadlines.push(next(iter(dispatcher._works)), float("inf"))
+        assert isinstance((await sink.wait()).error, DeadlineError)
+
+
+async def test_a_killed_replica_costs_only_what_it_had_begun() -> None:
+    """Two run and have tokens, the rest waits there: those two end UNAVAILABLE, the others begin anew elsewhere."""
+    lost = Replica("lost", max_num_sequences=2, fake_step_s=0.005)
+    other = Replica("other")
+    async with cluster(lost) as dispatcher:
+        requests = [make_request(range(i, i + 20), 200) for i in range(6)]
+        sinks = [RecordingSink() for _ in requests]
+        for request, sink in zip(requests, sinks, strict=True):
+            dispatcher.submit(request, sink)
+        await until(lambda: sum(bool(sink.token_ids) for sink in sinks) == 2)
+        num_sent = sum(bool(sink.decisions) for sink in sinks)
+        assert num_sent > 2
+        await lost.kill()
+        await other.start()
+        dispatcher.update_replicas([other.address])
+        for request, sink in zip(requests, sinks, strict=True):
+            await sink.wait()
+            if sink.error is None:
+                assert_answers(sink, request)
+                assert sink.decisions[-1].replica == "other"
+            else:
+                assert isinstance(sink.error, UnavailableError)
+                assert sink.error.reason == Reason.REPLICA_LOST
+                assert sink.token_ids
+        assert sum(sink.error is not None for sink in sinks) == 2
+        assert sum(len(sink.decisions) == 2 for sink in sinks) == num_sent - 2
+        await assert_idle(dispatcher, other)
+    await other.stop()
+
+
+async def test_a_request_that_loses_every_replica_is_given_up() -> None:
+    async with cluster() as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(20)), sink)
+        for number in range(1, 4):
+            replica = await Replica(f"replica-{number}", fake_step_s=0.1).start()
+            dispatcher.update_replicas([replica.address])
+            await until(lambda number=number: len(sink.decisions) == number)  # type: ignore[misc]
+            await replica.kill()
+        await sink.wait()
+        assert isinstance(sink.error, UnavailableError)
+        assert sink.error.reason == Reason.REPLICA_LOST
+        assert sink.token_ids == []
+
+
+async def test_a_broken_stream_is_attached_again() -> None:
+    """The replica is well, only the connection broke: its works are aborted there, and the next ones are served."""
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(30), 500), sink)
+        await until(lambda: bool(sink.token_ids))
+        port = int(replica.server.address.rpartition(":")[2])
+        await replica.server.stop(0.0)
+        assert isinstance((await sink.wait()).error, UnavailableError)
+        replica.server = await _server_again(replica, port)
+        again = make_request(range(30), 5)
+        sink = RecordingSink()
+        dispatcher.submit(again, sink)
+        assert_answers(await sink.wait(), again)
+        await assert_idle(dispatcher, replica)
+
+
+async def _server_again(replica: Replica, port: int) -> DataPlaneServer:
+    """Another server over the same engine, at the same port."""
+    server = DataPlaneServer(replica_id=replica.replica_id, key=KEYS.data_plane, port=port)
+    replica.thread._notify = server.notify
+    await server.start(replica.thread)
+    return server
+
+
+async def test_drain_of_a_replica_finishes_what_runs_and_takes_nothing_new() -> None:
+    one, two = Replica("one", fake_step_s=0.002), Replica("two", fake_step_s=0.002)
+    async with cluster(one) as dispatcher:
+        running = make_request(range(20), 60)
+        sink = RecordingSink()
+        dispatcher.submit(running, sink)
+        await until(lambda: bool(sink.token_ids))
+        await two.start()
+        dispatcher.update_replicas([one.address, two.address])
+        draining = asyncio.create_task(one.server.drain(5.0))
+        await until(lambda: dispatcher.replicas()[0].state == "draining")
+        late = [make_request(range(i, 20 + i)) for i in range(8)]
+        late_sinks = [RecordingSink() for _ in late]
+        for request, late_sink in zip(late, late_sinks, strict=True):
+            dispatcher.submit(request, late_sink)
+        for request, late_sink in zip(late, late_sinks, strict=True):
+            assert_answers(await late_sink.wait(), request)
+            assert late_sink.decisions[0].replica == "two"
+        assert await draining
+        assert_answers(await sink.wait(), running)
+        dispatcher.update_replicas([two.address])
+    await two.stop()
+
+
+async def test_work_that_crosses_the_announcement_of_a_drain_is_placed_again() -> None:
+    one, two = Replica("one"), Replica("two")
+    async with cluster(one) as dispatcher:
+        await until(lambda: dispatcher.replicas()[0].state == "ready")
+        one.server._is_draining = True  # and the router has not heard of it
+        request, sink = make_request(range(20)), RecordingSink()
+        dispatcher.submit(request, sink)
+        await until(lambda: len(sink.decisions) == 1)
+        await two.start()
+        dispatcher.update_replicas([two.address])
+        assert_answers(await sink.wait(), request)
+        assert sink.decisions[-1].replica == "two"
+        assert sink.decisions[-1].attempt == len(sink.decisions) > 1
+    await two.stop()
+
+
+async def test_a_drain_that_takes_too_long_ends_with_lost_streams() -> None:
+    replica = Replica("one", fake_step_s=0.01)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(20), 900), sink)
+        await until(lambda: bool(sink.token_ids))
+        assert not await replica.server.drain(0.05)
+        await replica.server.stop()
+        await sink.wait()
+        assert isinstance(sink.error, UnavailableError)
+        assert sink.error.reason == Reason.REPLICA_LOST
+
+
+async def test_a_replica_that_leaves_the_set_finishes_its_work_and_is_let_go() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(range(20), 50), RecordingSink()
+        dispatcher.submit(request, sink)
+        await until(lambda: bool(sink.token_ids))
+        dispatcher.update_replicas([])
+        assert [view.state for view in dispatcher.replicas()] == ["draining"]
+        assert_answers(await sink.wait(), request)
+        await until(lambda: not dispatcher.replicas() and replica.server.num_routers == 0)
+
+
+async def test_a_burst_waits_for_the_first_replica() -> None:
+    replica = Replica("one")
+    async with cluster() as dispatcher:
+        requests = [make_request(range(i, i + 10)) for i in range(100)]
+        sinks = [RecordingSink() for _ in requests]
+        for request, sink in zip(requests, sinks, strict=True):
+            dispatcher.submit(request, sink)
+        await asyncio.sleep(0.05)
+        assert dispatcher.backlog().num_queued_requests == 100
+        await replica.start()
+        dispatcher.update_replicas([replica.address])
+        for request, sink in zip(requests, sinks, strict=True):
+            assert_answers(await sink.wait(), request)
+        await assert_idle(dispatcher, replica)
+    await replica.stop()
+
+
+async def test_without_a_replica_requests_wait_so_long_and_no_longer() -> None:
+    async with cluster(no_replica_wait_s=0.1) as dispatcher:
+        sinks = [RecordingSink() for _ in range(2)]
+        dispatcher.submit(make_request(range(10)), sinks[0])
+        await asyncio.sleep(0.06)
+        dispatcher.submit(make_request(range(10)), sinks[1])
+        await sinks[0].wait(1.0)
+        assert not sinks[1].done.is_set()
+        await sinks[1].wait(1.0)
+        for sink in sinks:
+            assert isinstance(sink.error, UnavailableError)
+            assert sink.error.reason == Reason.NO_REPLICA
+
+
+async def test_a_draining_router_refuses_and_waits() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(range(10), 30), RecordingSink()
+        dispatcher.submit(request, sink)
+        await until(lambda: bool(sink.token_ids))
+        draining = asyncio.create_task(dispatcher.drain(5.0))
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError) as refusal:
+            dispatcher.submit(make_request(range(10)), RecordingSink())
+        assert refusal.value.reason == Reason.DRAINING
+        assert await draining
+        assert_answers(sink, request)
+        assert await dispatcher.drain(0.0)
+
+
+async def test_stop_ends_what_a_drain_left() -> None:
+    replica = Replica("one", fake_step_s=0.01)
+    async with cluster(replica) as dispatcher:
+        sinks = [RecordingSink() for _ in range(3)]
+        for sink in sinks:
+            dispatcher.submit(make_request(range(10), 900), sink)
+        assert not await dispatcher.drain(0.05)
+        await dispatcher.stop()
+        for sink in sinks:
+            assert isinstance(sink.error, UnavailableError)
+            assert sink.error.reason == Reason.DRAINING
+        await until(lambda: replica.server.num_works == 0)
+
+
+async def test_more_than_the_backlog_is_refused_with_the_numbers() -> None:
+    async with cluster(max_queued_tokens=100) as dispatcher:
+        cancels = [dispatcher.submit(make_request(range(40)), RecordingSink()) for _ in range(2)]
+        with pytest.raises(OverloadedError, match="2 requests with 80 tokens") as refusal:
+            dispatcher.submit(make_request(range(40)), RecordingSink())
+        assert refusal.value.reason == Reason.QUEUE_FULL
+        assert refusal.value.retry_after_s is not None
+        cancels.pop()()
+        cancels.append(dispatcher.submit(make_request(range(40)), RecordingSink()))
+        for cancel in cancels:
+            cancel()
+
+
+async def test_what_the_engine_refuses_is_the_requests_error() -> None:
+    replica = Replica("one")
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(900), 900), sink)
+        await sink.wait()
+        assert isinstance(sink.error, InvalidRequestError)
+        assert sink.error.reason == Reason.PROMPT_TOO_LONG
+        await assert_idle(dispatcher, replica)
+
+
+async def test_priority_goes_first_when_there_is_a_queue() -> None:
+    replica = Replica("one", max_num_sequences=1)
+    async with cluster() as dispatcher:
+        order: list[int] = []
+        sinks = []
+        for priority in (5, 3, 5, 0, 4, 1):
+            sink = RecordingSink()
+            sink.on_tokens = lambda priority=priority: order.append(priority)
+            dispatcher.submit(make_request(range(64), 1, priority=priority), sink)
+            sinks.append(sink)
+        await replica.start()
+        dispatcher.update_replicas([replica.address])
+        for sink in sinks:
+            await sink.wait()
+        assert order == sorted(order)
+    await replica.stop()
+
+
+async def test_an_attempt_that_is_over_is_not_heard() -> None:
+    """Fencing: what a replica says of a work that the router took away from it changes nothing."""
+    replica = Replica("one", fake_step_s=0.05)
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(range(10), 3), RecordingSink()
+        dispatcher.submit(request, sink)
+        await until(lambda: bool(dispatcher._works))
+        link = dispatcher._links["one"]
+        (work_id,) = dispatcher._works
+        late = pb.WorkDelta(work_id=work_id, token_ids=[1, 2, 3], finish=pb.Finish(reason="length"))
+        dispatcher._lose(dispatcher._works[work_id], "taken away", Reason.REPLICA_LOST)
+        dispatcher.link_delivered(link, [late])
+        assert sink.token_ids == []
+        assert_answers(await sink.wait(), request)
+        assert [decision.attempt for decision in sink.decisions] == [1, 2]
+
+
+async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> None:
+    """500 requests over three replicas, of which one is killed and replaced, one drained: each ends once, right or
+    with the error that its fate explains, and every count returns to zero."""
+    rng = random.Random(5)
+    replicas = {name: Replica(name, fake_step_s=0.001) for name in ("one", "two", "three", "four")}
+    async with cluster(replicas["one"], replicas["two"], replicas["three"]) as dispatcher:
+        requests, sinks, cancelled = [], [], set()
+        loop = asyncio.get_running_loop()
+        for number in range(500):
+            hurried = rng.random() < 0.2
+            request = make_request(
+                make_prompt(rng, rng.randrange(1, 60)),
+                rng.randrange(1, 30),
+                timeout_s=rng.uniform(0.0, 0.3) if hurried else 30.0,
+                priority=rng.randrange(3),
+            )
+            sink = RecordingSink()
+            cancel = dispatcher.submit(request, sink)
+            if rng.random() < 0.3:
+                cancelled.add(number)
+                loop.call_later(rng.expovariate(20), cancel)
+            requests.append(request)
+            sinks.append(sink)
+            if number == 150:
+                await replicas["two"].kill()
+            if number == 250:
+                await replicas["four"].start()
+                dispatcher.update_replicas([replicas[name].address for name in ("one", "three", "four")])
+            if number == 350:
+                asyncio.get_running_loop().create_task(replicas["three"].server.drain(10.0))
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.expovariate(200))
+                dispatcher.check_integrity()
+        for number, (request, sink) in enumerate(zip(requests, sinks, strict=True)):
+            await sink.wait(20.0)
+            if sink.error is None:
+                assert_answers(sink, request)
+            else:
+                full = fake_continuation(request.prompt, request.max_tokens, VOCAB)
+                assert sink.token_ids == full[: len(sink.token_ids)]
+            if isinstance(sink.error, CancelledRequestError):
+                assert number in cancelled
+            elif isinstance(sink.error, UnavailableError):
+                assert sink.error.reason == Reason.REPLICA_LOST
+                assert sink.token_ids
+                assert sink.decisions[-1].replica == "two"
+            elif sink.error is not None:
+                assert isinstance(sink.error, DeadlineError)
+        outcomes = {type(sink.error).__name__ for sink in sinks}
+        assert outcomes == {"NoneType", "CancelledRequestError", "DeadlineError", "UnavailableError"}
+        await assert_idle(dispatcher, replicas["one"], replicas["three"], replicas["four"])
+    await replicas["four"].stop()
