@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_models
+from cluster import cli_client, cli_models
 from cluster.config import ClusterConfig, load
 from workers.errors import OctavoError, StartupError
 
@@ -29,8 +29,10 @@ app = typer.Typer(
     help="An inference cluster on Ray for microservices that speak gRPC.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_client.app)
 app.add_typer(cli_models.app, name="models")
 
 ConfigFile = Annotated[
