@@ -1,8 +1,8 @@
 """Decides what each step computes, and accounts for what came of it.
 
-Owns the sequences that wait and those that run, and is the only one who gives them blocks and takes them away. Knows
-no clock (`now` is an argument), no device and no requests. A sequence is waiting (holds no block), running (holds the
-blocks of all its known tokens) or ended.
+Owns the sequences that wait and those that run, and says who gets blocks and who loses them. Knows no clock (`now` is
+an argument), no device and no requests. A sequence is waiting (holds no block), running (holds the blocks of all its
+known tokens) or ended.
 
 A step has a budget of tokens: every running sequence that decodes gets one, prefill chunks fill the rest, in the order
 of rank (priority, then arrival). A new sequence is admitted when the blocks of all its tokens are there at once; a
@@ -12,13 +12,13 @@ decode that finds no block takes those of the running sequence with the last ran
 from __future__ import annotations
 
 from bisect import insort
-from itertools import chain
 from operator import attrgetter
 
 from workers.blocks import BlockPool
 from workers.plan import Chunk, StepOutput, StepPlan
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
+from workers.tables import BlockTables
 from workers.types import Finish, FinishReason, TokenDelta, TokenLogprobs
 
 MAX_OVERTAKES = 64
@@ -39,13 +39,10 @@ class Scheduler:
         max_num_sequences: int,
         prefix_cache: bool = True,
     ) -> None:
-        self._pool = pool
-        self._hasher = hasher
-        self._block_size = hasher.block_size
+        self._tables = BlockTables(pool, hasher, prefix_cache=prefix_cache)
         self._chunk_tokens = chunk_tokens
         self._max_running = min(max_num_sequences, chunk_tokens)
         """So that every running sequence can decode in every step."""
-        self._prefix_cache = prefix_cache
         self.waiting: list[Sequence] = []
         """By rank, like `running`."""
         self.running: list[Sequence] = []
@@ -56,9 +53,7 @@ class Scheduler:
         self.num_computed_tokens = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
-
-        self._copied: dict[int, list[int]] = {}
-        """By step number: the blocks that the step copies from, held until it is committed."""
+        """In tokens, as the queries are."""
         self._deltas: list[TokenDelta] = []
 
     @property
@@ -70,14 +65,7 @@ class Scheduler:
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why this sequence could never run, in words for its client; None if it could run alone."""
-        most = sequence.num_prompt_tokens + sequence.work.max_tokens - 1
-        needed = self._num_blocks(max(most, len(sequence.tokens)))
-        if needed <= self._pool.num_blocks:
-            return None
-        return (
-            f"prompt ({sequence.num_prompt_tokens} tokens) + max_tokens ({sequence.work.max_tokens}) needs {needed} KV "
-            f"blocks of {self._block_size} tokens, the engine has {self._pool.num_blocks}"
-        )
+        return self._tables.refusal(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """Let `sequence` wait for its first step. It has a `refusal` of None and is not complete."""
@@ -99,7 +87,7 @@ class Scheduler:
         """
         if sequence.is_ended:
             return
-        self._release(sequence)
+        self._tables.release(sequence)
         for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
@@ -115,17 +103,14 @@ class Scheduler:
         """Decide the next step. The caller launches the plan, unless it is empty, and then commits it."""
         self._expire(now)
         chunks: list[Chunk] = []
-        copies: list[tuple[int, int]] = []
         num_preemptions = self.num_preemptions
-        budget = self._continue(chunks, copies)
+        budget = self._continue(chunks)
         self.is_short_of_blocks = self.num_preemptions > num_preemptions
         if not self.is_short_of_blocks:
-            self._admit(now, budget, chunks, copies)
+            self._admit(now, budget, chunks)
         if chunks:
             self.num_steps += 1
-        if copies:
-            self._copied[self.num_steps] = [source for source, _ in copies]
-        return StepPlan(self.num_steps, tuple(chunks), tuple(copies))
+        return StepPlan(self.num_steps, tuple(chunks), self._tables.begin_copies(self.num_steps))
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> None:
         """Account for what `plan` computed. Sequences that ended meanwhile are passed over.
@@ -142,7 +127,7 @@ class Scheduler:
 
     def end_copies(self, plan: StepPlan) -> None:
         """Let go of the blocks that `plan` copied from. `commit` does it; call it for a plan that failed."""
-        self._pool.release(self._copied.pop(plan.number, ()))
+        self._tables.end_copies(plan.number)
 
     def check_integrity(self) -> None:
         """Assert all that must hold between steps, here and in the pool, whose only holders are these sequences."""
@@ -154,19 +139,15 @@ class Scheduler:
             assert s.num_computed == s.num_scheduled == 0
         for s in self.running:
             s.check()
-            assert len(s.block_table) >= self._num_blocks(s.num_scheduled)
         assert len(self.running) <= self._max_running
-        self._pool.check_integrity(chain((s.block_table for s in self.running), self._copied.values()))
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        self._tables.check_integrity(self.running)
 
     def _expire(self, now: float) -> None:
         for sequence in [*self.waiting, *self.running]:
             if sequence.work.deadline is not None and sequence.work.deadline <= now:
                 self.end(sequence, FinishReason.DEADLINE, now)
 
-    def _continue(self, chunks: list[Chunk], copies: list[tuple[int, int]]) -> int:
+    def _continue(self, chunks: list[Chunk]) -> int:
         """Plan chunks of the running sequences; return what is left of the budget."""
         num_decodes = sum(s.num_to_schedule == 1 for s in self.running)
         prefill_budget = self._chunk_tokens - num_decodes
@@ -176,7 +157,7 @@ class Scheduler:
             if wanted == 0 or not sequence.block_table:
                 continue  # nothing to do, or preempted a moment ago
             granted = 1 if wanted == 1 else min(wanted, prefill_budget)
-            if granted == 0 or not self._provide(sequence, granted, copies):
+            if granted == 0 or not self._provide(sequence, granted):
                 continue
             chunk = self._chunk(sequence, granted)
             if wanted == 1:
@@ -187,23 +168,12 @@ class Scheduler:
         chunks += prefills
         return prefill_budget
 
-    def _provide(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> bool:
+    def _provide(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
         If not, it may have been preempted."""
-        table = sequence.block_table
-        while len(table) < self._num_blocks(sequence.num_scheduled + num_tokens):
-            allocated = self._pool.allocate(1, sequence)
-            if allocated:
-                table += allocated
-            elif not self._make_room(sequence):
-                return False
-        first = sequence.num_scheduled // self._block_size
-        while (block := self._pool.write(table[first], sequence)) is None:
+        while not self._tables.extend(sequence, num_tokens):
             if not self._make_room(sequence):
                 return False
-        if block != table[first]:
-            copies.append((table[first], block))
-            table[first] = block
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:
@@ -220,33 +190,29 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        self._tables.release(sequence)
         sequence.start(0)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.running.remove(sequence)
         insort(self.waiting, sequence, key=_rank)
 
-    def _release(self, sequence: Sequence) -> None:
-        """Give all blocks of `sequence` back, the tail to be reused first."""
-        self._pool.release(reversed(sequence.block_table))
-        sequence.block_table = []
-
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start = sequence.num_scheduled
         return Chunk(sequence, start, num_tokens, sequence.schedule(num_tokens))
 
-    def _admit(self, now: float, budget: int, chunks: list[Chunk], copies: list[tuple[int, int]]) -> None:
+    def _admit(self, now: float, budget: int, chunks: list[Chunk]) -> None:
         """Let waiting sequences run, in order of rank, while budget, blocks and places last."""
         overtaken: list[Sequence] = []
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self._max_running:
                 return
-            hashes = sequence.block_hashes(self._hasher) if self._prefix_cache else []
-            matched = self._pool.match(hashes)
-            if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
-                continue  # somebody is computing its next block right now
-            if not self._take_blocks(sequence, matched, copies):
+            matched = self._tables.find(sequence)
+            if matched is None:
+                continue  # it waits for blocks that another sequence is computing
+            # One block is left for each running sequence, so that they can go on without preempting this one at once.
+            num_cached = self._tables.take(sequence, matched, spare=len(self.running))
+            if num_cached is None:
                 self.is_short_of_blocks = True
                 if sequence.num_overtaken >= MAX_OVERTAKES:
                     return
@@ -254,50 +220,16 @@ class Scheduler:
                 continue
             for passed in overtaken:
                 passed.num_overtaken += 1
-            self._start(sequence, len(matched), now)
+            self._start(sequence, num_cached, now)
             granted = min(sequence.num_to_schedule, budget)
             budget -= granted
             chunks.append(self._chunk(sequence, granted))
 
-    def _take_blocks(self, sequence: Sequence, matched: list[int], copies: list[tuple[int, int]]) -> bool:
-        """Give a waiting sequence the blocks of all its tokens, beginning with the `matched` ones; or none of them.
-
-        One block for each running sequence is left, so that they can go on without preempting it at once. If all of
-        its tokens are cached, the last one is computed again for its logits, in a copy of the last block.
-        """
-        pool = self._pool
-        num_blocks = self._num_blocks(sequence.num_tokens)
-        is_all_cached = len(matched) * self._block_size == sequence.num_tokens
-        needed = num_blocks - len(matched) + sum(pool.num_references(block) == 0 for block in matched)
-        if is_all_cached and pool.num_references(matched[-1]):
-            needed += 1
-        if needed + len(self.running) > pool.num_free:
-            return False
-        pool.acquire(matched)
-        table = list(matched)
-        if is_all_cached:
-            source, block = table[-1], pool.write(table[-1], sequence)
-            assert block is not None
-            if block != source:
-                copies.append((source, block))
-                table[-1] = block
-        else:
-            fresh = pool.allocate(num_blocks - len(matched), sequence)
-            assert fresh is not None
-            table += fresh
-        sequence.block_table = table
-        return True
-
-    def _start(self, sequence: Sequence, num_matched: int, now: float) -> None:
-        """Make a waiting sequence with its blocks a running one, and promise what it will compute."""
-        num_cached = min(num_matched * self._block_size, sequence.num_tokens - 1)
+    def _start(self, sequence: Sequence, num_cached: int, now: float) -> None:
+        """Make a waiting sequence with its blocks a running one."""
         sequence.start(num_cached)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_rank)
-        if self._prefix_cache:
-            hashes = sequence.block_hashes(self._hasher)
-            for i in range(num_cached // self._block_size, len(hashes)):
-                self._pool.promise(sequence.block_table[i], hashes[i])
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
@@ -318,21 +250,13 @@ class Scheduler:
                 break
         if chunk.samples and not accepted:
             sequence.roll_back()
-        self._fill(sequence, chunk.start)
+        self._tables.publish(sequence, chunk.start)
         if accepted and sequence.first_token_at is None:
             sequence.first_token_at = now
         if reason is not None:
             self.end(sequence, reason, now, token_ids=tokens[:accepted], logprobs=logprobs[:accepted])
         elif accepted:
             self._emit(sequence, tokens, logprobs, None)
-
-    def _fill(self, sequence: Sequence, start: int) -> None:
-        """Publish the blocks that became full since position `start`."""
-        first, last = start // self._block_size, sequence.num_computed // self._block_size
-        if first < last:
-            hashes = sequence.block_hashes(self._hasher) if self._prefix_cache else None
-            for i in range(first, last):
-                self._pool.fill(sequence.block_table[i], hashes[i] if hashes else None)
 
     def _emit(
         self,

@@ -11,6 +11,7 @@ import pytest
 from tests.workers.toy_engine import Answer, EventReader, ToyEngine, gather, toy_answer, work
 from workers.config import EngineConfig
 from workers.fake import FakeEngine, fake_continuation
+from workers.prefix import PrefixHasher
 from workers.thread import EngineThread
 from workers.types import FinishReason, Load, SteppedEngine, TokenDelta, Work, WorkId
 
@@ -138,7 +139,7 @@ def test_a_work_that_cannot_run_yet_does_not_miss_its_deadline(consume: Consume)
     engine = FakeEngine()
     task = work(1, range(40), 3, deadline=time.monotonic() + 0.05)
     (block,) = engine._pool.allocate(1, "nobody") or ()
-    hasher = engine._scheduler._hasher
+    hasher = PrefixHasher(b"", 16)
     engine._pool.promise(block, hasher.block(hasher.root(), range(16)))
     consumer = consume(engine)
     consumer.thread.submit(task)

@@ -1,0 +1,139 @@
+"""Gives sequences their blocks: finds what is cached, promises what will be computed, publishes what is full.
+
+Owns the blocks that steps copy from, until those steps are over; the rest is the pool's and the sequences'. Decides
+nothing: the scheduler says who gets blocks and who loses them.
+
+    block_table   cached ......... promised .................. tail
+                  |- num_computed -|- full with known tokens -|- grows as tokens are drawn -|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+from workers.blocks import BlockPool
+from workers.prefix import PrefixHasher
+from workers.sequence import Sequence
+
+
+class BlockTables:
+    """Fills in the block tables of sequences from `pool`; without `prefix_cache` nothing is found or published."""
+
+    def __init__(self, pool: BlockPool, hasher: PrefixHasher, *, prefix_cache: bool) -> None:
+        self._pool = pool
+        self._hasher = hasher
+        self._block_size = hasher.block_size
+        self._prefix_cache = prefix_cache
+        self._copies: list[tuple[int, int]] = []
+        """For the step that is being planned."""
+        self._copied: dict[int, list[int]] = {}
+        """By step number: the blocks that a step in flight copies from."""
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Return how many blocks hold `num_tokens`."""
+        return -(-num_tokens // self._block_size)
+
+    def refusal(self, sequence: Sequence) -> str | None:
+        """Return why there could never be enough blocks, in words for a client; None if they suffice for it alone."""
+        needed = self.num_blocks(sequence.num_prompt_tokens + sequence.work.max_tokens - 1)
+        if needed <= self._pool.num_blocks:
+            return None
+        return (
+            f"prompt ({sequence.num_prompt_tokens} tokens) + max_tokens ({sequence.work.max_tokens}) needs {needed} KV "
+            f"blocks of {self._block_size} tokens, the engine has {self._pool.num_blocks}"
+        )
+
+    def find(self, sequence: Sequence) -> list[int] | None:
+        """Return the resident blocks that `sequence` begins with; None if somebody is filling its next one just now."""
+        hashes = self._hashes(sequence)
+        matched = self._pool.match(hashes)
+        if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
+            return None
+        return matched
+
+    def take(self, sequence: Sequence, matched: list[int], *, spare: int) -> int | None:
+        """Give `sequence` the blocks of all its tokens, `matched` first, if `spare` are left then; return how many of
+        its tokens are computed, or None, and no effect, if there are too few blocks.
+
+        If all of its tokens are cached, the last one is computed again for its logits, in a copy of the last block.
+        """
+        pool = self._pool
+        num_fresh = self.num_blocks(sequence.num_tokens) - len(matched)
+        num_cached = len(matched) * self._block_size
+        is_all_cached = num_cached == sequence.num_tokens
+        needed = num_fresh + sum(pool.num_references(block) == 0 for block in matched)
+        if is_all_cached and pool.num_references(matched[-1]):
+            needed += 1
+        if needed + spare > pool.num_free:
+            return None
+        pool.acquire(matched)
+        fresh = pool.allocate(num_fresh, sequence)
+        assert fresh is not None
+        sequence.block_table = [*matched, *fresh]
+        if is_all_cached:
+            num_cached -= 1
+            has_block = self._own(sequence, num_cached)
+            assert has_block
+        for i, block_hash in enumerate(self._hashes(sequence)):
+            if i >= num_cached // self._block_size:
+                pool.promise(sequence.block_table[i], block_hash)
+        return num_cached
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Let `sequence` write its next `num_tokens`; return False if there is no block for that. Then make room, and
+        call it again."""
+        table = sequence.block_table
+        missing = self.num_blocks(sequence.num_scheduled + num_tokens) - len(table)
+        if missing > 0:
+            fresh = self._pool.allocate(missing, sequence)
+            if fresh is None:
+                return False
+            table += fresh
+        return self._own(sequence, sequence.num_scheduled)
+
+    def publish(self, sequence: Sequence, start: int) -> None:
+        """Make ready the blocks that became full since `num_computed` was `start`."""
+        first, last = start // self._block_size, sequence.num_computed // self._block_size
+        if first < last:
+            hashes = self._hashes(sequence)
+            for i in range(first, last):
+                self._pool.fill(sequence.block_table[i], hashes[i] if hashes else None)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give all blocks of `sequence` back, the tail to be reused first."""
+        self._pool.release(reversed(sequence.block_table))
+        sequence.block_table = []
+
+    def begin_copies(self, step: int) -> tuple[tuple[int, int], ...]:
+        """Return the copies (from, to) that `step` makes; what it copies from is held until `end_copies`."""
+        copies, self._copies = tuple(self._copies), []
+        if copies:
+            self._copied[step] = [source for source, _ in copies]
+        return copies
+
+    def end_copies(self, step: int) -> None:
+        """Let go of the blocks that `step` copied from. Idempotent."""
+        self._pool.release(self._copied.pop(step, ()))
+
+    def check_integrity(self, holders: Iterable[Sequence]) -> None:
+        """Assert what must hold between steps; `holders` are all sequences with blocks."""
+        assert not self._copies
+        holders = list(holders)
+        for sequence in holders:
+            assert len(sequence.block_table) >= self.num_blocks(sequence.num_scheduled)
+        self._pool.check_integrity(chain((s.block_table for s in holders), self._copied.values()))
+
+    def _own(self, sequence: Sequence, position: int) -> bool:
+        """See that nobody else sees the block that `position` is written to; return whether that could be done."""
+        table, i = sequence.block_table, position // self._block_size
+        block = self._pool.write(table[i], sequence)
+        if block is None:
+            return False
+        if block != table[i]:
+            self._copies.append((table[i], block))
+            table[i] = block
+        return True
+
+    def _hashes(self, sequence: Sequence) -> list[bytes]:
+        return sequence.block_hashes(self._hasher) if self._prefix_cache else []
