@@ -42,7 +42,7 @@ def build_paged(
     dtype = choose_dtype(config.dtype)
     started = time.monotonic()
     checkpoint = open_checkpoint(weights)
-    max_model_len = choose_max_model_len(config, manifest, checkpoint.shape)
+    choose_max_model_len(config, manifest, checkpoint.shape)  # refuses before minutes of loading
     model = LlamaModel(checkpoint, dtype)
     _log.info(
         "loaded %s in %.1f s: %s, kernels %s, %d threads",
@@ -52,7 +52,20 @@ def build_paged(
         kernels.kernel_for(dtype),
         threads,
     )
-    cache = _make_cache(config, checkpoint.shape, dtype, max_model_len)
+    return assemble(config, model, manifest, hash_key=hash_key, clock=clock)
+
+
+def assemble(
+    config: EngineConfig,
+    model: LlamaModel,
+    manifest: ModelManifest,
+    *,
+    hash_key: bytes,
+    clock: Callable[[], float] = time.monotonic,
+) -> PagedEngine:
+    """Return an engine with a KV cache of its own over a loaded model. Raises ConfigError and ModelFileError."""
+    max_model_len = choose_max_model_len(config, manifest, model.shape)
+    cache = _make_cache(config, model.shape, model.dtype, max_model_len)
     hasher = PrefixHasher(hash_key, config.block_size)
     info = EngineInfo(
         engine="paged",
@@ -60,13 +73,13 @@ def build_paged(
         block_size=config.block_size,
         num_blocks=cache.num_blocks,
         max_model_len=max_model_len,
-        vocab_size=checkpoint.shape.vocab_size,
+        vocab_size=model.shape.vocab_size,
         model_fingerprint=manifest.model_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         weights_fingerprint=manifest.weights_fingerprint,
         hash_key_fingerprint=hasher.key_fingerprint,
-        dtype=DTYPE_NAMES[dtype],
-        kernels=kernels.kernel_for(dtype),
+        dtype=DTYPE_NAMES[model.dtype],
+        kernels=kernels.kernel_for(model.dtype),
     )
     runner = CpuRunner(model, cache, CpuAttention())
     return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)

@@ -1,0 +1,74 @@
+"""The real model, ours and the reference's: read once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.oracle.answers import Committed, committed_answers
+from tests.oracle.reference import RememberedCheckpoint, load_reference, reference_logits
+from workers.build import read_manifest
+from workers.config import EngineConfig
+from workers.engine import PagedEngine
+from workers.models.llama import LlamaModel
+from workers.paged import assemble
+from workers.types import ModelFiles
+from workers.weights.checkpoint import open_checkpoint
+
+NewEngine = Callable[..., PagedEngine]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(default_model: ModelFiles) -> RememberedCheckpoint:
+    return RememberedCheckpoint(open_checkpoint(default_model.weights))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: RememberedCheckpoint) -> LlamaForCausalLM:
+    return load_reference(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def bf16_reference(checkpoint: RememberedCheckpoint) -> LlamaForCausalLM:
+    return load_reference(checkpoint, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def fp32_model(checkpoint: RememberedCheckpoint) -> LlamaModel:
+    return LlamaModel(checkpoint, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def bf16_model(checkpoint: RememberedCheckpoint) -> LlamaModel:
+    return LlamaModel(checkpoint, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def committed() -> list[Committed]:
+    return committed_answers()
+
+
+@pytest.fixture(scope="session")
+def expected_logits(reference: LlamaForCausalLM, committed: list[Committed]) -> dict[str, torch.Tensor]:
+    """By prompt: the reference's logits at every position of prompt and answer."""
+    return {entry.name: reference_logits(reference, entry.prompt + entry.answer) for entry in committed}
+
+
+@pytest.fixture(scope="session")
+def new_engine(default_model: ModelFiles) -> NewEngine:
+    """Makes an engine with an empty cache over a loaded model."""
+    manifest = read_manifest(default_model.manifest)
+
+    def make(model: LlamaModel, *, chunk_tokens: int, max_num_sequences: int, num_blocks: int = 256) -> PagedEngine:
+        config = EngineConfig(
+            chunk_tokens=chunk_tokens,
+            max_num_sequences=max_num_sequences,
+            num_blocks=num_blocks,
+            max_model_len=min(num_blocks * 16, 1024),
+        )
+        return assemble(config, model, manifest, hash_key=b"oracle")
+
+    return make
