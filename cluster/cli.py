@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_models
+from cluster import cli_client, cli_demo, cli_models
 from cluster.config import ClusterConfig, load
 from workers.errors import OctavoError, StartupError
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_client.app)
+app.add_typer(cli_demo.app)
 app.add_typer(cli_models.app, name="models")
 
 ConfigFile = Annotated[

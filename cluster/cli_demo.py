@@ -1,0 +1,50 @@
+"""`octavo demo`: what the cluster does, shown in under a minute."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="What to serve, as for `octavo serve`.")] = "default",
+    engine: Annotated[str, typer.Option(help="paged, or fake: no model, answers without sense.")] = "paged",
+    replicas: Annotated[int, typer.Option(min=1, help="How many replicas.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
+) -> None:
+    """Start a cluster with a real model, send it a few prompts over gRPC, show what came of each, and stop it.
+
+    Examples: `octavo demo`, `octavo demo --replicas 1 --json`, `octavo demo --model ./model.gguf`.
+
+    Exit codes: 0 done; 1 a request failed or the cluster did not end well; else that of `octavo serve`.
+    """
+    from octavo.client import CallError
+    from rich.console import Console
+
+    from cluster.demo import DemoOptions, run
+    from cluster.demo_view import JsonView, LinesView, TerminalView
+    from cluster.model_progress import TerminalProgress
+    from cluster.models import fetch_model
+    from cluster.served import ServeFailedError
+
+    if engine != "fake":  # here, where a progress bar is seen; the cluster finds the model in the cache
+        fetch_model(model, progress=TerminalProgress())
+    out, errors = Console(), Console(stderr=True)
+    kind = JsonView if as_json else TerminalView if out.is_terminal else LinesView
+    view = kind(out, errors)
+    try:
+        run(DemoOptions(model=model, engine=engine, num_replicas=replicas, max_tokens=max_tokens), view)
+    except ServeFailedError as error:
+        view.note(f"error: {error}")
+        raise typer.Exit(error.child_exit_code) from None
+    except CallError as error:
+        view.note(f"error: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        view.note("stopped")
+        raise typer.Exit(130) from None
