@@ -75,7 +75,7 @@ NOBODY = "127.0.0.1:1"
         (["generate"], "give a prompt"),
         (["generate", "p", "--address", "nonsense"], "must be HOST:PORT"),
         (["generate", "--input", __file__], "--input and --output go together"),
-        (["generate", "p", "--max-tokens", "many"], "'many'"),
+        (["generate", "p", "--max-tokens", "many"], "--max-tokens"),
         (["chat", "p"], "extra argument"),
     ],
 )
