@@ -1,14 +1,15 @@
 """Connects this process to a Ray: one that runs already, or one of our own that ends with us.
 
-Ray's ports are open to whoever reaches them and run what they are sent. So a Ray of our own listens on loopback alone,
-and goes without Ray's token authentication, which would leave a token in the user's home and slow down every call;
-RAY_AUTH_MODE in the environment overrules that. On a machine whose other users are not trusted set RAY_AUTH_MODE=token.
+Ray runs what its ports are sent. So a Ray of our own listens on loopback, but for one port that Serve opens in every
+replica and binds to all addresses; and each start makes a token that all its processes know and callers must bring.
+RAY_AUTH_MODE in the environment overrules the latter ("disabled" in tests: any local process may then use that Ray).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +24,6 @@ from workers.errors import StartupError
 END_TIMEOUT_S = 10.0
 MAX_TEMP_DIR = 40
 _OWN_RAY = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Despite its name: Ray takes 127.0.0.1 for this node's address, and all its servers bind that one only.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -59,6 +59,10 @@ def _attached(address: str) -> Iterator[str]:
 def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
     for name, value in _OWN_RAY.items():
         os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        # In the environment of our own processes only: without it Ray would keep one in the user's home.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     import ray
 
     try:

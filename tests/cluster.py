@@ -32,7 +32,7 @@ class ClusterProcess:
     def __init__(self, arguments: list[str], variables: Mapping[str, str]) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="oct", dir="/tmp"))
         self.mark = uuid.uuid4().hex
-        self._errors = (self.directory / "stderr").open("w+")
+        self._files = [(self.directory / name).open("w") for name in ("stdout", "stderr")]
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "OCTAVO_"))},
             **{name: os.environ[name] for name in ("OCTAVO_CACHE_DIR",) if name in os.environ},
@@ -45,9 +45,8 @@ class ClusterProcess:
             [sys.executable, *arguments],
             env=environment,
             cwd=self.directory,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
+            stdout=self._files[0],
+            stderr=self._files[1],
             start_new_session=True,
         )
         self.ready: dict[str, Any] = {}
@@ -67,13 +66,10 @@ class ClusterProcess:
         return [int(replica["pid"]) for replica in self.ready["replicas"]]
 
     def await_ready(self) -> ClusterProcess:
-        assert self.process.stdout is not None
-        os.set_blocking(self.process.stdout.fileno(), False)
-        line, end = "", time.monotonic() + START_TIMEOUT_S
-        while not line.endswith("\n"):
+        end = time.monotonic() + START_TIMEOUT_S
+        while not (line := (self.directory / "stdout").read_text()).endswith("\n"):
             assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.errors()}"
             assert time.monotonic() < end, f"it is not ready:\n{self.errors()}"
-            line += self.process.stdout.read() or ""
             time.sleep(0.05)
         self.ready = json.loads(line)
         assert self.ready["event"] == "ready"
@@ -114,9 +110,8 @@ class ClusterProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self._errors.close()
+        for file in self._files:
+            file.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
