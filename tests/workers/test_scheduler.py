@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -509,7 +509,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert answer.finish is not FinishReason.LENGTH or answer.tokens == whole
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 TestSchedulerMachine = SchedulerMachine.TestCase
 
 Damage = Callable[[Bench, Sequence], object]
