@@ -95,6 +95,11 @@ class Intake:
         if late_s >= 0:
             raise DeadlineError(f"the deadline must be in the future, passed {late_s:.3f} s ago")
 
+    @property
+    def num_open(self) -> int:
+        """Answers whose terminal was not sent."""
+        return len(self._answers)
+
     async def wait_idle(self) -> None:
         """Return when no answer is left whose terminal was not sent."""
         await self._idle.wait()

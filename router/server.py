@@ -166,13 +166,8 @@ def _tolerant(handler: Any) -> Any:
         except DecodeError:
             return status.undecodable()
 
-    kind = (
-        "stream_stream"
-        if handler.request_streaming
-        else "unary_stream"
-        if handler.response_streaming
-        else "unary_unary"
-    )
+    streams = (handler.request_streaming, handler.response_streaming)
+    kind = "_".join("stream" if is_stream else "unary" for is_stream in streams)
     behaviour = getattr(handler, kind)
 
     async def refuse_or_serve(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:

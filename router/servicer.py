@@ -22,7 +22,7 @@ from router.answer import Answer, decision_message
 from router.identity import identify
 from router.intake import Intake, slow_consumer
 from router.session import Sessions
-from router.validation import Envelope
+from router.validation import MAX_ID_BYTES, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
 
 MAX_MESSAGE_TOKENS = 32_768
@@ -34,7 +34,7 @@ class InferenceServicer(InferenceServiceServicer):
         self._intake = intake
         self._sessions = sessions
 
-    async def Generate(  # type: ignore[override]  # the stubs know only the form with yield
+    async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
     ) -> None:
         ready = asyncio.Event()
@@ -53,7 +53,7 @@ class InferenceServicer(InferenceServiceServicer):
         finally:
             answer.close()
 
-    async def Session(  # type: ignore[override]
+    async def Session(  # type: ignore[override]  # noqa: N802
         self, request_iterator: AsyncIterator[SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         await self._sessions.serve(context)
@@ -114,7 +114,14 @@ class _Reply:
 
 
 def _trailers(answer: Answer) -> tuple[tuple[str, str], ...]:
-    trailers = ((Metadata.REQUEST_ID, answer.request_id), (Metadata.CACHED_TOKENS, str(answer.num_cached)))
-    if answer.decision is None:
-        return trailers
-    return (*trailers, (Metadata.REPLICA, answer.decision.replica))
+    trailers = {
+        Metadata.REQUEST_ID: answer.request_id,
+        Metadata.CACHED_TOKENS: str(answer.num_cached),
+        Metadata.REPLICA: "" if answer.decision is None else answer.decision.replica,
+    }
+    return tuple((key, value) for key, value in trailers.items() if value and _is_header(value))
+
+
+def _is_header(value: str) -> bool:
+    """Whether gRPC takes `value` as it is. A client may name its request as it likes."""
+    return len(value) <= MAX_ID_BYTES and value.isascii() and value.isprintable()

@@ -1,4 +1,4 @@
-"""ModelService and StatusService: what is served, its tokenizer, and what the cluster is doing as this router sees it."""
+"""ModelService and StatusService: what is served, its tokenizer, and the cluster as this router sees it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class ModelServicer(ModelServiceServicer):
         self._models = models
         self._validator = validator
 
-    async def ListModels(  # type: ignore[override]  # the stubs know only the form without await
+    async def ListModels(  # noqa: N802
         self, request: models_pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> models_pb.ListModelsResponse:
         return models_pb.ListModelsResponse(models=[_model(name, model) for name, model in self._models.items()])
 
-    async def Tokenize(  # type: ignore[override]
+    async def Tokenize(  # noqa: N802
         self, request: models_pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> models_pb.TokenizeResponse:
         return await _answered(self._tokenize(request), context)
 
-    async def Detokenize(  # type: ignore[override]
+    async def Detokenize(  # noqa: N802
         self, request: models_pb.DetokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> models_pb.DetokenizeResponse:
         return await _answered(self._detokenize(request), context)
@@ -70,7 +70,7 @@ class StatusServicer(StatusServiceServicer):
         self._version = version
         self._started_at = time.monotonic()
 
-    async def GetStatus(  # type: ignore[override]
+    async def GetStatus(  # noqa: N802
         self, request: status_pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> status_pb.GetStatusResponse:
         backlog = self._backend.backlog()

@@ -4,9 +4,9 @@
     writer task:   everything available --> one SessionResponse (the only task that writes to the stream)
 
 Each request has its own window, so one that nobody reads neither stalls its siblings nor grows memory. When a stream
-breaks, its requests live on for ``session_grace_s``, in which the same tenant may attach again with the same request_id,
-also from a newer stream while the older one does not know yet that it is dead: the newer one wins. An answer whose
-Terminal was written shortly before the break is kept for that too, since nobody knows whether it arrived.
+breaks, its requests live on for ``session_grace_s``, in which the same tenant may attach again with the same id, also
+from a newer stream while the older one does not know yet that it is dead: the newer one wins. An answer whose Terminal
+was written shortly before the break is kept for that too, since nobody knows whether it arrived.
 
 Rules for a client: a Terminal with REQUEST_ID_IN_USE is about the Start that it answers, not about the live request; a
 choice whose finish was seen is over, even if an attachment at its last token sends the finish again.
@@ -23,7 +23,7 @@ from typing import Any
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 from octavo.names import Reason, Span
-from octavo.v1.inference_service_pb2 import Event, GoAway, SessionRequest, SessionResponse, Start, Terminal
+from octavo.v1.inference_service_pb2 import Event, GoAway, SessionResponse, Start, Terminal
 
 from router import status
 from router.answer import Answer, decision_message
@@ -220,8 +220,8 @@ class Session:
             message = await self._context.read()
             if message is grpc.aio.EOF:
                 break
-            if not isinstance(message, SessionRequest):
-                raise status.undecodable()
+            if isinstance(message, OctavoError):
+                raise message
             for start in message.starts:
                 await self._has_room.wait()
                 try:

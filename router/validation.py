@@ -68,6 +68,10 @@ class Violations:
         if not is_served:
             self._not_served.append(Violation(field, f"{what or 'this field'} is not served by this release"))
 
+    @property
+    def count(self) -> int:
+        return len(self._invalid) + len(self._not_served)
+
     def error(self) -> OctavoError | None:
         """Return what to raise. A broken rule weighs more than a field that is not served; all are listed."""
         violations = [*self._invalid, *self._not_served]
@@ -153,27 +157,22 @@ class Validator:
     async def prompt_ids(self, model: ServedModel, prompt: Prompt, violations: Violations) -> list[int]:
         """Return the token ids of `prompt`; empty where `violations` says why. Raises CapabilityError for messages to
         a model without a chat template."""
+        known_before = violations.count
+        field = "prompt"
+        ids: list[int] = []
         match prompt.WhichOneof("prompt"):
             case "token_ids":
+                field = "prompt.token_ids"
                 ids = list(prompt.token_ids.ids)
-                check_token_ids(ids, "prompt.token_ids", model, violations)
-                return ids
             case "text":
-                if _is_surely_too_long(prompt.text, model, "prompt.text", violations):
-                    return []
-                ids = await model.tokenizer.encode_text(prompt.text)
+                if not _is_surely_too_long(prompt.text, model, "prompt.text", violations):
+                    ids = await model.tokenizer.encode_text(prompt.text)
             case "messages":
                 ids = await self._message_ids(model, prompt.messages.messages, violations)
-            case _:
-                violations.require(
-                    False, "prompt", "must be text, token ids or messages", "absent", reason=Reason.EMPTY_PROMPT
-                )
-                return []
-        violations.require(
-            bool(ids) or violations.error() is not None, "prompt", "must have at least one token", "empty",
-            reason=Reason.EMPTY_PROMPT,
-        )  # fmt: skip
-        check_token_ids(ids, "prompt", model, violations)
+        if violations.count == known_before:
+            rule = "must have at least one token, as text, token ids or messages"
+            violations.require(bool(ids), "prompt", rule, "empty", reason=Reason.EMPTY_PROMPT)
+            check_token_ids(ids, field, model, violations)
         return ids
 
     async def _message_ids(
@@ -184,8 +183,9 @@ class Validator:
                 f"prompt.messages: {model.manifest.name} has no chat template; send text or token ids",
                 violations=[Violation("prompt.messages", f"{model.manifest.name} has no chat template")],
             )
+        known_before = violations.count
         plain = _plain_messages(messages, violations)
-        if violations.error() is not None:
+        if violations.count > known_before:
             return []
         return await asyncio.to_thread(_render, model, plain, violations)
 
@@ -215,12 +215,15 @@ class Validator:
         check_token_ids(message.stop_token_ids[:MAX_STOP_TOKEN_IDS], "stop_token_ids", model, violations)
         in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
         check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", message.priority)
-        for field in ("affinity_key", "client_request_id"):
-            size = len(getattr(message, field).encode())
-            check(size <= MAX_ID_BYTES, field, f"must have at most {MAX_ID_BYTES} bytes", size)
-        if envelope.is_session and message.client_request_id not in ("", envelope.request_id):
+        size = len(message.affinity_key.encode())
+        check(size <= MAX_ID_BYTES, "affinity_key", f"must have at most {MAX_ID_BYTES} bytes", size)
+        own_id = message.client_request_id
+        if not envelope.is_session:
+            size = len(own_id.encode())
+            check(size <= MAX_ID_BYTES, "client_request_id", f"must have at most {MAX_ID_BYTES} bytes", size)
+        elif own_id not in ("", envelope.request_id):
             rule = f"must be empty or equal to Start.request_id ({shown(envelope.request_id)})"
-            check(False, "client_request_id", rule, message.client_request_id)
+            check(False, "client_request_id", rule, own_id)
 
     def _check_length(
         self, message: GenerateRequest, prompt: list[int], model: ServedModel, violations: Violations
@@ -229,10 +232,10 @@ class Validator:
         limit = model.manifest.max_model_len
         left = limit - len(prompt)
         rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
-        violations.require(left >= 1, "prompt", rule, len(prompt), reason=Reason.PROMPT_TOO_LONG)
+        violations.require(left >= 1, "prompt", rule, f"{len(prompt)} tokens", reason=Reason.PROMPT_TOO_LONG)
         if not message.HasField("max_tokens"):
             return max(1, min(self._config.default_max_tokens, left))
-        if left >= 1:
+        if 1 <= left < limit:
             rule = f"prompt ({len(prompt)} tokens) + max_tokens must be <= {limit}, the model's context"
             violations.require(
                 message.max_tokens <= left, "max_tokens", rule, message.max_tokens, reason=Reason.PROMPT_TOO_LONG
@@ -274,7 +277,7 @@ def _sampling(message: GenerateRequest) -> SamplingParams:
 
 def _check_not_served(message: GenerateRequest, violations: Violations) -> None:
     for field in ("n", "best_of"):
-        if message.HasField(field):  # type: ignore[arg-type]  # one of the names above
+        if message.HasField(field):
             value: int = getattr(message, field)
             violations.require(value >= 1, field, "must be >= 1", value)
             violations.serve(value <= 1, field, f"{field} > 1 (is {value})")
@@ -304,7 +307,7 @@ def _is_surely_too_long(text: str, model: ServedModel, field: str, violations: V
     if num_tokens < limit:
         return False
     rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
-    value = f"{len(text)} characters, at least {num_tokens} tokens"
+    value = f"{num_tokens} tokens or more"
     violations.require(False, field, rule, value, reason=Reason.PROMPT_TOO_LONG)
     return True
 

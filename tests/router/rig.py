@@ -1,0 +1,368 @@
+"""A router's front on a loopback socket, with a back that a test plays by hand.
+
+The tokenizer of `served_model` is byte-level without merges, so that a token id below 256 is a byte: tokens can be
+written as text. 256 and 257 are special.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import tokenizers
+from google.rpc import error_details_pb2, status_pb2
+from octavo.v1 import inference_service_pb2 as pb
+from octavo.v1 import types_pb2 as types
+from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from router.chat import ChatTemplate
+from router.config import RouterConfig
+from router.model import ServedModel
+from router.server import RouterServer
+from router.tokenizer import Tokenizer
+from router.types import Backlog, Candidate, Decision, ReplicaView, Request, Sink
+from workers.errors import CancelledRequestError, OctavoError
+from workers.types import Finish, FinishReason, ModelManifest
+
+END, USER = 256, 257
+VOCAB_SIZE = 260
+MAX_MODEL_LEN = 64
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|user|>' ~ message.role ~ ':' ~ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|user|>' }}{% endif %}"
+)
+
+
+def byte_characters() -> list[str]:
+    """The character that byte-level BPE writes for each byte."""
+    alphabet = {}
+    for character in pre_tokenizers.ByteLevel.alphabet():
+        code = ord(character)
+        if code < 256:
+            alphabet[code] = character
+    others = iter(range(256, 1000))
+    return [alphabet.get(byte) or chr(next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|user|>", special=True)])
+    return tokenizer
+
+
+def served_model(name: str = "toy", *, template: str | None = TEMPLATE) -> ServedModel:
+    manifest = ModelManifest(
+        name=name,
+        architecture="toy",
+        vocab_size=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=(END,),
+        bos_token_id=None,
+        weights_format="gguf",
+        model_fingerprint="m",
+        tokenizer_fingerprint="t",
+        weights_fingerprint="w",
+    )
+    chat_template = None if template is None else ChatTemplate(template)
+    return ServedModel(manifest=manifest, tokenizer=Tokenizer(byte_tokenizer()), chat_template=chat_template)
+
+
+@dataclass
+class Work:
+    """A request in the hands of the test."""
+
+    request: Request
+    sink: Sink
+    is_over: bool = False
+    is_cancelled: bool = False
+
+    def dispatch(self, replica: str = "r1", num_cached: int = 0) -> None:
+        candidates = (Candidate(replica=replica, owed_tokens=3.0),)
+        self.sink.dispatched(Decision(replica=replica, rule="only", candidates=candidates), 0.25)
+        self.sink.cached(num_cached)
+
+    def emit(self, tokens: str | bytes | Sequence[int]) -> None:
+        """Deliver tokens, unless the request is over: a real back would not either."""
+        ids = list(tokens.encode()) if isinstance(tokens, str) else list(tokens)
+        if not self.is_over:
+            self.sink.tokens(0, ids, ())
+
+    def finish(self, reason: FinishReason = FinishReason.LENGTH, stop_token_id: int | None = None) -> None:
+        if self.is_over:
+            return
+        self.sink.finished(
+            0, Finish(reason=reason, stop_token_id=stop_token_id, queue_s=0.5, prefill_s=1.0, decode_s=2.0)
+        )
+        self.end(None)
+
+    def end(self, error: OctavoError | None) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.sink.ended(error)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.end(CancelledRequestError("cancelled"))
+
+
+Script = Callable[[Work], None]
+
+
+class FakeBackend:
+    """Keeps what is submitted in `works`; `script`, if set, is called with each, one turn of the loop later."""
+
+    def __init__(self) -> None:
+        self.works: list[Work] = []
+        self.script: Script | None = None
+        self.refusal: OctavoError | None = None
+        self._arrival = asyncio.Event()
+
+    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+        if self.refusal is not None:
+            raise self.refusal
+        work = Work(request, sink)
+        self.works.append(work)
+        self._arrival.set()
+        if self.script is not None:
+            asyncio.get_running_loop().call_soon(self.script, work)
+        return work.cancel
+
+    async def work(self, index: int = 0) -> Work:
+        """Wait for the request number `index`."""
+        while len(self.works) <= index:
+            self._arrival.clear()
+            await asyncio.wait_for(self._arrival.wait(), 5)
+        return self.works[index]
+
+    def replicas(self) -> Sequence[ReplicaView]:
+        return [ReplicaView(replica_id="r1", model="toy", state="ready", address="127.0.0.1:1", pid=7)]
+
+    def backlog(self) -> Backlog:
+        return Backlog(num_queued_requests=1, num_queued_tokens=2, num_running_requests=3, max_queued_tokens=4)
+
+
+def answering(text: str | bytes) -> Script:
+    """A script that answers every request with `text`, one token at a time."""
+
+    def script(work: Work) -> None:
+        work.dispatch(num_cached=1)
+        for token in text.encode() if isinstance(text, str) else text:
+            work.emit([token])
+        work.finish()
+
+    return script
+
+
+@dataclass
+class Outcome:
+    """How a request ended, whichever way it came in."""
+
+    code: grpc.StatusCode
+    reason: str = ""
+    message: str = ""
+    violations: dict[str, str] = field(default_factory=dict)
+    retry_after_s: float | None = None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish: types.Finish | None = None
+    usage: types.Usage | None = None
+    decision: types.Decision | None = None
+    num_terminals: int = 1
+    trailers: Mapping[str, Any] = field(default_factory=dict)
+
+    def add(self, deltas: Sequence[types.Delta]) -> None:
+        for delta in deltas:
+            assert self.finish is None, "a delta after the finish"
+            assert delta.token_offset == len(self.token_ids)
+            self.text += delta.text
+            self.token_ids.extend(delta.token_ids)
+            if delta.HasField("finish"):
+                self.finish = delta.finish
+
+
+class Rig:
+    """A running `RouterServer`, a channel to it, and requests in one line."""
+
+    def __init__(self, server: RouterServer, backend: FakeBackend, address: str) -> None:
+        self.server = server
+        self.backend = backend
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address)
+        self.stub = InferenceServiceStub(self.channel)
+
+    async def generate(self, request: pb.GenerateRequest, **options: Any) -> Outcome:
+        call = self.stub.Generate(request, **{"timeout": 10, **options})
+        return await read_generate(call)
+
+    async def session(self, request: pb.GenerateRequest, **start: Any) -> Outcome:
+        async with self.open_session() as session:
+            await session.start("s", request, **start)
+            return await session.outcome("s")
+
+    async def run(self, way: str, request: pb.GenerateRequest) -> Outcome:
+        """Send `request` over "generate" or "session" and return how it ended."""
+        return await (self.generate(request) if way == "generate" else self.session(request))
+
+    @contextlib.asynccontextmanager
+    async def open_session(self, **options: Any) -> AsyncIterator[ClientSession]:
+        session = ClientSession(self.stub.Session(**options))
+        try:
+            yield session
+        finally:
+            session.call.cancel()
+
+    async def assert_nothing_left(self) -> None:
+        """No request is left anywhere, and each that was accepted has ended once."""
+        await eventually(lambda: self.server.intake.num_open == 0)
+        assert self.server.intake.num_accepted == self.server.intake.num_ended == len(self.backend.works)
+        assert all(work.is_over for work in self.backend.works)
+
+
+async def read_generate(call: Any) -> Outcome:
+    outcome = Outcome(grpc.StatusCode.OK)
+    try:
+        async for message in call:
+            assert outcome.usage is None, "a message after the last"
+            outcome.add(message.deltas)
+            if message.HasField("usage"):
+                outcome.usage, outcome.decision = message.usage, message.decision
+    except grpc.aio.AioRpcError as error:
+        outcome.message = error.details() or ""
+        _read_details(outcome, error)
+    outcome.code = await call.code()
+    outcome.trailers = dict(await call.trailing_metadata())
+    return outcome
+
+
+def _read_details(outcome: Outcome, error: grpc.aio.AioRpcError) -> None:
+    packed = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
+    if packed is None:
+        return
+    assert isinstance(packed, bytes)
+    status = status_pb2.Status.FromString(packed)
+    assert status.code == error.code().value[0]
+    assert status.message == error.details()
+    for detail in status.details:
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            assert info.domain == "octavo"
+            outcome.reason = info.reason
+        elif detail.Unpack(bad):
+            outcome.violations = {violation.field: violation.description for violation in bad.field_violations}
+        elif detail.Unpack(retry):
+            outcome.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class ClientSession:
+    """The client's end of a Session: sorts events by request."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.outcomes: dict[str, Outcome] = {}
+        self.go_away: pb.GoAway | None = None
+        self.num_messages = 0
+        self.is_over = False
+
+    async def send(self, **lists: Any) -> None:
+        await self.call.write(pb.SessionRequest(**lists))
+
+    async def start(self, request_id: str, request: pb.GenerateRequest | None = None, **fields: Any) -> None:
+        await self.send(starts=[pb.Start(request_id=request_id, request=request, **fields)])
+
+    async def cancel(self, request_id: str) -> None:
+        await self.send(cancels=[pb.Cancel(request_id=request_id)])
+
+    async def grant(self, request_id: str, tokens: int) -> None:
+        await self.send(grants=[pb.Grant(request_id=request_id, tokens=tokens)])
+
+    async def read(self) -> None:
+        """Read one message. `is_over` afterwards: the router has ended the stream."""
+        message = await asyncio.wait_for(self.call.read(), 5)
+        if message is grpc.aio.EOF:
+            self.is_over = True
+            return
+        self.num_messages += 1
+        if message.HasField("go_away"):
+            self.go_away = message.go_away
+        for event in message.events:
+            outcome = self.outcomes.setdefault(event.request_id, Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0))
+            if event.HasField("delta"):
+                assert outcome.num_terminals == 0, "a delta after the terminal"
+                outcome.add([event.delta])
+            else:
+                _read_terminal(outcome, event.terminal)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self.read()
+            assert not self.is_over or condition(), "the stream is over"
+
+    async def text(self, request_id: str, text: str) -> None:
+        """Read until exactly `text` of the answer has arrived."""
+        await self.until(lambda: self.known(request_id).text == text)
+
+    async def outcome(self, request_id: str) -> Outcome:
+        """Read until the request's terminal."""
+        await self.until(lambda: self.known(request_id).num_terminals > 0)
+        return self.known(request_id)
+
+    def known(self, request_id: str) -> Outcome:
+        return self.outcomes.get(request_id) or Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0)
+
+
+def _read_terminal(outcome: Outcome, terminal: pb.Terminal) -> None:
+    outcome.num_terminals += 1
+    outcome.code = CODES[terminal.code]
+    outcome.reason = terminal.reason
+    outcome.message = terminal.message
+    outcome.violations = {violation.field: violation.description for violation in terminal.field_violations}
+    outcome.usage = terminal.usage
+    outcome.decision = terminal.decision
+    if terminal.HasField("retry_delay"):
+        outcome.retry_after_s = terminal.retry_delay.ToNanoseconds() / 1e9
+
+
+@contextlib.asynccontextmanager
+async def running(models: Mapping[str, ServedModel] | None = None, **config: Any) -> AsyncIterator[Rig]:
+    backend = FakeBackend()
+    server = RouterServer(
+        RouterConfig(**config),
+        models or {"toy": served_model()},
+        backend,
+        router_id="router-1",
+        version="0.0",
+    )
+    port = server.bind("127.0.0.1", 0)
+    await server.start()
+    rig = Rig(server, backend, f"127.0.0.1:{port}")
+    try:
+        yield rig
+    finally:
+        await rig.channel.close()
+        await server.stop()
+
+
+def text_request(text: str = "hi", **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt=types.Prompt(text=text), **fields)
+
+
+async def eventually(holds: Callable[[], bool] | Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
+    """Wait until `holds()`; for what a test cannot await."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            result = holds()
+            if result if isinstance(result, bool) else await result:
+                return
+            await asyncio.sleep(0.005)
