@@ -1,0 +1,126 @@
+"""What waits for one router, and how it is merged."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from octavo.internal.v1 import data_plane_pb2 as pb
+
+from workers.outbox import Outbox
+from workers.types import Finish, FinishReason, KvEvent, KvEventKind, Load, TokenDelta, TokenLogprobs, WorkId
+
+STORED, REMOVED, CLEARED = KvEventKind.STORED, KvEventKind.REMOVED, KvEventKind.CLEARED
+
+
+def make_outbox(*, credit: int = 10, max_kv_events: int = 100, resident: tuple[bytes, ...] = ()) -> Outbox:
+    outbox = Outbox(max_kv_events=max_kv_events, resident=lambda: resident)
+    outbox.grant(credit)
+    return outbox
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def delta(number: int, *token_ids: int, index: int = 0, **fields: object) -> TokenDelta:
+    return TokenDelta(work_id=WorkId("r", number), index=index, token_ids=token_ids, **fields)  # type: ignore[arg-type]
+
+
+def test_deltas_of_one_choice_become_one_in_order_of_their_first() -> None:
+    outbox = make_outbox()
+    finish = Finish(reason=FinishReason.STOP, stop_token_id=4, queue_s=1.0, prefill_s=2.0, decode_s=3.0)
+    for one in (
+        delta(1, 1, num_cached_tokens=0, logprobs=(TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),)),
+        delta(2, 7, num_cached_tokens=16),
+        delta(1, 2, index=1),
+        delta(1, 3, 4, finish=finish),
+    ):
+        outbox.add(one)
+    assert outbox.has_deltas
+    first, second, third = outbox.take().step_batch.deltas
+    assert (first.work_id, first.index, list(first.token_ids)) == (1, 0, [1, 3, 4])
+    assert first.HasField("cached_tokens")
+    assert first.cached_tokens == 0
+    assert first.logprobs[0].logprob == -1.0
+    assert list(first.logprobs[0].top_token_ids) == [1, 2]
+    assert (first.finish.reason, first.finish.stop_token_id, first.finish.decode_s) == ("stop", 4, 3.0)
+    assert (second.work_id, list(second.token_ids), second.cached_tokens) == (2, [7], 16)
+    assert (third.work_id, third.index) == (1, 1)
+    assert not third.HasField("cached_tokens")
+    assert not third.HasField("finish")
+    assert outbox.is_empty
+
+
+def test_a_message_costs_a_credit() -> None:
+    outbox = make_outbox(credit=1)
+    assert not outbox.can_take
+    outbox.add(delta(1, 1))
+    assert outbox.can_take
+    outbox.take()
+    outbox.add(delta(1, 2))
+    assert not outbox.can_take
+    outbox.grant(1)
+    assert list(outbox.take().step_batch.deltas[0].token_ids) == [2]
+
+
+def test_the_last_load_counts() -> None:
+    outbox = make_outbox()
+    outbox.report(Load(num_running=1, num_steps=5), 3)
+    outbox.report(Load(num_running=2, num_steps=6), 4)
+    batch = outbox.take().step_batch
+    assert (batch.load.num_running, batch.step, batch.last_batch_id) == (2, 6, 4)
+    outbox.add(delta(1, 1))
+    assert not outbox.take().step_batch.HasField("load")
+
+
+def test_draining_needs_no_credit_and_is_said_once() -> None:
+    outbox = make_outbox(credit=0)
+    outbox.add(delta(1, 1))
+    outbox.announce_draining(2.5)
+    response = outbox.take()
+    assert response.draining.grace_us == 2_500_000
+    assert not response.HasField("step_batch")
+    assert not outbox.can_take
+    outbox.grant(1)
+    assert not outbox.take().HasField("draining")
+
+
+def test_too_many_events_become_the_whole_set() -> None:
+    outbox = make_outbox(max_kv_events=4, resident=(block(1), block(2)))
+    outbox.add_kv_events(KvEvent(REMOVED, block(i)) for i in range(5))
+    events = outbox.take().step_batch.kv_events
+    assert events == pb.KvEvents(cleared=True, stored=block(1) + block(2))
+
+
+@given(st.lists(st.one_of(st.tuples(st.sampled_from([STORED, REMOVED]), st.integers(0, 3)), st.none()), max_size=40))
+def test_a_reader_of_merged_events_knows_the_resident_set(steps: list[tuple[KvEventKind, int] | None]) -> None:
+    """None stands for a message taken."""
+    truth: set[bytes] = set()
+    known: set[bytes] = set()
+    outbox = Outbox(max_kv_events=3, resident=lambda: truth)
+    outbox.grant(100)
+    for step in [*steps, None]:
+        if step is not None:
+            kind, number = step
+            if kind is STORED:
+                truth.add(block(number))
+            else:
+                truth.discard(block(number))
+            outbox.add_kv_events([KvEvent(kind, block(number))])
+            continue
+        if outbox.is_empty:
+            continue
+        events = outbox.take().step_batch.kv_events
+        if events.cleared:
+            known.clear()
+        known -= {events.removed[i : i + 16] for i in range(0, len(events.removed), 16)}
+        known |= {events.stored[i : i + 16] for i in range(0, len(events.stored), 16)}
+    assert known == truth
+
+
+def test_cleared_voids_what_came_before_it() -> None:
+    outbox = make_outbox()
+    outbox.add_kv_events([KvEvent(STORED, block(1)), KvEvent(CLEARED), KvEvent(STORED, block(2))])
+    assert outbox.take().step_batch.kv_events == pb.KvEvents(cleared=True, stored=block(2))
+    outbox.add_kv_events([KvEvent(CLEARED)])
+    assert outbox.take().step_batch.kv_events == pb.KvEvents(cleared=True)
