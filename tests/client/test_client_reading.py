@@ -128,6 +128,17 @@ async def test_a_cancel_while_the_session_is_broken_reaches_the_router(client: C
     assert "gone" not in router.journals
 
 
+async def test_a_cancel_that_was_lost_with_its_session_is_repeated(client: Client, router: ScriptedRouter) -> None:
+    """The client cancelled into a connection that was already dead, and the router went on for its whole grace."""
+    router.hold(2)
+    generation = client.generate("p", request_id="gone")
+    await until(lambda: generation._exchange.num_buffered_tokens == 2)
+    router.break_sessions()
+    generation.cancel()
+    await until(lambda: "gone" in router.cancels)
+    await until(lambda: "gone" not in router.journals)
+
+
 async def test_a_timeout_ends_the_request_here_and_there(client: Client, router: ScriptedRouter) -> None:
     router.hold(2)
     reading = aiter(client.generate("p", timeout=0.1, request_id="late"))

@@ -43,6 +43,8 @@ class Exchange:
         self.num_bytes = request.ByteSize()
         self.is_started = False
         """A Start was handed to a Session, so a router may know of the request."""
+        self.cancelled_at: float | None = None
+        """When nobody wanted the answer any more; the router may still have to be told."""
         self.is_ended = False
         self.error: CallError | None = None
         self.usage: Usage | None = None

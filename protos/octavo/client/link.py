@@ -22,6 +22,9 @@ from octavo.v1 import inference_service_pb2 as pb
 _AVOID_AFTER_FAILURE_S = 5.0
 """How long other addresses are preferred to one that failed."""
 
+_ABANDON_S = 30.0
+"""How long a cancel that may have been lost with its Session is repeated; after that, no router keeps the request."""
+
 
 class LinkOwner(Protocol):
     """What becomes of exchanges; none of these raises."""
@@ -77,6 +80,7 @@ class Link:
 
     def cancel(self, exchange: Exchange) -> None:
         """Carry `exchange` no longer; a router that may know of it is told, at the latest by the next Session."""
+        exchange.cancelled_at = self._loop.time()
         if self._waiting.pop(exchange.request_id, None):
             if exchange.is_started:
                 self._abandoned[exchange.request_id] = exchange
@@ -157,6 +161,13 @@ class Link:
             error = ConnectionFailedError(message, reason=Reason.SESSION_LOST)
         if error is not None and was_current:
             self._fail()
+        if error is not None:
+            since = self._loop.time() - _ABANDON_S
+            self._abandoned.update(
+                (exchange.request_id, exchange)
+                for exchange in session.cancelled.values()
+                if exchange.cancelled_at is not None and exchange.cancelled_at > since
+            )
         exchanges, session.exchanges = session.exchanges, {}
         for exchange in exchanges.values():
             assert error is not None, "a Session that was closed on purpose carries nothing"

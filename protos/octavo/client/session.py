@@ -47,13 +47,13 @@ class Session:
 
     def __init__(self, channel: grpc.aio.Channel, owner: SessionOwner) -> None:
         self.exchanges: dict[str, Exchange] = {}
+        self.cancelled: dict[str, Exchange] = {}
+        """Cancelled here; the router's Terminal for them is still to come, and perhaps it never heard of it."""
         self._owner = owner
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox()
         self._wake = asyncio.Event()
-        self._cancelled: set[str] = set()
-        """Cancelled here; the router's Terminal for them is still to come."""
         self._held: dict[str, Exchange] = {}
         """Exchanges that use the id of a cancelled one again; they start after its Terminal."""
         self._connected_at: float | None = None
@@ -79,7 +79,7 @@ class Session:
     def start(self, exchange: Exchange) -> None:
         """Carry `exchange` from now on."""
         self.exchanges[exchange.request_id] = exchange
-        if exchange.request_id in self._cancelled:
+        if exchange.request_id in self.cancelled:
             self._held[exchange.request_id] = exchange
         else:
             self._outbox.start(exchange)
@@ -92,14 +92,14 @@ class Session:
         if self._held.pop(exchange.request_id, None) is not None:
             return
         if self._outbox.cancel(exchange.request_id):
-            self._cancelled.add(exchange.request_id)
+            self.cancelled[exchange.request_id] = exchange
         self._wake.set()
 
     def abandon(self, exchange: Exchange) -> None:
         """End, at this router, an exchange that an earlier Session started: attach to it and cancel it."""
         self._outbox.start(exchange)
         self._outbox.cancel(exchange.request_id, after_start=True)
-        self._cancelled.add(exchange.request_id)
+        self.cancelled[exchange.request_id] = exchange
         self._wake.set()
 
     def grant(self, exchange: Exchange, tokens: int) -> None:
@@ -175,7 +175,7 @@ class Session:
         for event in response.events:
             self._has_events = True
             is_terminal = event.HasField("terminal")
-            if event.request_id in self._cancelled:
+            if event.request_id in self.cancelled:
                 if is_terminal:
                     self._bury(event.request_id)
                 continue
@@ -197,7 +197,7 @@ class Session:
 
     def _bury(self, request_id: str) -> None:
         """The router has ended a cancelled request: its id is free again."""
-        self._cancelled.discard(request_id)
+        self.cancelled.pop(request_id, None)
         held = self._held.pop(request_id, None)
         if held is not None:
             self._outbox.start(held)

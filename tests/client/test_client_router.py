@@ -1,0 +1,189 @@
+"""The client against the real router's front: what each promises the other, over a network that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from octavo.client import (
+    Client,
+    DeadlineExceededError,
+    FinishReason,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    UnimplementedError,
+)
+from octavo.names import Reason
+
+from tests.client.cuttable_proxy import CuttableProxy, cuttable_proxy
+from tests.client.waiting import until
+from tests.router.rig import Rig, Work, answering, running
+
+TEXT = "The quick brown fox jumps over it."
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async with running() as rig:
+        yield rig
+
+
+@pytest.fixture
+async def proxy(rig: Rig) -> AsyncIterator[CuttableProxy]:
+    async with cuttable_proxy(rig.address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def client(proxy: CuttableProxy, make_client: Callable[..., Client]) -> AsyncIterator[Client]:
+    async with make_client(proxy.address) as client:
+        yield client
+
+
+async def test_a_whole_answer_with_its_accounts(client: Client, rig: Rig) -> None:
+    rig.backend.script = answering(TEXT)
+    for prompt in ("Hi", [72, 105], [{"role": "user", "content": "Hi"}]):
+        answer = await client.complete(prompt)  # type: ignore[arg-type]
+        assert answer.text == TEXT
+        assert answer.token_ids == tuple(TEXT.encode())
+        assert answer.finish is not None
+        assert answer.finish.reason is FinishReason.LENGTH
+        assert answer.usage is not None
+        assert answer.usage.generated_tokens == len(TEXT)
+        assert answer.decision is not None
+        assert (answer.decision.replica, answer.decision.candidates[0].owed_tokens) == ("r1", 3.0)
+    await rig.assert_nothing_left()
+
+
+async def test_the_other_calls(client: Client) -> None:
+    assert [model.name for model in await client.list_models()] == ["toy"]
+    assert await client.detokenize(await client.tokenize("Hi")) == "Hi"
+    assert [replica.id for replica in (await client.status()).replicas] == ["r1"]
+    assert await client.health()
+    with pytest.raises(NotFoundError) as caught:
+        await client.tokenize("Hi", model="gpt-9")
+    assert caught.value.reason == Reason.MODEL_NOT_FOUND
+
+
+async def test_refusals_name_field_rule_and_value(client: Client) -> None:
+    with pytest.raises(InvalidArgumentError) as invalid:
+        await client.complete("Hi", top_p=2.0)
+    assert invalid.value.field_violations[0].field == "sampling.top_p"
+    with pytest.raises(UnimplementedError) as unserved:
+        await client.complete("Hi", n=2)
+    assert unserved.value.field_violations[0].field == "n"
+    with pytest.raises(InvalidArgumentError) as empty:
+        await client.complete("")
+    assert empty.value.reason == Reason.EMPTY_PROMPT
+
+
+async def test_cuts_in_the_middle_change_nothing(client: Client, rig: Rig, proxy: CuttableProxy) -> None:
+    reading = asyncio.create_task(client.complete("Hi"))
+    work = await rig.backend.work()
+    work.dispatch()
+    for position in range(0, len(TEXT), 7):
+        work.emit(TEXT[position : position + 7])
+        if position % 2:
+            await asyncio.sleep(0.01)
+        proxy.cut()
+    work.finish()
+    assert (await reading).text == TEXT
+    assert proxy.num_connections > 1
+    await rig.assert_nothing_left()
+
+
+async def test_a_cut_before_the_first_token_does_not_ask_twice(client: Client, rig: Rig, proxy: CuttableProxy) -> None:
+    reading = asyncio.create_task(client.complete("Hi"))
+    work = await rig.backend.work()
+    proxy.cut()
+    await until(lambda: proxy.num_connections == 2)
+    work.dispatch()
+    work.emit(TEXT)
+    work.finish()
+    assert (await reading).text == TEXT
+    assert len(rig.backend.works) == 1
+
+
+async def test_two_hundred_requests_over_a_network_that_breaks(client: Client, rig: Rig, proxy: CuttableProxy) -> None:
+    dice = random.Random(7)
+
+    def script(work: Work) -> None:
+        loop = asyncio.get_running_loop()
+        work.dispatch()
+        for i in range(10):
+            loop.call_later(dice.random() * 0.05 + i * 0.05, work.emit, TEXT[i * 3 : i * 3 + 3])
+        loop.call_later(0.6, work.finish)
+
+    rig.backend.script = script
+    readings = [asyncio.create_task(client.complete(f"{i}")) for i in range(200)]
+    while not all(reading.done() for reading in readings):
+        await asyncio.sleep(0.1)
+        proxy.cut()
+    for reading in readings:
+        assert sorted((await reading).text) == sorted(TEXT[:30])
+        assert (await reading).finish is not None
+    assert len(rig.backend.works) == 200
+    assert proxy.num_connections > 2
+    await rig.assert_nothing_left()
+
+
+async def test_an_unread_answer_waits_for_its_reader(
+    rig: Rig, proxy: CuttableProxy, make_client: Callable[..., Client]
+) -> None:
+    rig.backend.script = answering(TEXT)
+    async with make_client(proxy.address, window=4) as client:
+        slow = client.generate("slow")
+        await until(lambda: slow._exchange.num_buffered_tokens == 4)
+        assert (await client.complete("fast")).text == TEXT
+        proxy.cut()
+        await until(lambda: proxy.num_connections == 2)
+        assert (await client.complete("fast")).text == TEXT
+        assert slow._exchange.num_buffered_tokens == 4
+        assert (await slow.complete()).text == TEXT
+
+
+async def test_leaving_cancels_in_the_back(client: Client, rig: Rig, proxy: CuttableProxy) -> None:
+    async def leave() -> None:
+        async for _ in client.generate("Hi"):
+            break
+
+    leaving = asyncio.create_task(leave())
+    work = await rig.backend.work()
+    work.dispatch()
+    work.emit("x")
+    await leaving
+    await until(lambda: work.is_cancelled)
+
+    detached = client.generate("Hi")
+    work = await rig.backend.work(1)
+    proxy.cut()
+    await asyncio.sleep(0)
+    await detached.aclose()
+    await until(lambda: work.is_cancelled)
+    await rig.assert_nothing_left()
+
+
+async def test_a_deadline_reaches_the_back(client: Client, rig: Rig) -> None:
+    with pytest.raises(DeadlineExceededError) as caught:
+        await client.complete("Hi", timeout=0.1)
+    assert caught.value.reason == Reason.DEADLINE_PASSED
+    [work] = rig.backend.works
+    assert work.request.deadline - work.request.accepted_at < 0.11
+    await until(lambda: rig.server.intake.num_open == 0)
+
+
+async def test_a_drain_lets_answers_finish(client: Client, rig: Rig) -> None:
+    running_answer = asyncio.create_task(client.complete("Hi"))
+    work = await rig.backend.work()
+    draining = asyncio.create_task(rig.server.drain(5.0))
+    await until(lambda: rig.server.intake.is_draining)
+    with pytest.raises((UnavailableError, DeadlineExceededError)):
+        await client.complete("too late", timeout=0.2)
+    work.dispatch()
+    work.emit(TEXT)
+    work.finish()
+    assert (await running_answer).text == TEXT
+    assert await draining
