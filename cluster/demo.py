@@ -29,12 +29,12 @@ SYSTEM_PROMPT = (
     "not know the answer, say so instead of guessing. Never ask the traveller a question in return."
 )
 WAVES = (
-    ("What is the capital of France?", "What is the capital of Italy?"),
+    ("What is the capital of France?", "What is the longest river in Africa?"),
     (
-        "What is the longest river in Africa?",
-        "What is the capital of Japan?",
-        "Which ocean lies between Europe and America?",
-        "What is the highest mountain on Earth?",
+        "What is the largest ocean on Earth?",
+        "In which country are the pyramids of Giza?",
+        "What is photosynthesis?",
+        "Where do penguins live?",
     ),
 )
 

@@ -17,6 +17,10 @@ from rich.text import Text
 from cluster.demo import Answer, Question
 
 PANEL_WIDTH = 38
+NUMBERS_WIDTH = 80
+QUESTION_WIDTH = 44
+LINES_WIDTH = NUMBERS_WIDTH + QUESTION_WIDTH
+"""Of the table where no terminal has a width."""
 REFRESH_PER_S = 12
 
 
@@ -54,7 +58,8 @@ class LinesView:
 
     def done(self, answers: Sequence[Answer], total_s: float) -> None:
         self._line("")
-        self.out.print(table(answers))
+        width = self.out.width if self.out.is_terminal else LINES_WIDTH
+        self.out.print(table(answers, width), width=width, soft_wrap=False, markup=False, highlight=False)
         self._line(summary(answers, total_s))
 
     def _line(self, text: str) -> None:
@@ -150,19 +155,23 @@ def wave_title(wave: int, count: int) -> str:
     return f"{count} more at once; they share the system prompt with the first:"
 
 
-def table(answers: Sequence[Answer]) -> Table:
-    result = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    result.add_column("question", overflow="ellipsis", no_wrap=True, max_width=34)
+def table(answers: Sequence[Answer], width: int) -> Table:
+    """Return the accounts of `answers`, with the questions where `width` columns have room for them."""
+    result = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    result.add_column("", justify="right")
+    has_questions = width >= NUMBERS_WIDTH + QUESTION_WIDTH
+    if has_questions:
+        result.add_column("question", overflow="ellipsis", no_wrap=True, max_width=QUESTION_WIDTH)
     for heading in ("first token", "tokens/s", "prompt", "cached"):
         result.add_column(heading, justify="right", no_wrap=True)
-    result.add_column("replica", no_wrap=True)
-    result.add_column("trace id", overflow="fold", min_width=16)
+    for heading in ("replica", "trace id"):
+        result.add_column(heading, no_wrap=True)
     for answer in answers:
-        speed = "-" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
         result.add_row(
-            Text(f"{answer.number}. {answer.question}"),
+            str(answer.number),
+            *([answer.question] if has_questions else []),
             f"{answer.first_token_s * 1000:.0f} ms",
-            speed,
+            "-" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}",
             str(answer.prompt_tokens),
             str(answer.cached_tokens),
             short(answer.replica),
