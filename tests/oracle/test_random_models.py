@@ -1,0 +1,133 @@
+"""Each architecture as a random model of 2 layers, saved by transformers, against it, token for token in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tests.oracle.answers import generate
+from tests.oracle.reference import gaps, reference_logits
+from workers.config import EngineConfig
+from workers.fake import fake_manifest
+from workers.models.llama import LlamaModel
+from workers.paged import assemble
+from workers.weights.checkpoint import open_checkpoint
+
+VOCAB_SIZE = 97
+NUM_TOKENS = 12
+GAP = 1e-4
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-tied-mha": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES | {"num_key_value_heads": 6}, tie_word_embeddings=True)
+    ),
+    "llama-mqa-biases": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES | {"num_key_value_heads": 1}, attention_bias=True, mlp_bias=True)
+    ),
+    "llama3-rope": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "llama-linear-rope": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0})
+    ),
+    "mistral-wide-heads": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None, head_dim=16)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def save_random(name: str, directory: Path, **options: Any) -> PreTrainedModel:
+    """Save a random model; norms and biases, which transformers initialises to 1 and 0, are random too."""
+    torch.manual_seed(8)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+def random_prompts() -> list[list[int]]:
+    """5 prompts of 1 to 70 tokens, two of which share their first 40."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = (1, 5, 17, 30)
+    prompts = [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (*lengths, 70)]
+    prompts[3] = prompts[4][:40] + prompts[3]
+    return prompts
+
+
+def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """Return transformers' greedy answer, whose gaps are ten times larger than what the order of sums changes."""
+    tokens = list(prompt)
+    for _ in range(NUM_TOKENS):
+        last = reference_logits(model, tokens)[-1:]
+        assert gaps(last) >= GAP
+        tokens.append(int(last.argmax()))
+    return tokens[len(prompt) :]
+
+
+def load(directory: Path, chunk_tokens: int) -> Any:
+    model = LlamaModel(open_checkpoint(directory), torch.float32)
+    config = EngineConfig(chunk_tokens=chunk_tokens, num_blocks=128, block_size=4, max_num_sequences=5)
+    manifest = fake_manifest(vocab_size=VOCAB_SIZE, max_model_len=128)
+    return assemble(config, model, manifest, hash_key=b"random")
+
+
+def assert_equal_answers(model: PreTrainedModel, directory: Path) -> None:
+    """In chunks of 16 and whole, each prompt alone and all 5 at once, with a cold and a warm cache."""
+    prompts = random_prompts()
+    expected = [greedy(model, prompt) for prompt in prompts]
+    for chunk_tokens in (16, 256):
+        engine = load(directory, chunk_tokens)
+        together = generate(engine, prompts, NUM_TOKENS)
+        alone = [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in prompts]
+        for answers in (together, alone):
+            for answer, tokens in zip(answers, expected, strict=True):
+                assert answer.tokens == tokens
+        assert sum(answer.num_cached_tokens for answer in alone) > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_answers(name: str, tmp_path: Path) -> None:
+    model = save_random(name, tmp_path)
+    assert_equal_answers(model, tmp_path)
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = save_random("llama", tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert_equal_answers(model, tmp_path)
