@@ -14,6 +14,8 @@ from __future__ import annotations
 from bisect import insort
 from operator import attrgetter
 
+from octavo.names import Reason
+
 from workers.blocks import BlockPool
 from workers.plan import Chunk, StepOutput, StepPlan
 from workers.prefix import PrefixHasher
@@ -242,19 +244,24 @@ class Scheduler:
         sequence = chunk.sequence
         assert chunk.start == sequence.num_computed
         sequence.commit(chunk.num_tokens, samples=chunk.samples)
-        accepted, reason = 0, None
+        accepted, reason, error = 0, None, ("", "")
         for token in tokens:
+            try:
+                reason = sequence.append(token)
+            except Exception as own_error:  # its constraint's; nobody else shall suffer for it
+                reason = FinishReason.ERROR
+                error = (Reason.INTERNAL, f"the constraint of this request failed ({type(own_error).__name__})")
+                break
             accepted += 1
-            reason = sequence.append(token)
             if reason is not None:
                 break
-        if chunk.samples and not accepted:
+        if chunk.samples and not tokens:
             sequence.roll_back()
         self._tables.publish(sequence, chunk.start)
         if accepted and sequence.first_token_at is None:
             sequence.first_token_at = now
         if reason is not None:
-            self.end(sequence, reason, now, token_ids=tokens[:accepted], logprobs=logprobs[:accepted])
+            self.end(sequence, reason, now, error=error, token_ids=tokens[:accepted], logprobs=logprobs[:accepted])
         elif accepted:
             self._emit(sequence, tokens, logprobs, None)
 

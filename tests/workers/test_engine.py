@@ -191,6 +191,26 @@ def test_a_toy_constraint_holds_through_preemption_and_resume(lag: int, cut: int
     assert resumed == [whole[0][cut:], *whole[1:]]
 
 
+def test_a_constraint_that_fails_ends_its_own_work_only() -> None:
+    class Impossible(EvenOnly):
+        def advance(self, token_id: int) -> None:
+            super().advance(token_id)
+            if len(self.allowed) < VOCAB_SIZE // 2 - 2:
+                raise ValueError("nothing fits")
+
+    engine = ToyEngine(constraint_for=lambda work: Impossible() if work.work_id.number == 1 else None)
+    engine.submit(work(1, [1, 2], 9))
+    engine.submit(work(2, [1, 2], 9))
+    answers = engine.run()
+    assert finish_of(answers[WorkId("r", 1)]) == (
+        FinishReason.ERROR,
+        Reason.INTERNAL,
+        "the constraint of this request failed (ValueError)",
+    )
+    assert len(answers[WorkId("r", 1)].tokens) == 2, "the token that it refused is no part of the answer"
+    assert answers[WorkId("r", 2)].tokens == toy_answer(work(2, [1, 2], 9))
+
+
 def test_a_toy_adapter_changes_answers_and_shares_no_blocks() -> None:
     engine = ToyEngine()
     plain, styled = work(1, range(9)), work(2, range(9), adapter="style")
