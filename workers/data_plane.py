@@ -3,8 +3,8 @@
     engine thread --notify--> _collect (event loop) --> one Outbox per router --> one writer task per stream
 
 Once per engine step all of a router's tokens go out in one message with the load and the KV events; what a slow router
-does not take, its outbox merges. A router that disconnects loses its works: they are aborted. The server owns who is
-attached and which works run for whom; it does not know requests, text or Ray.
+does not take, its outbox merges. A router that disconnects loses its works: they are aborted. The server owns port and
+streams, `WorkLedger` the books; neither knows requests, text or Ray.
 
     server = DataPlaneServer(replica_id=..., key=...)
     thread = EngineThread(engine, server.notify)
@@ -19,9 +19,8 @@ import asyncio
 import os
 import secrets
 import time
-from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -32,10 +31,9 @@ from octavo.names import Reason
 
 from workers.errors import StartupError
 from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, is_proven
-from workers.outbox import Outbox
-from workers.types import Engine, Finish, FinishReason, GenerateWork, KvEvent, KvEventKind, TokenDelta, Work, WorkId
-from workers.wire import from_work, to_hello_ack
-from workers.work_spans import WorkSpans
+from workers.types import Engine
+from workers.wire import to_hello_ack
+from workers.work_ledger import DuplicateWorkError, WorkLedger
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 STOP_GRACE_S = 1.0
@@ -73,17 +71,15 @@ class DataPlaneServer(DataPlaneServiceServicer):
         self._port = port
         self.epoch = time.time_ns() if epoch is None else epoch
         self._times = times or DataPlaneTimes()
-        self._routers: dict[str, _Router] = {}
-        self._works: dict[WorkId, _LiveWork] = {}
-        self._resident: dict[bytes, None] = {}
+        self._streams: set[_Stream] = set()
         self._num_attached = 0
         self._is_notified = False
-        self._is_draining = False
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._heart: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._engine: Engine
+        self._ledger: WorkLedger
 
     @property
     def address(self) -> str:
@@ -93,16 +89,17 @@ class DataPlaneServer(DataPlaneServiceServicer):
     @property
     def num_works(self) -> int:
         """Works that the engine has and that have not ended."""
-        return len(self._works)
+        return self._ledger.num_works
 
     @property
     def num_routers(self) -> int:
-        return len(self._routers)
+        return len(self._streams)
 
     async def start(self, engine: Engine) -> None:
         """Listen. `engine` calls `notify` when it has news. Raises StartupError when the port cannot be had."""
         assert self._server is None
         self._engine = engine
+        self._ledger = WorkLedger(engine, self._replica_id)
         self._loop = asyncio.get_running_loop()
         server = grpc.aio.server(
             options=[
@@ -119,7 +116,6 @@ class DataPlaneServer(DataPlaneServiceServicer):
         try:
             self._port = server.add_insecure_port(f"{self._host}:{self._port}")
         except RuntimeError:
-            self._port = self._port or 0
             raise StartupError(f"the data port {self.address} cannot be bound: in use, or no address of ours") from None
         await server.start()
         self._server = server
@@ -137,13 +133,13 @@ class DataPlaneServer(DataPlaneServiceServicer):
 
     async def drain(self, grace_s: float) -> bool:
         """Refuse new work; wait until what runs has ended and was sent, `grace_s` at most. Return whether it has."""
-        self._is_draining = True
-        for router in self._routers.values():
-            router.outbox.announce_draining(grace_s)
-            router.wake.set()
+        self._ledger.is_draining = True
+        for stream in self._streams:
+            stream.router.outbox.announce_draining(grace_s)
+            stream.wake.set()
         assert self._loop is not None
         end = self._loop.time() + grace_s
-        while self._works or any(router.outbox.has_deltas for router in self._routers.values()):
+        while self.num_works or any(stream.router.outbox.has_deltas for stream in self._streams):
             if self._loop.time() >= end:
                 return False
             await asyncio.sleep(0.01)
@@ -153,11 +149,11 @@ class DataPlaneServer(DataPlaneServiceServicer):
         """Close all streams and the port; works that still run are aborted. Idempotent."""
         if self._server is None or self._is_stopping:
             return
-        self._is_draining = self._is_stopping = True
+        self._is_stopping = self._ledger.is_draining = True
         assert self._heart is not None
         self._heart.cancel()
-        for router in self._routers.values():
-            router.wake.set()
+        for stream in self._streams:
+            stream.close()
         await self._server.stop(grace_s)
         await asyncio.gather(self._heart, return_exceptions=True)
 
@@ -165,18 +161,33 @@ class DataPlaneServer(DataPlaneServiceServicer):
 
     # gRPC names the method; its stub knows handlers that yield only.
     async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
-        router, first = await self._shake_hands(context)
+        first = await self._shake_hands(context)
+        stream = self._attach(first.hello, context)
         try:
-            await self._serve(router, first, context)
+            ack = to_hello_ack(
+                self._engine.info,
+                protocol=first.hello.protocol,
+                replica_id=self._replica_id,
+                epoch=self.epoch,
+                pid=os.getpid(),
+                load=self._engine.load(),
+                resident=self._ledger.resident,
+            )
+            await context.write(pb.AttachResponse(hello_ack=ack))
+            await stream.serve(first)
+        except (_ProtocolError, DuplicateWorkError) as error:
+            await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, Reason.INCOMPATIBLE_PEER, str(error))
         finally:
-            self._detach(router)
+            self._streams.discard(stream)
+            self._ledger.detach(stream.router)
+            stream.close()
 
-    async def _shake_hands(self, context: Any) -> tuple[_Router, pb.AttachRequest]:
-        """Return the router at the other end, which has proven itself and fits, and its first message.
+    async def _shake_hands(self, context: Any) -> Any:
+        """Return the first message of a router that has proven itself and fits.
 
         A stranger learns this replica's id and nothing else.
         """
-        if self._is_draining:
+        if self._ledger.is_draining:
             await _refuse(context, grpc.StatusCode.UNAVAILABLE, Reason.DRAINING, "this replica is draining")
         nonce = secrets.token_bytes(NONCE_BYTES)
         await context.write(
@@ -197,22 +208,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
         mismatch = self._mismatch(first.hello)
         if mismatch:
             await _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, Reason.INCOMPATIBLE_PEER, mismatch)
-        router = self._attach(first.hello)
-        ack = to_hello_ack(
-            self._engine.info,
-            protocol=first.hello.protocol,
-            replica_id=self._replica_id,
-            epoch=self.epoch,
-            pid=os.getpid(),
-            load=self._engine.load(),
-            resident=self._resident,
-        )
-        try:
-            await context.write(pb.AttachResponse(hello_ack=ack))
-        except BaseException:
-            self._detach(router)
-            raise
-        return router, first
+        return first
 
     def _is_proven(self, first: pb.AttachRequest, nonce: bytes) -> bool:
         hello = first.hello
@@ -239,154 +235,21 @@ class DataPlaneServer(DataPlaneServiceServicer):
                 return f"the router expects {name} {theirs!r}, this replica has {ours!r}"
         return ""
 
-    def _attach(self, hello: pb.Hello) -> _Router:
+    def _attach(self, hello: pb.Hello, context: Any) -> _Stream:
         self._num_attached += 1
         # An owner of its own for each attachment: late tokens of a broken stream never reach the one that follows it.
         owner = f"{hello.router_id}/{hello.router_epoch}/{self._num_attached}"
-        outbox = Outbox(max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self._resident)
-        router = self._routers[owner] = _Router(owner, outbox)
-        if self._is_draining:
-            outbox.announce_draining(0.0)
-        return router
-
-    def _detach(self, router: _Router) -> None:
-        """Forget a router and abort its works."""
-        self._routers.pop(router.owner, None)
-        for work_id, work in self._works.items():
-            if work.router is router and not work.is_aborted:
-                work.is_aborted = True
-                self._engine.abort(work_id)
-
-    async def _serve(self, router: _Router, first: pb.AttachRequest, context: Any) -> None:
-        """Read and write until either side ends the stream."""
-        reader = asyncio.create_task(self._read(router, first, context), name="data-plane-reader")
-        writer = asyncio.create_task(self._write(router, context), name="data-plane-writer")
-        try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-        for task in (reader, writer):
-            if not task.cancelled() and isinstance(error := task.exception(), _ProtocolError):
-                await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, Reason.INCOMPATIBLE_PEER, str(error))
-
-    async def _read(self, router: _Router, first: pb.AttachRequest, context: Any) -> None:
-        message: Any = first
-        while message is not grpc.aio.EOF:
-            if message.HasField("hello") and message is not first:
-                raise _ProtocolError("only the first message of a stream may be a Hello")
-            if message.HasField("dispatch"):
-                self._submit(router, message.dispatch)
-            if message.HasField("abort"):
-                self._abort(router, message.abort)
-            if message.HasField("credit"):
-                router.outbox.grant(message.credit.step_batches)
-                router.wake.set()
-            message = await context.read()
-
-    async def _write(self, router: _Router, context: Any) -> None:
-        while not self._is_stopping:
-            await router.wake.wait()
-            router.wake.clear()
-            while router.outbox.can_take:
-                await context.write(router.outbox.take())
-                # write() may complete without suspending, and then nobody else would ever run.
-                await asyncio.sleep(0)
-
-    # Work goes in.
-
-    def _submit(self, router: _Router, dispatch: pb.Dispatch) -> None:
-        now = time.monotonic()
-        batch = _Batch(dispatch.batch_id, self._engine.load().num_steps)
-        router.batches.append(batch)
-        for message in dispatch.work:
-            try:
-                work = from_work(message, router.owner, now)
-            except ValueError as error:
-                self._turn_down(router, WorkId(router.owner, message.work_id), 1, Reason.ENGINE_CAPABILITY, str(error))
-                continue
-            if self._is_draining:
-                self._turn_down(router, work.work_id, _num_choices(work), Reason.DRAINING, "this replica is draining")
-                continue
-            if work.work_id in self._works:
-                raise _ProtocolError(f"work {work.work_id.number} is running already")
-            spans = WorkSpans.begin(work, self._replica_id)
-            self._works[work.work_id] = _LiveWork(router, batch, work, spans)
-            batch.num_unseen += 1
-            self._engine.submit(work)
-
-    def _turn_down(self, router: _Router, work_id: WorkId, num_choices: int, reason: str, message: str) -> None:
-        """End a work that the engine never saw."""
-        finish = Finish(reason=FinishReason.ERROR, error_reason=reason, error_message=message)
-        for index in range(num_choices):
-            router.outbox.add(TokenDelta(work_id=work_id, index=index, finish=finish))
-        router.wake.set()
-
-    def _abort(self, router: _Router, abort: pb.Abort) -> None:
-        for number in abort.work_ids:
-            work = self._works.get(WorkId(router.owner, number))
-            if work is not None and not work.is_aborted:
-                work.is_aborted = True
-                self._engine.abort(work.work.work_id)
-
-    # Tokens come out.
+        stream = _Stream(self._ledger, owner, context, self._times.report_s)
+        self._streams.add(stream)
+        if self._ledger.is_draining:
+            stream.router.outbox.announce_draining(0.0)
+        return stream
 
     def _collect(self) -> None:
         """Take what the engine produced and hand it to the outboxes."""
         # Cleared before draining: what comes in between is notified once more, never lost.
         self._is_notified = False
-        deltas, events = self._engine.drain_outputs(), self._engine.kv_events()
-        # After the outputs: a load that is too new only counts works as taken that are about to be seen.
-        load = self._engine.load()
-        self._keep_resident(events)
-        for delta in deltas:
-            self._deliver(delta)
-        for router in self._routers.values():
-            router.outbox.add_kv_events(events)
-            router.outbox.report(load, router.last_counted_batch(load.num_steps))
-            if router.outbox.has_deltas:
-                router.wake.set()
-            else:
-                self._wake_later(router)
-
-    def _deliver(self, delta: TokenDelta) -> None:
-        work = self._works.get(delta.work_id)
-        assert work is not None, "an engine ends each choice once"
-        if not work.is_seen:
-            work.is_seen = True
-            work.batch.num_unseen -= 1
-        if work.spans is not None:
-            work.spans.observe(delta)
-        finish = delta.finish
-        if finish is not None:
-            work.num_choices -= 1
-            if work.num_choices == 0:
-                del self._works[delta.work_id]
-                if work.spans is not None:
-                    work.spans.end(work.num_prompt_tokens)
-            if finish.reason is FinishReason.CANCELLED and not work.is_aborted:
-                # Nobody asked for it: the engine is being closed. To the request this is a lost replica.
-                message = f"replica {self._replica_id} stopped"
-                delta = replace(delta, finish=_lost(finish, message))
-        if not work.is_aborted:
-            work.router.outbox.add(delta)
-
-    def _keep_resident(self, events: list[KvEvent]) -> None:
-        for event in events:
-            if event.kind is KvEventKind.STORED:
-                self._resident[event.block_hash] = None
-            elif event.kind is KvEventKind.REMOVED:
-                self._resident.pop(event.block_hash, None)
-            else:
-                self._resident.clear()
-
-    def _wake_later(self, router: _Router) -> None:
-        """Send load and events without tokens, a moment later: they may find company by then."""
-        assert self._loop is not None
-        if not router.is_report_due:
-            router.is_report_due = True
-            self._loop.call_later(self._times.report_s, router.report_is_due)
+        self._ledger.collect()
 
     async def _beat(self) -> None:
         while True:
@@ -398,70 +261,72 @@ class _ProtocolError(Exception):
     """A router that proved itself says what none of ours would."""
 
 
-class _Batch:
-    """A Dispatch until the engine's load counts its works."""
+class _Stream:
+    """One router's stream, read by one task and written by another, which are all that touch it after the handshake."""
 
-    __slots__ = ("batch_id", "num_steps", "num_unseen")
-
-    def __init__(self, batch_id: int, num_steps: int) -> None:
-        self.batch_id = batch_id
-        self.num_steps = num_steps
-        """The engine's, when the batch was submitted."""
-        self.num_unseen = 0
-        """Works of which the engine has said nothing yet."""
-
-    def is_counted(self, num_steps: int) -> bool:
-        """Say whether a load after `num_steps` has these works in it. The engine may have been in a step when they
-        came, and that one's load still lacks them; the next step begins with taking them in."""
-        return self.num_unseen == 0 or num_steps >= self.num_steps + 2
-
-
-class _Router:
-    """One attached router."""
-
-    __slots__ = ("_last_counted", "batches", "is_report_due", "outbox", "owner", "wake")
-
-    def __init__(self, owner: str, outbox: Outbox) -> None:
-        self.owner = owner
-        self.outbox = outbox
+    def __init__(self, ledger: WorkLedger, owner: str, context: Any, report_s: float) -> None:
+        self.router = ledger.attach(owner, self._on_news)
         self.wake = asyncio.Event()
-        self.batches: deque[_Batch] = deque()
-        """In the order of arrival, those that the load does not count yet."""
-        self.is_report_due = False
-        self._last_counted = 0
+        self._ledger = ledger
+        self._context = context
+        self._report_s = report_s
+        self._reporting: asyncio.TimerHandle | None = None
+        self._is_closing = False
 
-    def last_counted_batch(self, num_steps: int) -> int:
-        while self.batches and self.batches[0].is_counted(num_steps):
-            self._last_counted = self.batches.popleft().batch_id
-        return self._last_counted
+    async def serve(self, first: pb.AttachRequest) -> None:
+        """Read and write until either side ends the stream. Raises what the reader raised."""
+        reader = asyncio.create_task(self._read(first), name="data-plane-reader")
+        writer = asyncio.create_task(self._write(), name="data-plane-writer")
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            reader.cancel()
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+        if not reader.cancelled() and (error := reader.exception()) is not None:
+            raise error
 
-    def report_is_due(self) -> None:
-        self.is_report_due = False
+    def close(self) -> None:
+        """Let the writer end after what it is sending, and with it the stream."""
+        self._is_closing = True
         self.wake.set()
+        if self._reporting is not None:
+            self._reporting.cancel()
 
+    async def _read(self, first: pb.AttachRequest) -> None:
+        message: Any = first
+        while message is not grpc.aio.EOF:
+            if message.HasField("hello") and message is not first:
+                raise _ProtocolError("only the first message of a stream may be a Hello")
+            if message.HasField("dispatch"):
+                self._ledger.submit(self.router, message.dispatch, time.monotonic())
+            if message.HasField("abort"):
+                self._ledger.abort(self.router, message.abort)
+            if message.HasField("credit"):
+                self.router.outbox.grant(message.credit.step_batches)
+                self.wake.set()
+            message = await self._context.read()
 
-class _LiveWork:
-    """A work that the engine has."""
+    async def _write(self) -> None:
+        outbox = self.router.outbox
+        while not self._is_closing:
+            await self.wake.wait()
+            self.wake.clear()
+            while outbox.can_take:
+                await self._context.write(outbox.take())
+                # write() may complete without suspending, and then nobody else would ever run.
+                await asyncio.sleep(0)
 
-    __slots__ = ("batch", "is_aborted", "is_seen", "num_choices", "num_prompt_tokens", "router", "spans", "work")
+    def _on_news(self, is_urgent: bool) -> None:
+        if is_urgent:
+            self.wake.set()
+        elif self._reporting is None and not self._is_closing:
+            # Load and events without tokens go a moment later: they may find company by then.
+            self._reporting = asyncio.get_running_loop().call_later(self._report_s, self._report)
 
-    def __init__(self, router: _Router, batch: _Batch, work: Work, spans: WorkSpans | None) -> None:
-        self.router = router
-        self.batch = batch
-        self.work = work
-        self.spans = spans
-        self.num_choices = _num_choices(work)
-        self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
-        self.is_seen = False
-        self.is_aborted = False
-
-
-def _num_choices(work: Work) -> int:
-    return work.n if isinstance(work, GenerateWork) else 1
-
-
-def _lost(finish: Finish, message: str) -> Finish:
-    return replace(finish, reason=FinishReason.ERROR, error_reason=Reason.REPLICA_LOST, error_message=message)
+    def _report(self) -> None:
+        self._reporting = None
+        self.wake.set()
 
 
 async def _refuse(context: Any, code: grpc.StatusCode, reason: str, message: str) -> NoReturn:

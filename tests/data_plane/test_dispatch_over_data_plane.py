@@ -265,7 +265,7 @@ async def test_work_that_crosses_the_announcement_of_a_drain_is_placed_again() -
     one, two = Replica("one"), Replica("two")
     async with cluster(one) as dispatcher:
         await until(lambda: dispatcher.replicas()[0].state == "ready")
-        one.server._is_draining = True  # and the router has not heard of it
+        one.server._ledger.is_draining = True  # and the router has not heard of it
         request, sink = make_request(range(20)), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: len(sink.decisions) == 1)

@@ -1,0 +1,202 @@
+"""Which works run on this replica for which router, and what each router has not been told: the data plane's books.
+
+Owns attached routers, their outboxes, live works, and the set of resident blocks. Commands of routers go into the
+engine, what the engine says goes into the outboxes. Has no gRPC, no asyncio and no thread: `data_plane` moves messages.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from octavo.internal.v1 import data_plane_pb2 as pb
+from octavo.names import Reason
+
+from workers.outbox import Outbox
+from workers.types import Engine, Finish, FinishReason, GenerateWork, KvEvent, KvEventKind, TokenDelta, Work, WorkId
+from workers.wire import from_work
+from workers.work_spans import WorkSpans
+
+
+class DuplicateWorkError(Exception):
+    """A router that proved itself says what none of ours would."""
+
+
+class WorkLedger:
+    """The books over `engine`. One thread."""
+
+    def __init__(self, engine: Engine, replica_id: str) -> None:
+        self._engine = engine
+        self._replica_id = replica_id
+        self._routers: dict[str, AttachedRouter] = {}
+        self._works: dict[WorkId, _LiveWork] = {}
+        self.resident: dict[bytes, None] = {}
+        """Hashes of the blocks in the engine's cache, as far as it was collected."""
+        self.is_draining = False
+        """Whether new work is turned down."""
+
+    @property
+    def num_works(self) -> int:
+        """Works that the engine has and that have not ended."""
+        return len(self._works)
+
+    @property
+    def routers(self) -> list[AttachedRouter]:
+        return list(self._routers.values())
+
+    def attach(self, owner: str, on_news: Callable[[bool], None]) -> AttachedRouter:
+        """Keep books for a router from now on. `on_news` is called when its outbox has something new; with True when
+        there are tokens, with False when it can wait for company."""
+        assert owner not in self._routers
+        outbox = Outbox(max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident)
+        router = self._routers[owner] = AttachedRouter(owner, outbox, on_news)
+        return router
+
+    def detach(self, router: AttachedRouter) -> None:
+        """Forget a router and abort its works."""
+        self._routers.pop(router.owner, None)
+        for work_id, work in self._works.items():
+            if work.router is router:
+                self._abort_one(work_id, work)
+
+    def submit(self, router: AttachedRouter, dispatch: pb.Dispatch, now: float) -> None:
+        """Hand a router's works to the engine. Raises DuplicateWorkError for a work that runs already."""
+        batch = _Batch(dispatch.batch_id, self._engine.load().num_steps)
+        router.batches.append(batch)
+        for message in dispatch.work:
+            try:
+                work = from_work(message, router.owner, now)
+            except ValueError as error:
+                self._turn_down(router, WorkId(router.owner, message.work_id), 1, Reason.ENGINE_CAPABILITY, str(error))
+                continue
+            if self.is_draining:
+                self._turn_down(router, work.work_id, _num_choices(work), Reason.DRAINING, "this replica is draining")
+                continue
+            if work.work_id in self._works:
+                raise DuplicateWorkError(f"work {work.work_id.number} is running already")
+            self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
+            batch.num_unseen += 1
+            self._engine.submit(work)
+
+    def abort(self, router: AttachedRouter, abort: pb.Abort) -> None:
+        for number in abort.work_ids:
+            work_id = WorkId(router.owner, number)
+            work = self._works.get(work_id)
+            if work is not None:
+                self._abort_one(work_id, work)
+
+    def collect(self) -> None:
+        """Take what the engine produced and hand it to the outboxes."""
+        deltas, events = self._engine.drain_outputs(), self._engine.kv_events()
+        # After the outputs: a load that is too new only counts works as taken that are about to be seen.
+        load = self._engine.load()
+        self._keep_resident(events)
+        for delta in deltas:
+            self._deliver(delta)
+        for router in self._routers.values():
+            router.outbox.add_kv_events(events)
+            router.outbox.report(load, router.last_counted_batch(load.num_steps))
+            router.on_news(router.outbox.has_deltas)
+
+    def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
+        if not work.is_aborted:
+            work.is_aborted = True
+            self._engine.abort(work_id)
+
+    def _turn_down(self, router: AttachedRouter, work_id: WorkId, num_choices: int, reason: str, message: str) -> None:
+        """End a work that the engine never saw."""
+        finish = Finish(reason=FinishReason.ERROR, error_reason=reason, error_message=message)
+        for index in range(num_choices):
+            router.outbox.add(TokenDelta(work_id=work_id, index=index, finish=finish))
+        router.on_news(True)
+
+    def _deliver(self, delta: TokenDelta) -> None:
+        work = self._works.get(delta.work_id)
+        assert work is not None, "an engine ends each choice once"
+        if not work.is_seen:
+            work.is_seen = True
+            work.batch.num_unseen -= 1
+        if work.spans is not None:
+            work.spans.observe(delta)
+        finish = delta.finish
+        if finish is not None:
+            work.num_choices -= 1
+            if work.num_choices == 0:
+                del self._works[delta.work_id]
+                if work.spans is not None:
+                    work.spans.end(work.num_prompt_tokens)
+            if finish.reason is FinishReason.CANCELLED and not work.is_aborted:
+                # Nobody asked for it: the engine is being closed. To the request this is a lost replica.
+                delta = replace(delta, finish=_lost(finish, f"replica {self._replica_id} stopped"))
+        if not work.is_aborted:
+            work.router.outbox.add(delta)
+
+    def _keep_resident(self, events: list[KvEvent]) -> None:
+        for event in events:
+            if event.kind is KvEventKind.STORED:
+                self.resident[event.block_hash] = None
+            elif event.kind is KvEventKind.REMOVED:
+                self.resident.pop(event.block_hash, None)
+            else:
+                self.resident.clear()
+
+
+class AttachedRouter:
+    """One attached router. `owner` is unlike that of any other attachment, also of the same router."""
+
+    __slots__ = ("_last_counted", "batches", "on_news", "outbox", "owner")
+
+    def __init__(self, owner: str, outbox: Outbox, on_news: Callable[[bool], None]) -> None:
+        self.owner = owner
+        self.outbox = outbox
+        self.on_news = on_news
+        self.batches: deque[_Batch] = deque()
+        """In the order of arrival, those that the load does not count yet."""
+        self._last_counted = 0
+
+    def last_counted_batch(self, num_steps: int) -> int:
+        while self.batches and self.batches[0].is_counted(num_steps):
+            self._last_counted = self.batches.popleft().batch_id
+        return self._last_counted
+
+
+class _Batch:
+    """A Dispatch until the engine's load counts its works."""
+
+    __slots__ = ("batch_id", "num_steps", "num_unseen")
+
+    def __init__(self, batch_id: int, num_steps: int) -> None:
+        self.batch_id = batch_id
+        self.num_steps = num_steps
+        """The engine's, when the batch was submitted."""
+        self.num_unseen = 0
+        """Works of which the engine has said nothing yet."""
+
+    def is_counted(self, num_steps: int) -> bool:
+        """Say whether a load after `num_steps` has these works in it. The engine may have been in a step when they
+        came, and that one's load still lacks them; the next step begins with taking them in."""
+        return self.num_unseen == 0 or num_steps >= self.num_steps + 2
+
+
+class _LiveWork:
+    """A work that the engine has."""
+
+    __slots__ = ("batch", "is_aborted", "is_seen", "num_choices", "num_prompt_tokens", "router", "spans")
+
+    def __init__(self, router: AttachedRouter, batch: _Batch, work: Work, spans: WorkSpans | None) -> None:
+        self.router = router
+        self.batch = batch
+        self.spans = spans
+        self.num_choices = _num_choices(work)
+        self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
+        self.is_seen = False
+        self.is_aborted = False
+
+
+def _num_choices(work: Work) -> int:
+    return work.n if isinstance(work, GenerateWork) else 1
+
+
+def _lost(finish: Finish, message: str) -> Finish:
+    return replace(finish, reason=FinishReason.ERROR, error_reason=Reason.REPLICA_LOST, error_message=message)
