@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -37,6 +38,8 @@ def demo(
     out, errors = Console(), Console(stderr=True)
     kind = JsonView if as_json else TerminalView if out.is_terminal else LinesView
     view = kind(out, errors)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the cluster is a process of its own and must be stopped
+        signal.signal(ending, signal.default_int_handler)
     try:
         run(DemoOptions(model=model, engine=engine, num_replicas=replicas, max_tokens=max_tokens), view)
     except ServeFailedError as error:
