@@ -23,12 +23,15 @@ from typing import Final
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
-from router.admission import Admission, Permit
+from router.admission import Admission
 from router.batcher import Batcher, DispatchBatch, Queued
 from router.config import RouterConfig
 from router.dispatch_spans import DispatchSpans
 from router.finish_errors import error_of
-from router.link import LinkTimes, ReplicaLink, RouterIdentity
+from router.fleet import Fleet
+from router.flight import Flight
+from router.hello import RouterIdentity
+from router.link import LinkTimes, ReplicaLink
 from router.placement import Placement, PromptHashes
 from router.removable_heap import RemovableHeap
 from router.types import Backlog, Decision, ReplicaAddress, ReplicaView, Request, Sink
@@ -55,7 +58,6 @@ class Dispatcher:
         self._config = config
         self._identity = identity
         self._rng = rng or random.Random()
-        self._link_times = link_times
         self._clock = clock
         self._admission = Admission(
             max_queued_tokens=config.max_queued_tokens, max_queued_requests=config.max_queued_requests
@@ -66,15 +68,11 @@ class Dispatcher:
             max_batch_wait_s=config.max_batch_wait_s,
         )
         self._placement = Placement(self._rng)
-        self._links: dict[str, ReplicaLink] = {}
-        self._leaving: set[ReplicaLink] = set()
-        """Links to replicas that have left the set; they live until their last request has ended."""
-        self._aboard: dict[ReplicaLink, set[_Flight]] = {}
-        """The requests that each link's replica has."""
+        self._fleet = Fleet(lambda address: ReplicaLink(address, identity, self, rng=self._rng, times=link_times))
         self._numbers = itertools.count(1)
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         """Every request that has not ended, by its number."""
-        self._works: dict[int, _Flight] = {}
+        self._works: dict[int, Flight] = {}
         """Those that a replica has, by the work id of their present attempt. A delta of any other work is late."""
         self._deadlines = RemovableHeap()
         """Of the requests in `_works`; the batcher keeps those of the others."""
@@ -102,16 +100,7 @@ class Dispatcher:
         `stop` it has no effect."""
         if self._loop is None or self._is_stopped:
             return
-        present = {address.replica_id: address for address in replicas}
-        for link in list(self._links.values()):
-            if present.get(link.replica_id) != link.address:
-                self._retire(link)
-        for address in replicas:
-            if address.replica_id not in self._links:
-                link = ReplicaLink(address, self._identity, self, rng=self._rng, times=self._link_times)
-                self._links[address.replica_id] = link
-                self._aboard[link] = set()
-                link.start()
+        self._fleet.update(replicas)
         self._pump_soon()
 
     async def drain(self, grace_s: float) -> bool:
@@ -135,8 +124,7 @@ class Dispatcher:
             self._timer.cancel()
             self._timer = None
         # The aborts of what was just ended need not arrive: a replica aborts the works of a router that leaves.
-        await asyncio.gather(*(link.close() for link in list(self._aboard)))
-        self._links.clear()
+        await self._fleet.close()
 
     # The Backend.
 
@@ -145,22 +133,21 @@ class Dispatcher:
             raise UnavailableError("this router is draining: it takes no new requests", reason=Reason.DRAINING)
         now = self._clock()
         permit = self._admission.admit(len(request.prompt), now)
-        flight = _Flight(next(self._numbers), request, sink, permit)
+        flight = Flight(next(self._numbers), request, sink, permit)
         flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
         self._flights[flight.key] = flight
         self._queue(flight, now)
         return lambda: self._cancel(flight)
 
     def replicas(self) -> Sequence[ReplicaView]:
-        leaving = (link for link in self._leaving if link.replica_id not in self._links)
-        return [link.view() for link in (*self._links.values(), *leaving)]
+        return self._fleet.views()
 
     def backlog(self) -> Backlog:
         return self._admission.backlog()
 
     # The queue.
 
-    def _queue(self, flight: _Flight, now: float) -> None:
+    def _queue(self, flight: Flight, now: float) -> None:
         self._batcher.add(Queued(key=flight.key, request=flight.request, attempt=flight.attempt, since=now))
         self._pump_soon()
 
@@ -176,7 +163,7 @@ class Dispatcher:
         now = self._clock()
         for queued in self._batcher.expire(now):
             self._end(self._flights[queued.key], _deadline_error(queued.request, now))
-        ready = [link for link in self._links.values() if link.can_send]
+        ready = self._fleet.ready()
         if ready:
             self._without_replica_since = None
             while (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
@@ -209,15 +196,15 @@ class Dispatcher:
             assert decision is not None
             self._send(flight, decision, batch.batch_id, now)
 
-    def _send(self, flight: _Flight, decision: Decision, batch_id: int, now: float) -> None:
+    def _send(self, flight: Flight, decision: Decision, batch_id: int, now: float) -> None:
         request = flight.request
-        link = self._links[decision.replica]
+        link = self._fleet.link(decision.replica)
         traceparent, tracestate = request.traceparent, request.tracestate
         if flight.spans is not None:
             traceparent, tracestate = flight.spans.dispatched(decision, batch_id)
         flight.work_id, flight.link = next(self._numbers), link
         self._works[flight.work_id] = flight
-        self._aboard[link].add(flight)
+        self._fleet.board(link, flight)
         self._deadlines.push(flight.work_id, request.deadline)
         flight.permit.dispatched(now)
         work = to_work(
@@ -280,16 +267,15 @@ class Dispatcher:
                 self._finish(flight, delta.index, from_finish(delta.finish))
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
-        for flight in list(self._aboard[link]):
+        for flight in self._fleet.aboard(link):
             flight.num_losses += 1
             self._lose(flight, f"replica {link.replica_id} was lost: {detail}", Reason.REPLICA_LOST)
         self._pump_soon()
 
     def link_over(self, link: ReplicaLink) -> None:
-        self._leaving.discard(link)
-        assert not self._aboard.pop(link, None), "requests are still aboard a link that has ended"
+        self._fleet.forget(link)
 
-    def _finish(self, flight: _Flight, index: int, finish: Finish) -> None:
+    def _finish(self, flight: Flight, index: int, finish: Finish) -> None:
         flight.num_open_choices -= 1
         if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             flight.is_untouched = False
@@ -306,7 +292,7 @@ class Dispatcher:
                 self._leave(flight)
             self._end(flight, error_of(finish))
 
-    def _lose(self, flight: _Flight, message: str, reason: str) -> None:
+    def _lose(self, flight: Flight, message: str, reason: str) -> None:
         """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
         self._leave(flight)
         if not flight.is_untouched or flight.num_losses >= MAX_LOSSES:
@@ -321,23 +307,20 @@ class Dispatcher:
 
     # The end of a request.
 
-    def _cancel(self, flight: _Flight) -> None:
+    def _cancel(self, flight: Flight) -> None:
         self._end(flight, CancelledRequestError("the request was cancelled"))
 
-    def _leave(self, flight: _Flight) -> ReplicaLink | None:
+    def _leave(self, flight: Flight) -> ReplicaLink | None:
         """Take the request off its replica's books, if it is on any; return that link."""
         link, flight.link = flight.link, None
         if link is None:
             return None
         del self._works[flight.work_id]
         self._deadlines.discard(flight.work_id)
-        aboard = self._aboard[link]
-        aboard.remove(flight)
-        if link.is_retired and not aboard:
-            link.finish()
+        self._fleet.leave(link, flight)
         return link
 
-    def _end(self, flight: _Flight, error: OctavoError | None) -> None:
+    def _end(self, flight: Flight, error: OctavoError | None) -> None:
         """End a request, once, wherever it is. The one place where that happens."""
         if flight.is_ended:
             return
@@ -354,59 +337,18 @@ class Dispatcher:
         if self._is_draining and not self._flights:
             self._last_ended.set()
 
-    def _retire(self, link: ReplicaLink) -> None:
-        del self._links[link.replica_id]
-        self._leaving.add(link)
-        link.retire(is_idle=not self._aboard[link])
-
     def check_integrity(self) -> None:
         """Assert that every book agrees with every other; for tests."""
         self._batcher.check_integrity()
         self._deadlines.check_integrity()
+        self._fleet.check_integrity()
         assert not any(flight.is_ended for flight in self._flights.values())
         assert len(self._flights) == self._batcher.num_requests + len(self._works)
-        assert len(self._works) == len(self._deadlines) == sum(len(aboard) for aboard in self._aboard.values())
-        assert self._aboard.keys() == {*self._links.values(), *self._leaving}
+        assert len(self._works) == len(self._deadlines) == self._fleet.num_aboard()
         backlog = self.backlog()
         assert backlog.num_queued_requests == self._batcher.num_requests
         assert backlog.num_queued_tokens == self._batcher.num_tokens
         assert backlog.num_running_requests == len(self._works)
-
-
-class _Flight:
-    """A request from its acceptance to its end. It waits (`link` is None), or a replica has it as `work_id`."""
-
-    __slots__ = (
-        "attempt",
-        "hashes",
-        "is_ended",
-        "is_untouched",
-        "key",
-        "link",
-        "num_losses",
-        "num_open_choices",
-        "permit",
-        "request",
-        "sink",
-        "spans",
-        "work_id",
-    )
-
-    def __init__(self, key: int, request: Request, sink: Sink, permit: Permit) -> None:
-        self.key = key
-        self.request = request
-        self.sink = sink
-        self.permit = permit
-        self.attempt = 1
-        self.num_losses = 0
-        self.num_open_choices = request.n
-        self.hashes: PromptHashes | None = None
-        self.spans: DispatchSpans | None = None
-        self.link: ReplicaLink | None = None
-        self.work_id = 0
-        self.is_untouched = True
-        """Whether the sink has had no token yet, so that another replica may begin anew."""
-        self.is_ended = False
 
 
 def _credit(ready: Sequence[ReplicaLink]) -> int:

@@ -21,24 +21,11 @@ import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 
+from router.hello import MismatchError, RouterIdentity, shake_hands
 from router.replica_state import ReplicaState
 from router.types import ReplicaAddress, ReplicaView
-from workers.handshake import ClusterKeys, choose_protocol, prove
-from workers.prefix import PrefixHasher
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterIdentity:
-    """Who this router is, and what it expects of a replica; an empty fingerprint expects nothing."""
-
-    router_id: str
-    epoch: int
-    """Grows with each start of this router."""
-    keys: ClusterKeys
-    model_fingerprint: str = ""
-    tokenizer_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +182,7 @@ class ReplicaLink:
             async with self._channel() as channel:
                 call = DataPlaneServiceStub(channel).Attach()
                 async with asyncio.timeout(self._times.attach_s):
-                    ack = await self._shake_hands(call)
+                    ack = await shake_hands(call, self._identity, self.replica_id, credit=WINDOW_BATCHES)
                 was_attached = True
                 self._become_ready(ack)
                 await self._serve(call)
@@ -206,7 +193,7 @@ class ReplicaLink:
             self.detail = error.details() or error.code().name
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION):
                 self.status = "refused"
-        except (_MismatchError, ValueError) as error:
+        except (MismatchError, ValueError) as error:
             self.status, self.detail = "refused", str(error)
         except _SilenceError as error:
             self.detail = str(error)
@@ -239,40 +226,6 @@ class ReplicaLink:
                 ("grpc.http2.max_pings_without_data", 0),
             ],
         )
-
-    async def _shake_hands(self, call: Any) -> pb.HelloAck:
-        """Return what the replica says of itself, which fits. Raises _MismatchError if it does not."""
-        challenge = (await _read(call)).challenge
-        if challenge.replica_id != self.replica_id:
-            raise _MismatchError(f"{self.address.address} is replica {challenge.replica_id!r}, not {self.replica_id!r}")
-        protocol = choose_protocol(challenge.min_protocol, challenge.max_protocol)
-        if protocol is None:
-            spoken = f"{challenge.min_protocol} to {challenge.max_protocol}"
-            raise _MismatchError(f"the replica speaks protocols {spoken} only")
-        me = self._identity
-        proof = prove(
-            me.keys.data_plane,
-            nonce=challenge.nonce,
-            replica_id=self.replica_id,
-            router_id=me.router_id,
-            router_epoch=me.epoch,
-        )
-        hello = pb.Hello(
-            protocol=protocol,
-            router_id=me.router_id,
-            router_epoch=me.epoch,
-            proof=proof,
-            fingerprints=pb.Fingerprints(model=me.model_fingerprint, tokenizer=me.tokenizer_fingerprint),
-        )
-        await call.write(pb.AttachRequest(hello=hello, credit=pb.Credit(step_batches=WINDOW_BATCHES)))
-        ack = (await _read(call)).hello_ack
-        if ack.block_size:
-            # Only now is the block size known, which the fingerprint of the hash key covers.
-            ours = PrefixHasher(me.keys.prefix_hash, ack.block_size).key_fingerprint
-            if ack.fingerprints.hash_key != ours:
-                theirs = ack.fingerprints.hash_key
-                raise _MismatchError(f"the replica hashes blocks with key {theirs!r}, this router with {ours!r}")
-        return ack
 
     def _become_ready(self, ack: pb.HelloAck) -> None:
         self.state.start(ack)
@@ -355,10 +308,6 @@ class ReplicaLink:
         raise _SilenceError(f"nothing was heard of the replica for {self._times.silence_s:g} s")
 
 
-class _MismatchError(Exception):
-    """This is not a replica that we can use."""
-
-
 class _SilenceError(Exception):
     """The replica does not speak."""
 
@@ -366,11 +315,3 @@ class _SilenceError(Exception):
 def _is_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-async def _read(call: Any) -> pb.AttachResponse:
-    message = await call.read()
-    if message is grpc.aio.EOF:
-        raise _MismatchError("the peer ended the stream during the handshake")
-    assert isinstance(message, pb.AttachResponse)
-    return message

@@ -20,7 +20,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from router import membership
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.link import RouterIdentity
+from router.hello import RouterIdentity
 from router.model import ServedModel
 from router.server import RouterServer
 from router.types import ReplicaAddress

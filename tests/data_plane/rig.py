@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
-from router.link import LinkTimes, RouterIdentity
+from router.hello import RouterIdentity
+from router.link import LinkTimes
 from router.types import Decision, ReplicaAddress, Request
 from workers.config import EngineConfig
 from workers.data_plane import DataPlaneServer, DataPlaneTimes
@@ -173,7 +174,7 @@ async def assert_idle(dispatcher: Dispatcher, *replicas: Replica) -> None:
     for replica in replicas:
         await until(lambda replica=replica: replica.server.num_works == 0)  # type: ignore[misc]
         await until(lambda replica=replica: replica.thread.load().num_free_blocks == 256)  # type: ignore[misc]
-    for link in dispatcher._links.values():
+    for link in dispatcher._fleet._present.values():
         if link.can_send:
             await until(lambda link=link: link.state.num_running == 0 and link.state.owed_tokens == 0)  # type: ignore[misc]
             assert link.state.num_uncounted == 0

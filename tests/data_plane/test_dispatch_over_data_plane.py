@@ -78,7 +78,7 @@ async def test_a_repeated_prompt_is_placed_where_it_is_cached() -> None:
         dispatcher.submit(make_request(prompt), first)
         await first.wait()
         home = first.decisions[0].replica
-        await until(lambda: len(dispatcher._links[home].state.resident) >= 10)
+        await until(lambda: len(dispatcher._fleet._present[home].state.resident) >= 10)
         for _ in range(5):
             sink = RecordingSink()
             dispatcher.submit(make_request(prompt), sink)
@@ -412,7 +412,7 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
         request, sink = make_request(range(10), 3), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: bool(dispatcher._works))
-        link = dispatcher._links["one"]
+        link = dispatcher._fleet._present["one"]
         (work_id,) = dispatcher._works
         late = pb.WorkDelta(work_id=work_id, token_ids=[1, 2, 3], finish=pb.Finish(reason="length"))
         dispatcher._lose(dispatcher._works[work_id], "taken away", Reason.REPLICA_LOST)

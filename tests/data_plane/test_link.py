@@ -15,7 +15,8 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceServicer, add_DataPlaneServiceServicer_to_server
 from octavo.names import Reason
 
-from router.link import LinkTimes, ReplicaLink, RouterIdentity
+from router.hello import RouterIdentity
+from router.link import LinkTimes, ReplicaLink
 from router.types import ReplicaAddress
 from tests.data_plane.rig import FAST, KEYS, ROUTER, RecordingSink, Replica, make_dispatcher, make_request, until
 from workers.errors import UnavailableError
@@ -66,18 +67,19 @@ class Impostor(DataPlaneServiceServicer):
     def __init__(self, *responses: pb.AttachResponse, ends: bool = False) -> None:
         self.responses = responses
         self.ends = ends
+        self.heard: list[pb.AttachRequest] = []
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         for response in self.responses:
             await context.write(response)
-        while not self.ends and await context.read() is not grpc.aio.EOF:
-            pass
+        while not self.ends and (message := await context.read()) is not grpc.aio.EOF:
+            self.heard.append(message)
 
 
 @asynccontextmanager
-async def impostor(*responses: pb.AttachResponse, ends: bool = False) -> AsyncIterator[ReplicaAddress]:
+async def impostor(peer: Impostor) -> AsyncIterator[ReplicaAddress]:
     server = grpc.aio.server()
-    add_DataPlaneServiceServicer_to_server(Impostor(*responses, ends=ends), server)
+    add_DataPlaneServiceServicer_to_server(peer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -149,19 +151,20 @@ async def test_a_replica_that_does_not_fit_is_shown_as_refused_with_the_reason(
     ],
 )
 async def test_a_peer_that_is_no_replica_of_ours_is_refused(script: list[pb.AttachResponse], text: str) -> None:
-    async with impostor(*script) as address, link_to(address) as (link, _):
+    async with impostor(Impostor(*script)) as address, link_to(address) as (link, _):
         await until(lambda: link.view().state == "refused")
         assert text in link.view().detail
 
 
-async def test_a_stranger_at_the_address_gets_no_proof_it_could_use() -> None:
-    """It is not who we look for: the Hello is never sent."""
-    async with impostor(challenge(replica_id="two"), ends=True) as address, link_to(address) as (link, _):
+async def test_who_is_not_the_replica_gets_no_proof_that_it_could_use() -> None:
+    peer = Impostor(challenge(replica_id="two"))
+    async with impostor(peer) as address, link_to(address) as (link, _):
         await until(lambda: link.view().state == "refused")
+    assert peer.heard == []
 
 
 async def test_a_peer_that_hangs_up_during_the_handshake_is_tried_again() -> None:
-    async with impostor(challenge(), ends=True) as address, link_to(address) as (link, listener):
+    async with impostor(Impostor(challenge(), ends=True)) as address, link_to(address) as (link, listener):
         await until(lambda: "ended the stream during the handshake" in link.view().detail)
         assert listener.lost == []
 
@@ -183,7 +186,7 @@ async def test_a_port_that_nobody_has_is_tried_again_until_somebody_does() -> No
 
 async def test_a_peer_that_never_answers_costs_so_long_and_no_longer() -> None:
     times = replace(FAST, attach_s=0.05)
-    async with impostor() as address, link_to(address, times=times) as (link, _):
+    async with impostor(Impostor()) as address, link_to(address, times=times) as (link, _):
         await until(lambda: "no answer" in link.view().detail)
         assert link.view().state == "connecting"
 
@@ -191,7 +194,7 @@ async def test_a_peer_that_never_answers_costs_so_long_and_no_longer() -> None:
 async def test_a_silent_replica_is_lost() -> None:
     """It shook hands and then froze, as after a SIGSTOP; its connection stays."""
     times = replace(FAST, silence_s=0.2)
-    async with impostor(challenge(), hello_ack()) as address:
+    async with impostor(Impostor(challenge(), hello_ack())) as address:
         dispatcher = make_dispatcher(times=times, no_replica_wait_s=0.3)
         dispatcher.start()
         dispatcher.update_replicas([address])
@@ -208,14 +211,14 @@ async def test_a_silent_replica_is_lost() -> None:
 
 async def test_a_malformed_message_ends_the_stream_and_the_requests_on_it() -> None:
     bad = pb.AttachResponse(step_batch=pb.StepBatch(kv_events=pb.KvEvents(stored=b"short")))
-    async with impostor(challenge(), hello_ack(), bad) as address, link_to(address) as (_, listener):
+    async with impostor(Impostor(challenge(), hello_ack(), bad)) as address, link_to(address) as (_, listener):
         await until(lambda: bool(listener.lost))
         assert "16 bytes each" in listener.lost[0]
 
 
 async def test_what_the_listener_raises_costs_the_stream_and_not_the_link(caplog: pytest.LogCaptureFixture) -> None:
     delta = pb.AttachResponse(step_batch=pb.StepBatch(deltas=[pb.WorkDelta(work_id=1)]))
-    async with impostor(challenge(), hello_ack(), delta) as address, link_to(address) as (_, listener):
+    async with impostor(Impostor(challenge(), hello_ack(), delta)) as address, link_to(address) as (_, listener):
         await until(lambda: len(listener.lost) >= 2)
         assert "nothing was sent" in caplog.text
 

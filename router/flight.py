@@ -1,0 +1,45 @@
+"""One request on its way through the router's back: the mutable record that the dispatcher keeps of it."""
+
+from __future__ import annotations
+
+from router.admission import Permit
+from router.dispatch_spans import DispatchSpans
+from router.link import ReplicaLink
+from router.placement import PromptHashes
+from router.types import Request, Sink
+
+
+class Flight:
+    """A request from its acceptance to its end. It waits (`link` is None), or a replica has it as `work_id`."""
+
+    __slots__ = (
+        "attempt",
+        "hashes",
+        "is_ended",
+        "is_untouched",
+        "key",
+        "link",
+        "num_losses",
+        "num_open_choices",
+        "permit",
+        "request",
+        "sink",
+        "spans",
+        "work_id",
+    )
+
+    def __init__(self, key: int, request: Request, sink: Sink, permit: Permit) -> None:
+        self.key = key
+        self.request = request
+        self.sink = sink
+        self.permit = permit
+        self.attempt = 1
+        self.num_losses = 0
+        self.num_open_choices = request.n
+        self.hashes: PromptHashes | None = None
+        self.spans: DispatchSpans | None = None
+        self.link: ReplicaLink | None = None
+        self.work_id = 0
+        self.is_untouched = True
+        """Whether the sink has had no token yet, so that another replica may begin anew."""
+        self.is_ended = False
