@@ -28,6 +28,7 @@ def fake_cluster(collector: Collector) -> Iterator[ClusterProcess]:
         OCTAVO_ENGINE__FAKE_STEP_S="0.005",
         OCTAVO_ENGINE__NUM_BLOCKS="1024",
         OCTAVO_ROUTER__DRAIN_GRACE_S="5",
+        OCTAVO_ROUTER__SESSION_GRACE_S="1",
         OCTAVO_REPLICAS__HEALTH_CHECK_PERIOD_S="1",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
         OTEL_BSP_SCHEDULE_DELAY="200",
