@@ -1,0 +1,156 @@
+"""The part of a request's trace that router back and replica make, read from an in-memory exporter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from octavo.names import Attribute, Reason
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+
+from tests.data_plane.rig import RecordingSink, Replica, make_dispatcher, make_request, until
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    """A provider of this test's own: the process has one for good, which other tests may want."""
+    memory = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    monkeypatch.setattr("router.dispatch_spans._TRACER", provider.get_tracer("router"))
+    monkeypatch.setattr("workers.work_spans._TRACER", provider.get_tracer("workers"))
+    yield memory
+    provider.shutdown()
+
+
+def named(exporter: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
+    return [span for span in exporter.get_finished_spans() if span.name == name]
+
+
+def one(exporter: InMemorySpanExporter, name: str) -> ReadableSpan:
+    (span,) = named(exporter, name)
+    return span
+
+
+def attributes(span: ReadableSpan) -> dict[str, object]:
+    return dict(span.attributes or {})
+
+
+def assert_child_of(span: ReadableSpan, parent: int) -> None:
+    assert span.parent is not None
+    assert span.parent.span_id == parent
+    assert format(span.context.trace_id, "032x") == TRACE  # type: ignore[union-attr]
+
+
+async def test_one_request_is_one_tree_across_router_and_replica(exporter: InMemorySpanExporter) -> None:
+    replica = await Replica("one", fake_step_s=0.002).start()
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    sink = RecordingSink()
+    request = make_request(range(40), 10, traceparent=SAMPLED, tracestate="vendor=1", priority=3)
+    dispatcher.submit(request, sink)
+    dispatcher.update_replicas([replica.address])
+    await sink.wait()
+    await dispatcher.stop()
+    await replica.stop()
+
+    queue, dispatch = one(exporter, "octavo.queue"), one(exporter, "octavo.dispatch")
+    prefill, decode = one(exporter, "octavo.prefill"), one(exporter, "octavo.decode")
+    assert_child_of(queue, int(PARENT, 16))
+    assert_child_of(dispatch, int(PARENT, 16))
+    assert_child_of(prefill, dispatch.context.span_id)  # type: ignore[union-attr]
+    assert_child_of(decode, dispatch.context.span_id)  # type: ignore[union-attr]
+    assert dispatch.context.trace_state.get("vendor") == "1"  # type: ignore[union-attr]
+
+    assert attributes(queue)[Attribute.PRIORITY] == 3
+    decision = attributes(dispatch)
+    assert decision[Attribute.REPLICA] == "one"
+    assert decision[Attribute.RULE] == "only"
+    assert decision[Attribute.ATTEMPT] == 1
+    (candidate,) = json.loads(str(decision[Attribute.CANDIDATES]))
+    assert candidate == {"replica": "one", "matched": 0, "owed": 0, "uncached": 40, "decode": 0, "cost": 40}
+    assert attributes(prefill)[Attribute.INPUT_TOKENS] == 40
+    assert attributes(prefill)[Attribute.CACHED_INPUT_TOKENS] == 0
+    assert attributes(decode)[Attribute.OUTPUT_TOKENS] == 10
+    assert attributes(decode)[Attribute.NUM_PREEMPTIONS] == 0
+    assert attributes(decode)[Attribute.FINISH_REASONS] == ("length",)
+    assert {attributes(span)[Attribute.REQUEST_ID] for span in (queue, dispatch, prefill, decode)} == {
+        request.request_id
+    }
+
+    assert queue.end_time <= dispatch.start_time <= prefill.start_time  # type: ignore[operator]
+    assert prefill.end_time == decode.start_time
+    assert decode.end_time - decode.start_time >= 9 * 2_000_000  # type: ignore[operator]
+    assert decode.end_time <= dispatch.end_time  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("traceparent", ["", UNSAMPLED, "nonsense"])
+async def test_what_is_not_sampled_makes_no_spans(exporter: InMemorySpanExporter, traceparent: str) -> None:
+    replica = await Replica("one").start()
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    dispatcher.update_replicas([replica.address])
+    sink = RecordingSink()
+    dispatcher.submit(make_request(range(40), traceparent=traceparent), sink)
+    await sink.wait()
+    await dispatcher.stop()
+    await replica.stop()
+    assert exporter.get_finished_spans() == ()
+
+
+async def test_a_lost_attempt_is_told_and_the_next_one_too(exporter: InMemorySpanExporter) -> None:
+    first, second = await Replica("first", fake_step_s=0.1).start(), await Replica("second").start()
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    dispatcher.update_replicas([first.address])
+    sink = RecordingSink()
+    dispatcher.submit(make_request(range(40), traceparent=SAMPLED), sink)
+    await until(lambda: bool(sink.decisions))
+    await first.kill()
+    dispatcher.update_replicas([second.address])
+    await sink.wait()
+    await dispatcher.stop()
+    await second.stop()
+    lost, good = named(exporter, "octavo.dispatch")
+    assert attributes(lost)[Attribute.ERROR_TYPE] == Reason.REPLICA_LOST
+    assert lost.status.status_code is StatusCode.ERROR
+    assert attributes(good)[Attribute.ATTEMPT] == 2
+    assert good.status.status_code is StatusCode.UNSET
+    assert len(named(exporter, "octavo.queue")) == 2
+
+
+async def test_a_request_that_ends_in_the_queue_says_why(exporter: InMemorySpanExporter) -> None:
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    sink = RecordingSink()
+    dispatcher.submit(make_request(range(40), traceparent=SAMPLED, timeout_s=0.02), sink)
+    await sink.wait()
+    await dispatcher.stop()
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "octavo.queue"
+    assert attributes(span)[Attribute.ERROR_TYPE] == Reason.DEADLINE_PASSED
+
+
+async def test_a_cancelled_request_shows_what_its_replica_did(exporter: InMemorySpanExporter) -> None:
+    replica = await Replica("one", fake_step_s=0.002).start()
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    dispatcher.update_replicas([replica.address])
+    sink = RecordingSink()
+    cancel = dispatcher.submit(make_request(range(40), 500, traceparent=SAMPLED), sink)
+    await until(lambda: len(sink.token_ids) > 2)
+    cancel()
+    await until(lambda: replica.server.num_works == 0)
+    await dispatcher.stop()
+    await replica.stop()
+    assert attributes(one(exporter, "octavo.dispatch"))[Attribute.ERROR_TYPE] == Reason.CANCELLED
+    decode = attributes(one(exporter, "octavo.decode"))
+    assert decode[Attribute.ERROR_TYPE] == "cancelled"
+    assert int(str(decode[Attribute.OUTPUT_TOKENS])) >= len(sink.token_ids)
