@@ -1,8 +1,9 @@
 """The command `octavo`: reads argv and environment, runs a command, turns errors into exit codes.
 
-    0  done                       3  the model is missing, corrupt, unsupported or does not fit
-    1  could not be started       4  the port is in use
-    2  wrong usage or configuration
+    0  done                             2  wrong usage or configuration
+    1  failed, or could not be started  3  the model is missing, corrupt, unsupported or does not fit
+
+and 4: the port is in use (`serve`), or no router was reached (commands that call one).
 
 Results go to stdout, everything else to stderr. Commands import what they need when they run, so that `--help` does not
 wait for Ray or torch.
@@ -20,13 +21,12 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_demo, cli_models
-from cluster.config import ClusterConfig, load
+from cluster import cli_client, cli_demo, cli_models, telemetry
+from cluster.config import ClusterConfig, LogConfig, load
 from workers.errors import OctavoError, StartupError
 
 app = typer.Typer(
     name="octavo",
-    help="An inference cluster on Ray for microservices that speak gRPC.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -35,6 +35,9 @@ app = typer.Typer(
 app.add_typer(cli_client.app)
 app.add_typer(cli_demo.app)
 app.add_typer(cli_models.app, name="models")
+
+CLIENTS = frozenset({"generate", "chat", "status", "demo"})
+"""Commands whose spans are a client's."""
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="A TOML file; `octavo config` prints one.", envvar="OCTAVO_CONFIG")
@@ -59,14 +62,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
-    """Exit codes: 0 done; 1 could not be started; 2 wrong usage or configuration; 3 the model is missing, corrupt,
-    unsupported or does not fit; 4 the port is in use."""
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """An inference cluster on Ray for microservices that speak gRPC.
+
+    Configuration: a TOML file (--config, OCTAVO_CONFIG), and OCTAVO_* variables over it, for instance
+    OCTAVO_ENGINE__DTYPE=fp32; `octavo config` prints the result. Traces: the OTEL_* variables of OpenTelemetry.
+    """
     if version:
         from cluster.lifecycle import version as installed
 
         typer.echo(installed())
         raise typer.Exit
+    if context.invoked_subcommand in CLIENTS:
+        context.call_on_close(telemetry.start("client", os.environ, LogConfig(level="warning")))
 
 
 @app.command()
@@ -89,6 +100,9 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
 
     Examples: `octavo serve`, `octavo serve --model ./model.gguf --replicas 2 --port 0`,
     `octavo serve --config cluster.toml --ray-address auto`.
+
+    Exit codes: 0 stopped when told to; 1 could not be started; 2 wrong usage or configuration; 3 the model is missing,
+    corrupt, unsupported or does not fit; 4 the port is in use.
     """
     from cluster.lifecycle import Ready, StopSignal, run
 
