@@ -13,12 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.model_manifest import model_fingerprint, text_fingerprint, weights_fingerprint, write_files
+from cluster.model_manifest import (
+    model_fingerprint,
+    servable_length,
+    text_fingerprint,
+    weights_fingerprint,
+    write_files,
+)
 from workers.errors import ModelFileError
 from workers.types import ModelManifest
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type` of config.json; SmolLM2 and TinyLlama say llama."""
+from workers.weights.shape import ModelShape, from_config
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -53,13 +57,13 @@ def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
     weights = weight_files(folder)
     for path in weights:
         _check_extent(path)
-    tokenizer_text, token_ids = _tokenizer(folder, shape["vocabulary"])
+    tokenizer_text, token_ids = _tokenizer(folder, shape.vocab_size)
     settings = _read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
     manifest = ModelManifest(
         name=name,
-        architecture=str(shape["architecture"]),
-        vocab_size=shape["vocabulary"],
-        max_model_len=_whole(folder / CONFIG, config, "max_position_embeddings"),
+        architecture=shape.architecture,
+        vocab_size=shape.vocab_size,
+        max_model_len=servable_length(shape),
         eos_token_ids=_ends(folder, config, settings, token_ids),
         bos_token_id=_beginning(config, settings, token_ids),
         weights_format="safetensors",
@@ -111,29 +115,11 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _whole(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelFileError(f"{path}: {key} must be a whole number of at least 1, is {value!r}")
-    return value
-
-
-def _shape(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ModelFileError(f"{path}: model_type must be one of {', '.join(MODEL_TYPES)}, is {kind!r}")
-    heads, width = _whole(path, config, "num_attention_heads"), _whole(path, config, "hidden_size")
-    return {
-        "architecture": kind,
-        "layers": _whole(path, config, "num_hidden_layers"),
-        "width": width,
-        "feed_forward": _whole(path, config, "intermediate_size"),
-        "heads": heads,
-        "kv_heads": _whole(path, config, "num_key_value_heads", heads),
-        "head_size": _whole(path, config, "head_dim", width // heads),
-        "vocabulary": _whole(path, config, "vocab_size"),
-    }
+def _shape(path: Path, config: Mapping[str, Any]) -> ModelShape:
+    try:
+        return from_config(config)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 def _check_extent(path: Path) -> None:

@@ -5,17 +5,21 @@ A file that is cut, damaged or of an architecture that no engine here runs is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from typing import Any
 
-from cluster.model_gguf import GgufHeader, read_header
-from cluster.model_manifest import model_fingerprint, text_fingerprint, weights_fingerprint, write_files
+from cluster.model_manifest import (
+    model_fingerprint,
+    servable_length,
+    text_fingerprint,
+    weights_fingerprint,
+    write_files,
+)
 from cluster.model_tokenizer import CONTROL, USER_DEFINED, Vocabulary, tokenizer_json
+from workers.errors import ModelFileError
 from workers.types import ModelManifest
-
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""`general.architecture`; Mistral, SmolLM and TinyLlama files say llama."""
+from workers.weights.gguf_header import GgufHeader, read_header
+from workers.weights.shape import ModelShape, from_gguf
 
 END_TOKENS = frozenset(
     {"<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>", "</s>"}
@@ -29,16 +33,28 @@ def describe_gguf(path: Path, entry: Path, *, name: str, licence: str = "") -> N
     Raises ModelFileError naming the file, the rule and the value.
     """
     header = read_header(path)
-    shape = _gguf_shape(header)
-    _check_extents(header)
-    vocabulary = Vocabulary(header)
-    tokenizer = tokenizer_json(header)
+    try:
+        _describe(path, header, entry, name=name, licence=licence)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _describe(path: Path, header: GgufHeader, entry: Path, *, name: str, licence: str) -> None:
+    shape = _shape(header)
+    _check_extents(header, path.stat().st_size)
+    vocabulary = Vocabulary(header.metadata)
+    if len(vocabulary.tokens) > shape.vocab_size:
+        raise ModelFileError(
+            f"tokenizer.ggml.tokens must have at most as many entries as the embedding has rows ({shape.vocab_size}), "
+            f"has {len(vocabulary.tokens)}"
+        )
+    tokenizer = tokenizer_json(vocabulary)
     manifest = ModelManifest(
         name=name,
-        architecture=str(shape["architecture"]),
-        vocab_size=len(vocabulary.tokens),
-        max_model_len=_gguf_number(header, "context_length"),
-        eos_token_ids=_gguf_ends(vocabulary),
+        architecture=shape.architecture,
+        vocab_size=shape.vocab_size,
+        max_model_len=servable_length(shape),
+        eos_token_ids=_ends(vocabulary),
         bos_token_id=vocabulary.token_id("bos"),
         weights_format="gguf",
         model_fingerprint=model_fingerprint(shape),
@@ -50,33 +66,35 @@ def describe_gguf(path: Path, entry: Path, *, name: str, licence: str = "") -> N
     write_files(entry, manifest, tokenizer, template if isinstance(template, str) else None)
 
 
-def _gguf_shape(header: GgufHeader) -> Mapping[str, object]:
-    architecture = header.metadata.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
-        raise header.refuse(f"general.architecture must be one of {', '.join(GGUF_ARCHITECTURES)}, is {architecture!r}")
-    num_heads = _gguf_number(header, "attention.head_count")
-    width = _gguf_number(header, "embedding_length")
-    return {
-        "architecture": architecture,
-        "layers": _gguf_number(header, "block_count"),
-        "width": width,
-        "feed_forward": _gguf_number(header, "feed_forward_length"),
-        "heads": num_heads,
-        "kv_heads": _gguf_number(header, "attention.head_count_kv", num_heads),
-        "head_size": _gguf_number(header, "attention.key_length", width // num_heads),
-        "vocabulary": len(Vocabulary(header).tokens),
-    }
+def _shape(header: GgufHeader) -> ModelShape:
+    embedding = header.tensors.get("token_embd.weight")
+    try:
+        return from_gguf(
+            header.metadata,
+            vocab_size=embedding.size[0] if embedding else 0,
+            tied="output.weight" not in header.tensors,
+            # What they are does not matter here; that they are there decides which scaling the file has.
+            divisors=(1.0,) if "rope_freqs.weight" in header.tensors else (),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a number that is none, or not finite
+        raise ModelFileError(f"metadata is corrupt: {type(error).__name__}: {error}") from error
 
 
-def _gguf_number(header: GgufHeader, name: str, default: int | None = None) -> int:
-    key = f"{header.metadata['general.architecture']}.{name}"
-    value: Any = header.metadata.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise header.refuse(f"{key} must be a whole number of at least 1, is {value!r}")
-    return value
+def _check_extents(header: GgufHeader, file_bytes: int) -> None:
+    """Refuse a file that ends before its tensors do."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for tensor in header.tensors.values():
+        try:
+            block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
+        except (ValueError, KeyError):
+            raise ModelFileError(f"tensor {tensor.name!r} has the unknown type {tensor.type_id}") from None
+        end = header.data_start + tensor.offset + math.prod(tensor.size) // block_values * block_bytes
+        if end > file_bytes:
+            raise ModelFileError(f"truncated: tensor {tensor.name!r} ends at byte {end}, the file has {file_bytes}")
 
 
-def _gguf_ends(vocabulary: Vocabulary) -> tuple[int, ...]:
+def _ends(vocabulary: Vocabulary) -> tuple[int, ...]:
     """Return the ids that end an answer, the one that the file calls its end first."""
     named = [vocabulary.token_id(name) for name in ("eos", "eot", "eom")]
     known = [
@@ -85,24 +103,3 @@ def _gguf_ends(vocabulary: Vocabulary) -> tuple[int, ...]:
         if (number := vocabulary.ids.get(token)) is not None and vocabulary.types[number] in (CONTROL, USER_DEFINED)
     ]
     return tuple(dict.fromkeys(number for number in [*named, *known] if number is not None))
-
-
-def _check_extents(header: GgufHeader) -> None:
-    """Refuse a file that ends before its tensors do."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    if not header.tensors:
-        raise header.refuse("has no tensors")
-    for tensor in header.tensors:
-        try:
-            block_values, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_number)]
-        except (ValueError, KeyError):
-            raise header.refuse(f"tensor {tensor.name!r} has the unknown type {tensor.type_number}") from None
-        num_values = 1
-        for extent in tensor.shape:
-            num_values *= extent
-        end = header.header_bytes + tensor.offset + num_values // block_values * block_bytes
-        if end > header.file_bytes:
-            raise header.refuse(
-                f"is truncated: tensor {tensor.name!r} ends at byte {end}, the file has {header.file_bytes}"
-            )

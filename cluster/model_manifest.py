@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from workers.types import ModelFiles, ModelManifest
+from workers.weights.shape import ModelShape
 
 TOKENIZER_JSON = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -74,8 +75,15 @@ def text_fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def model_fingerprint(shape: Mapping[str, object]) -> str:
-    return text_fingerprint(json.dumps(shape, sort_keys=True))
+def model_fingerprint(shape: ModelShape) -> str:
+    names = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size")
+    fields = {name: getattr(shape, name) for name in names}
+    return text_fingerprint(json.dumps({"architecture": shape.architecture, **fields}, sort_keys=True))
+
+
+def servable_length(shape: ModelShape) -> int:
+    """Return the most tokens of a sequence: within a sliding window, attention is what it is without one."""
+    return min(shape.max_positions, shape.sliding_window or shape.max_positions)
 
 
 def weights_fingerprint(files: Sequence[Path]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cluster.model_gguf import GgufHeader
+from workers.errors import ModelFileError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -69,43 +69,42 @@ WORD_RULES: Mapping[str, WordRule] = {
 }
 
 
-def tokenizer_json(header: GgufHeader) -> str:
+def tokenizer_json(vocabulary: Vocabulary) -> str:
     """Return the text of a tokenizer.json. Raises ModelFileError naming the key, the rule and the value."""
-    vocabulary = Vocabulary(header)
     kind = vocabulary.kind
     if kind == "gpt2":
         tokenizer = _byte_level(vocabulary)
     elif kind == "llama":
         tokenizer = _sentence_piece(vocabulary)
     else:
-        raise header.refuse(f"tokenizer.ggml.model must be gpt2 or llama, is {kind!r}")
+        raise ModelFileError(f"tokenizer.ggml.model must be gpt2 or llama, is {kind!r}")
     _add_tokens(tokenizer, vocabulary)
     _add_post_processor(tokenizer, vocabulary)
     return str(tokenizer.to_str())
 
 
 class Vocabulary:
-    """The tokenizer keys of a GGUF file, checked."""
+    """The tokenizer keys of a GGUF file's metadata, checked. Raises ModelFileError."""
 
-    def __init__(self, header: GgufHeader) -> None:
-        self.header = header
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self._metadata = metadata
         self.kind = self._get("model", str)
         self.tokens: Sequence[str] = self._get("tokens", list)
         if not self.tokens:
-            raise header.refuse("tokenizer.ggml.tokens must not be empty")
+            raise ModelFileError("tokenizer.ggml.tokens must not be empty")
         self.types: Sequence[int] = self._get("token_type", list, [NORMAL] * len(self.tokens))
         if len(self.types) != len(self.tokens):
-            raise header.refuse(
+            raise ModelFileError(
                 f"tokenizer.ggml.token_type must be as long as tokens ({len(self.tokens)}), is {len(self.types)}"
             )
         self.ids = {token: index for index, token in enumerate(self.tokens)}
 
     def _get(self, name: str, kind: type, default: Any = None) -> Any:
-        value = self.header.metadata.get(f"tokenizer.ggml.{name}", default)
+        value = self._metadata.get(f"tokenizer.ggml.{name}", default)
         if value is None:
-            raise self.header.refuse(f"tokenizer.ggml.{name} is missing: the file has no tokenizer that can be used")
+            raise ModelFileError(f"tokenizer.ggml.{name} is missing: the file has no tokenizer that can be used")
         if not isinstance(value, kind):
-            raise self.header.refuse(f"tokenizer.ggml.{name} must be a {kind.__name__}, is {value!r}")
+            raise ModelFileError(f"tokenizer.ggml.{name} must be a {kind.__name__}, is {value!r}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -113,11 +112,11 @@ class Vocabulary:
 
     def token_id(self, name: str) -> int | None:
         """Return `tokenizer.ggml.<name>_token_id`, or None where the file has none."""
-        value = self.header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")
         if value is None:
             return None
         if not isinstance(value, int) or not 0 <= value < len(self.tokens):
-            raise self.header.refuse(f"tokenizer.ggml.{name}_token_id must be in [0, {len(self.tokens)}), is {value!r}")
+            raise ModelFileError(f"tokenizer.ggml.{name}_token_id must be in [0, {len(self.tokens)}), is {value!r}")
         return value
 
     @property
@@ -126,7 +125,7 @@ class Vocabulary:
         for number, text in enumerate(self._get("merges", list)):
             left, space, right = str(text).partition(" ")
             if not (left and space and right) or left + right not in self.ids:
-                raise self.header.refuse(f"tokenizer.ggml.merges[{number}] must be two tokens, is {text!r}")
+                raise ModelFileError(f"tokenizer.ggml.merges[{number}] must be two tokens, is {text!r}")
             pairs.append((left, right))
         return pairs
 
@@ -134,7 +133,7 @@ class Vocabulary:
     def scores(self) -> list[float]:
         scores: list[float] = self._get("scores", list)
         if len(scores) != len(self.tokens):
-            raise self.header.refuse(
+            raise ModelFileError(
                 f"tokenizer.ggml.scores must be as long as tokens ({len(self.tokens)}), is {len(scores)}"
             )
         return scores
@@ -143,7 +142,7 @@ class Vocabulary:
     def word_rule(self) -> WordRule:
         name = self._get("pre", str)
         if name not in WORD_RULES:
-            raise self.header.refuse(f"tokenizer.ggml.pre must be one of {', '.join(sorted(WORD_RULES))}, is {name!r}")
+            raise ModelFileError(f"tokenizer.ggml.pre must be one of {', '.join(sorted(WORD_RULES))}, is {name!r}")
         return WORD_RULES[name]
 
     @property

@@ -43,6 +43,7 @@ def write_gguf(tmp_path: Path) -> WriteGguf:
             "llama.feed_forward_length": 64,
             "llama.attention.head_count": 2,
             "llama.attention.head_count_kv": 1,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "smollm",
             "tokenizer.ggml.tokens": tokens,

