@@ -94,6 +94,7 @@ class Dispatcher:
         assert self._loop is None
         self._loop = asyncio.get_running_loop()
         self._without_replica_since = self._clock()
+        self._pump_soon()
 
     def update_replicas(self, replicas: Sequence[ReplicaAddress]) -> None:
         """Take over who is there now. On the loop: others use ``loop.call_soon_threadsafe``. Before `start` and after
