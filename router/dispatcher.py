@@ -163,7 +163,7 @@ class Dispatcher:
         self._is_pump_due = False
         now = self._clock()
         for queued in self._batcher.expire(now):
-            self._end(self._flights[queued.key], _deadline_error(queued.request, now))
+            self._end_queued(queued, _deadline_error(queued.request, now))
         ready = self._fleet.ready()
         if ready:
             self._without_replica_since = None
@@ -182,7 +182,7 @@ class Dispatcher:
             return
         for queued in self._batcher.waiting_since(limit):
             message = f"no replica was ready within {self._config.no_replica_wait_s:g} s"
-            self._end(self._flights[queued.key], UnavailableError(message, reason=Reason.NO_REPLICA))
+            self._end_queued(queued, UnavailableError(message, reason=Reason.NO_REPLICA))
 
     def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> None:
         states = [link.state for link in ready]
@@ -295,6 +295,8 @@ class Dispatcher:
 
     def _lose(self, flight: Flight, message: str, reason: str) -> None:
         """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
+        if flight.is_ended:  # by what the sink of another one did
+            return
         self._leave(flight)
         if not flight.is_untouched or flight.num_losses >= MAX_LOSSES:
             self._end(flight, UnavailableError(message, reason=Reason.REPLICA_LOST))
@@ -320,6 +322,12 @@ class Dispatcher:
         self._deadlines.discard(flight.work_id)
         self._fleet.leave(link, flight)
         return link
+
+    def _end_queued(self, queued: Queued, error: OctavoError) -> None:
+        """End a request that the batcher has handed back, unless the sink of another one did so meanwhile."""
+        flight = self._flights.get(queued.key)
+        if flight is not None:
+            self._end(flight, error)
 
     def _end(self, flight: Flight, error: OctavoError | None) -> None:
         """End a request, once, wherever it is. The one place where that happens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -29,6 +29,7 @@ from workers.errors import (
     CancelledRequestError,
     DeadlineError,
     InvalidRequestError,
+    OctavoError,
     OverloadedError,
     UnavailableError,
 )
@@ -420,6 +421,40 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
         assert sink.token_ids == []
         assert_answers(await sink.wait(), request)
         assert [decision.attempt for decision in sink.decisions] == [1, 2]
+
+
+@pytest.mark.parametrize("fate", ["deadline", "no replica", "lost"])
+async def test_a_sink_may_cancel_its_neighbours_when_it_ends(fate: str) -> None:
+    """As a broken Session does. The neighbours are ending for the same reason at the same moment."""
+    replica = Replica("one", fake_step_s=0.1)
+    async with cluster(*([replica] if fate == "lost" else []), no_replica_wait_s=0.05) as dispatcher:
+        cancels: list[Callable[[], None]] = []
+        sinks = [Cancelling(cancels) for _ in range(3)]
+        for sink in sinks:
+            request = make_request(range(10), timeout_s=0.02 if fate == "deadline" else 30.0)
+            cancels.append(dispatcher.submit(request, sink))
+        if fate == "lost":
+            await until(lambda: all(sink.decisions for sink in sinks))
+            for flight in dispatcher._flights.values():
+                flight.num_losses = 2
+            await replica.kill()
+        for sink in sinks:
+            await sink.wait()
+        assert [type(sink.error).__name__ for sink in sinks].count("CancelledRequestError") == 2
+        dispatcher.check_integrity()
+
+
+class Cancelling(RecordingSink):
+    """Cancels everything when it ends."""
+
+    def __init__(self, cancels: list[Callable[[], None]]) -> None:
+        super().__init__()
+        self._cancels = cancels
+
+    def ended(self, error: OctavoError | None) -> None:
+        super().ended(error)
+        for cancel in self._cancels:
+            cancel()
 
 
 async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> None:
