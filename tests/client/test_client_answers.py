@@ -122,6 +122,16 @@ async def test_prompts_as_ids_and_as_messages(client: Client, router: ScriptedRo
         ("p", {"temperature": "hot"}, "sampling.temperature"),
         ("p", {"stop": [3]}, "stop"),
         ("p", {"seed": -1}, "sampling.seed"),
+        ("lone \ud800 surrogate", {}, "prompt.text"),
+        ([{"role": "user", "content": "\ud800"}], {}, "prompt.messages[0]"),
+        ("p", {"model": 3}, "model"),
+        ("p", {"stop": "\ud800"}, "stop"),
+        ("p", {"request_id": 7}, "request_id"),
+        ("p", {"traceparent": b"\xff"}, "traceparent"),
+        ("p", {"tracestate": "\ud800"}, "tracestate"),
+        ("p", {"timeout": math.nan}, "timeout"),
+        ("p", {"timeout": math.inf}, "timeout"),
+        ("p", {"timeout": -1.0}, "timeout"),
     ],
 )
 async def test_what_cannot_be_sent_names_the_field(client: Client, prompt: object, options: object, field: str) -> None:

@@ -279,6 +279,18 @@ async def test_a_request_without_tokens_moves_to_another_address(
         assert len(other_router.starts) == 2
 
 
+async def test_a_bug_in_the_writer_ends_requests_and_hangs_none(
+    router: ScriptedRouter, make_client: Callable[..., Client], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with make_client(router.address, retry_timeout_s=0.2) as client:
+        generation = client.generate("p")
+        generation._exchange.deadline = float("inf")  # no Duration holds it
+        with pytest.raises(UnavailableError):
+            await generation.complete()
+        assert "a Session's writer failed" in caplog.text
+        assert (await client.complete("p")).text == expected_text(8)
+
+
 async def test_leaving_the_client_cancels_what_runs_and_is_quick(
     router: ScriptedRouter, make_client: Callable[..., Client]
 ) -> None:

@@ -21,7 +21,7 @@ from octavo.client.exchange import Exchange
 from octavo.client.flights import Flights
 from octavo.client.generation import Generation
 from octavo.client.options import ClientOptions
-from octavo.client.request import GenerateOptions, Prompt, make_prompt, make_request
+from octavo.client.request import GenerateOptions, Prompt, check_start, make_prompt, make_request
 from octavo.names import Reason
 from octavo.v1 import model_service_pb2, model_service_pb2_grpc, status_service_pb2, status_service_pb2_grpc
 
@@ -94,6 +94,7 @@ class Client:
         """
         flights = self._check_open()
         request_id = uuid.uuid4().hex if request_id is None else request_id
+        check_start(request_id, timeout=timeout, traceparent=traceparent, tracestate=tracestate)
         request = make_request(prompt, model=model, options=options)
         changed = asyncio.Event()
         exchange = Exchange(

@@ -50,6 +50,9 @@ class GenerateOptions(TypedDict, total=False):
     affinity_key: str
 
 
+MAX_TIMEOUT_S = 10**9
+"""Far beyond every request, and within what a Duration holds."""
+
 _SAMPLING_FIELDS = frozenset(types_pb2.Sampling.DESCRIPTOR.fields_by_name)
 
 
@@ -58,7 +61,11 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    request = pb.GenerateRequest(model=model, prompt=make_prompt(prompt))
+    try:
+        request = pb.GenerateRequest(model=model)
+    except (TypeError, ValueError) as error:
+        raise _invalid("model", str(error)) from None
+    request.prompt.CopyFrom(make_prompt(prompt))
     for name, value in options.items():
         if value is None:  # the same as leaving it out
             continue
@@ -77,10 +84,24 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
     return request
 
 
+def check_start(request_id: str, *, timeout: float | None, traceparent: str, tracestate: str) -> None:
+    """Raise InvalidArgumentError for what cannot be put into a Start."""
+    for name, value in (("request_id", request_id), ("traceparent", traceparent), ("tracestate", tracestate)):
+        try:
+            pb.Start(request_id=value)
+        except (TypeError, ValueError) as error:
+            raise _invalid(name, str(error)) from None
+    if timeout is not None and not 0 < timeout < MAX_TIMEOUT_S:
+        raise _invalid("timeout", f"must be > 0 and < {MAX_TIMEOUT_S} seconds, is {timeout!r}")
+
+
 def make_prompt(prompt: Prompt) -> types_pb2.Prompt:
     """Return the wire's form of a prompt. Raises InvalidArgumentError."""
     if isinstance(prompt, str):
-        return types_pb2.Prompt(text=prompt)
+        try:
+            return types_pb2.Prompt(text=prompt)
+        except ValueError as error:  # a lone surrogate
+            raise _invalid("prompt.text", str(error)) from None
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
         raise _invalid("prompt", f"must be text, token ids or messages, is {type(prompt).__name__}")
     if prompt and isinstance(prompt[0], Mapping):
@@ -99,7 +120,7 @@ def _message(position: int, message: object) -> types_pb2.ChatMessage:
     try:
         content = [types_pb2.ContentPart(text=message["content"])]
         return types_pb2.ChatMessage(role=message["role"], content=content)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise _invalid(f"prompt.messages[{position}]", str(error)) from None
 
 

@@ -7,6 +7,7 @@ closed) and both tasks. Does not know retries or other Sessions; tells its `Sess
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
 
 import grpc
@@ -18,6 +19,8 @@ from octavo.client.outbox import Outbox
 from octavo.names import Reason
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import inference_service_pb2_grpc as pb_grpc
+
+_LOGGER = logging.getLogger(__name__)
 
 _PROVEN_AFTER_S = 1.0
 """A connected Session that lived this long was sound, even if nothing came."""
@@ -128,13 +131,14 @@ class Session:
 
     async def _run(self) -> None:
         writer = self._loop.create_task(self._write(), name="octavo-session-writer")
+        error: CallError | None = UnavailableError("the Session broke off", reason=Reason.SESSION_LOST)
         try:
             error = await self._read()
         finally:
             writer.cancel()
-            await asyncio.wait([writer])
+            await asyncio.gather(writer, return_exceptions=True)
             await self._channel.close()
-        self._owner.session_ended(self, error)
+            self._owner.session_ended(self, error)
 
     async def _write(self) -> None:
         try:
@@ -153,6 +157,9 @@ class Session:
                     return
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
             return  # the call is over; the reader learns why
+        except Exception:
+            _LOGGER.exception("a Session's writer failed; the Session is given up")
+            self._call.cancel()
 
     async def _read(self) -> CallError | None:
         try:
@@ -164,9 +171,10 @@ class Session:
         except grpc.aio.AioRpcError as error:
             return from_rpc(error)
         except asyncio.CancelledError:
-            if not self._is_closing:
+            if self._task.cancelling():  # not only the call: this task
                 raise
-            return None
+            if self._is_closing:
+                return None
         if self._is_closing or (self._is_retiring and not self.exchanges):
             return None
         return UnavailableError("the router closed the Session", reason=Reason.SESSION_LOST)
