@@ -11,23 +11,23 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster.config import RayConfig
+from cluster.config import RayConfig, is_loopback
 from cluster.processes import await_end, descendants
 from cluster.secret import NAMESPACE
 from workers.errors import StartupError
 
 END_TIMEOUT_S = 10.0
 MAX_TEMP_DIR = 40
-_OWN_RAY = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Despite its name: Ray takes 127.0.0.1 for this node's address, and all its servers bind that one only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
+CONNECT_TIMEOUT_S = 5.0
+ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Despite its name: with 0, Ray takes 127.0.0.1 for this node's address, and its servers bind that one only."""
+_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", ON_LOOPBACK: "0"}
 
 
 @contextmanager
@@ -43,6 +43,8 @@ def connected(config: RayConfig, note: Callable[[str], None]) -> Iterator[str]:
 
 @contextmanager
 def _attached(address: str) -> Iterator[str]:
+    if address != "auto":
+        _look_for(address)
     import ray
 
     try:
@@ -53,6 +55,35 @@ def _attached(address: str) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _look_for(address: str) -> None:
+    """Raise StartupError unless something listens there: Ray itself would try for minutes.
+
+    Ray takes a loopback address for this node's outer one, which is right unless that Ray is on loopback alone.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        _connect(host, int(port))
+    except OSError as error:
+        raise StartupError(f"no Ray answers at {address}: {error}") from error
+    if is_loopback(host):
+        try:
+            _connect(_outer_address(), int(port))
+        except OSError:
+            os.environ.setdefault(ON_LOOPBACK, "0")
+
+
+def _connect(host: str, port: int) -> None:
+    socket.create_connection((host.strip("[]"), port), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _outer_address() -> str:
+    """Return this machine's address on the way to the rest of the world. Raises OSError if there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("192.0.2.1", 9))  # sends nothing; an address that nobody has
+        address: str = sock.getsockname()[0]
+    return address
 
 
 @contextmanager

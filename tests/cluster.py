@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "CLUSTER_UNDER_TEST"
-START_TIMEOUT_S = 150.0
+START_TIMEOUT_S = 100.0
 STOP_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 

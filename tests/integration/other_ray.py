@@ -1,0 +1,54 @@
+"""A Ray that somebody else runs: started here, told to end by SIGTERM, and looked at before it does.
+
+Run as a script. Prints a "ready" line with its address, and at its end one with the Serve applications that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import ray
+import yaml
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+
+from cluster.app import app
+from workers.errors import ConfigError
+
+
+def check_builder(path: str) -> None:
+    """The file for `serve deploy` is one, and its builder takes its arguments and refuses others."""
+    with open(path) as file:
+        deployed = ServeDeploySchema.model_validate(yaml.safe_load(file))
+    (application,) = deployed.applications
+    assert application.import_path == "cluster.app:app"
+    assert isinstance(app(application.args), serve.Application)
+    with pytest.raises(ConfigError, match=r"replicas\.number"):
+        app({"replicas": {"number": 2}})
+
+
+def say(**line: object) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    stop = threading.Event()
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=f"{os.getcwd()}/r"
+    )
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    check_builder(sys.argv[1])
+    say(event="ready", address=ray.get_runtime_context().gcs_address)
+    stop.wait()
+    say(event="end", nodes=len(ray.nodes()), applications=sorted(serve.status().applications))
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
