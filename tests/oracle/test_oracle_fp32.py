@@ -70,7 +70,7 @@ def test_batch_of_8_cold_and_warm(
     fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine, chunk_tokens: int
 ) -> None:
     engine = new_engine(fp32_model, chunk_tokens=chunk_tokens, max_num_sequences=8)
-    entries, num_tokens = (committed, 24) if chunk_tokens == 256 else (shorter(committed), 12)
+    entries, num_tokens = (committed, 20) if chunk_tokens == 256 else (shorter(committed), 12)
     prompts = [entry.prompt for entry in entries]
     cold = generate(engine, prompts, num_tokens)
     assert_answers(cold, entries)
@@ -91,7 +91,7 @@ def test_alone_cold_and_warm(fp32_model: LlamaModel, committed: list[Committed],
 def test_preempted(fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine) -> None:
     """In a pool too small for all, sequences lose their blocks, are recomputed, and say the same."""
     few = [entry for entry in committed if len(entry.prompt) in range(30, 50)][:4]
-    engine = new_engine(fp32_model, chunk_tokens=64, max_num_sequences=4, num_blocks=14)
+    engine = new_engine(fp32_model, chunk_tokens=64, max_num_sequences=4, num_blocks=10)
     answers = generate(engine, [entry.prompt for entry in few], 24)
     assert_answers(answers, few)
     assert sum(answer.num_preemptions for answer in answers) > 0

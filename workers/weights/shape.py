@@ -23,6 +23,10 @@ GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """As llama.cpp names them; Mistral is written as "llama"."""
 
 
+_BROKEN = (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError)
+"""What reading a value of another kind than it should be raises."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
     """Rotary embedding. `scaling` is "none", "linear" (every frequency / factor), "llama3" (by wavelength, the four
@@ -59,7 +63,10 @@ class ModelShape:
     """Tokens that a position sees, if fewer than all. Served only where it changes nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"):
+        for name in (
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size"),
+            "max_positions",
+        ):
             value = getattr(self, name)
             if value < 1:
                 raise ModelFileError(f"{name} must be >= 1, is {value}")
@@ -69,12 +76,32 @@ class ModelShape:
             raise ModelFileError(f"head_dim must be even for rotary embedding, is {self.head_dim}")
         if not (self.norm_eps > 0 and math.isfinite(self.norm_eps)):
             raise ModelFileError(f"norm_eps must be positive, is {self.norm_eps}")
-        if not (self.rope.theta > 0 and math.isfinite(self.rope.theta)):
-            raise ModelFileError(f"rope theta must be positive, is {self.rope.theta}")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        rope = self.rope
+        if not (rope.theta > 0 and math.isfinite(rope.theta)):
+            raise ModelFileError(f"rope theta must be positive, is {rope.theta}")
+        if not (rope.factor > 0 and math.isfinite(rope.factor)):
+            raise ModelFileError(f"rope factor must be positive, is {rope.factor}")
+        if not rope.high_frequency_factor > rope.low_frequency_factor:
+            raise ModelFileError(
+                f"rope high_freq_factor must be greater than low_freq_factor, is {rope.high_frequency_factor} beside "
+                f"{rope.low_frequency_factor}"
+            )
+        if rope.scaling == "divisors" and len(rope.divisors) != self.head_dim // 2:
+            raise ModelFileError(f"rope_freqs must have {self.head_dim // 2} numbers, has {len(rope.divisors)}")
 
 
 def from_config(config: Mapping[str, Any]) -> ModelShape:
     """Read a config.json. Raises ModelFileError for what is missing or not supported, with its value."""
+    try:
+        return _from_config(config)
+    except _BROKEN as error:
+        raise ModelFileError(f"config.json: {type(error).__name__}: {error}") from error
+
+
+def _from_config(config: Mapping[str, Any]) -> ModelShape:
     names = config.get("architectures") or [str(config.get("model_type"))]
     architecture = ARCHITECTURES.get(names[0])
     if architecture is None:
@@ -84,31 +111,28 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
         raise ModelFileError(f"quantised safetensors (quant_method {method!r}) are not supported")
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ModelFileError(f"hidden_act must be 'silu', is {activation!r}")
-    try:
-        hidden_size = int(config["hidden_size"])
-        num_heads = int(config["num_attention_heads"])
-        attention_bias = bool(config.get("attention_bias", False))
-        return ModelShape(
-            architecture=architecture,
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=hidden_size,
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
-            ffn_size=int(config["intermediate_size"]),
-            max_positions=int(config["max_position_embeddings"]),
-            rope=_rope_from_config(config),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=architecture == "qwen3",
-            qkv_bias=architecture == "qwen2" or attention_bias,
-            output_bias=architecture != "qwen2" and attention_bias,
-            ffn_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=_window_from_config(architecture, config),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelFileError(f"config.json: {type(error).__name__}: {error}") from error
+    hidden_size = int(config["hidden_size"])
+    num_heads = int(config["num_attention_heads"])
+    attention_bias = bool(config.get("attention_bias", False))
+    return ModelShape(
+        architecture=architecture,
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=hidden_size,
+        num_layers=int(config["num_hidden_layers"]),
+        num_heads=num_heads,
+        num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+        head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+        ffn_size=int(config["intermediate_size"]),
+        max_positions=int(config["max_position_embeddings"]),
+        rope=_rope_from_config(config),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=architecture == "qwen3",
+        qkv_bias=architecture == "qwen2" or attention_bias,
+        output_bias=architecture != "qwen2" and attention_bias,
+        ffn_bias=bool(config.get("mlp_bias", False)),
+        sliding_window=_window_from_config(architecture, config),
+    )
 
 
 def _rope_from_config(config: Mapping[str, Any]) -> Rope:
@@ -145,6 +169,13 @@ def _window_from_config(architecture: str, config: Mapping[str, Any]) -> int | N
 def from_gguf(metadata: Mapping[str, Any], *, vocab_size: int, tied: bool, divisors: tuple[float, ...]) -> ModelShape:
     """Read GGUF metadata. `vocab_size` is the number of rows of the embedding, `tied` whether there is no output
     tensor, `divisors` the tensor rope_freqs if there is one. Raises ModelFileError."""
+    try:
+        return _from_gguf(metadata, vocab_size, tied, divisors)
+    except _BROKEN as error:
+        raise ModelFileError(f"metadata: {type(error).__name__}: {error}") from error
+
+
+def _from_gguf(metadata: Mapping[str, Any], vocab_size: int, tied: bool, divisors: tuple[float, ...]) -> ModelShape:
     architecture = metadata.get("general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         raise ModelFileError(

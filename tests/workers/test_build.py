@@ -1,0 +1,156 @@
+"""Building engines: what is chosen, what is refused with which numbers, and a paged engine on a model of one layer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.workers.gguf_files import VOCAB, random_tensors, write_gguf
+from workers.build import build_engine, read_manifest
+from workers.config import EngineConfig
+from workers.errors import ConfigError, ModelFileError
+from workers.fake import fake_manifest
+from workers.memory import free_memory, size_pool
+from workers.paged import choose_dtype, choose_max_model_len
+from workers.types import FinishReason, GenerateWork, ModelFiles, SamplingParams, TokenDelta, WorkId
+from workers.weights.checkpoint import open_checkpoint
+
+NewFiles = Callable[..., ModelFiles]
+
+
+@pytest.fixture
+def new_files(tmp_path: Path) -> NewFiles:
+    def make(vocab_size: int = VOCAB, max_model_len: int = 64) -> ModelFiles:
+        weights = write_gguf(tmp_path / "model.gguf", random_tensors())
+        manifest = tmp_path / "manifest.json"
+        manifest.write_text(fake_manifest(vocab_size=vocab_size, max_model_len=max_model_len).to_json())
+        return ModelFiles(weights=weights, tokenizer_json=tmp_path / "absent", chat_template=None, manifest=manifest)
+
+    return make
+
+
+def build(config: EngineConfig, files: ModelFiles) -> list[TokenDelta]:
+    """Build, answer one request, close."""
+    engine = build_engine(config, files, hash_key=b"key", threads=torch.get_num_threads())
+    work_id = WorkId("test", 1)
+    engine.submit(
+        GenerateWork(work_id=work_id, prompt=[1, 2, 3], sampling=SamplingParams(temperature=0.0), max_tokens=4)
+    )
+    deltas = []
+    while engine.step():
+        deltas += engine.drain_outputs()
+    assert engine.load().num_free_blocks == engine.info.num_blocks
+    engine.close()
+    return deltas
+
+
+def test_paged(new_files: NewFiles) -> None:
+    deltas = build(EngineConfig(dtype="fp32", num_blocks=16), new_files())
+    assert sum(len(delta.token_ids) for delta in deltas) == 4
+    assert deltas[-1].finish is not None
+    assert deltas[-1].finish.reason is FinishReason.LENGTH
+
+
+def test_info(new_files: NewFiles) -> None:
+    engine = build_engine(
+        EngineConfig(dtype="bf16", max_model_len=32, max_num_sequences=3),
+        new_files(),
+        hash_key=b"key",
+        threads=torch.get_num_threads(),
+    )
+    info = engine.info
+    assert (info.engine, info.dtype, info.vocab_size, info.max_model_len) == ("paged", "bf16", VOCAB, 32)
+    assert info.num_blocks == 3 * 2
+    assert info.kernels in ("onednn", "widened")
+
+
+def test_fake_opens_the_manifest_alone(new_files: NewFiles, tmp_path: Path) -> None:
+    files = replace(new_files(), weights=tmp_path / "absent.gguf")
+    deltas = build(EngineConfig(engine="fake"), files)
+    assert sum(len(delta.token_ids) for delta in deltas) == 4
+
+
+def test_one_poisoned_request_fails_alone(new_files: NewFiles) -> None:
+    """A request with an adapter that nobody loaded ends with an error, its neighbour with an answer."""
+    engine = build_engine(
+        EngineConfig(dtype="fp32", num_blocks=16), new_files(), hash_key=b"key", threads=torch.get_num_threads()
+    )
+    for number, adapter in enumerate(("absent", "")):
+        engine.submit(GenerateWork(work_id=WorkId("t", number), prompt=[5, 6], max_tokens=3, adapter=adapter))
+    finishes = {}
+    while engine.step():
+        for delta in engine.drain_outputs():
+            if delta.finish is not None:
+                finishes[delta.work_id.number] = delta.finish.reason
+    assert finishes == {0: FinishReason.ERROR, 1: FinishReason.LENGTH}
+
+
+def test_the_worker_imports_what_it_needs_alone() -> None:
+    """No transformers in the worker; no torch for the fake engine; gguf only when a GGUF file is opened."""
+    program = (
+        "import sys, workers.build, workers.fake; assert 'torch' not in sys.modules;"
+        "import workers.paged; assert not {'transformers', 'gguf', 'safetensors'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_manifests(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        read_manifest(tmp_path / "absent.json")
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(ModelFileError, match="is no manifest: KeyError"):
+        read_manifest(tmp_path / "broken.json")
+
+
+def test_files_that_do_not_fit_together(new_files: NewFiles) -> None:
+    files = new_files(vocab_size=99)
+    with pytest.raises(ModelFileError, match="a vocabulary of 99, its weights have 32"):
+        build(EngineConfig(), files)
+    with pytest.raises(ConfigError, match=r"engine.max_model_len must be at most 64, for which fake is made; is 65"):
+        build(EngineConfig(max_model_len=65), new_files())
+
+
+def test_sliding_windows_that_would_matter_are_refused(new_files: NewFiles) -> None:
+    shape = replace(open_checkpoint(new_files().weights).shape, sliding_window=40)
+    manifest = fake_manifest(vocab_size=VOCAB, max_model_len=64)
+    with pytest.raises(ModelFileError, match="a sliding window of 40 tokens"):
+        choose_max_model_len(EngineConfig(), manifest, shape)
+    assert choose_max_model_len(EngineConfig(max_model_len=40), manifest, shape) == 40
+
+
+def test_dtypes() -> None:
+    assert choose_dtype("fp32") is torch.float32
+    assert choose_dtype("bf16") is torch.bfloat16
+    assert choose_dtype("auto") in (torch.float32, torch.bfloat16)
+
+
+def test_pool_from_free_memory() -> None:
+    config = EngineConfig(kv_memory_fraction=0.5, max_num_sequences=4)
+    size = size_pool(config, bytes_per_block=1000, max_model_len=100, free_bytes=40_000)
+    assert size.num_blocks == 20
+    assert "20 blocks of 16 tokens x 1,000 bytes" in size.explanation
+    plenty = size_pool(config, bytes_per_block=1000, max_model_len=100, free_bytes=10**9)
+    assert plenty.num_blocks == 4 * 7
+
+
+def test_pool_that_does_not_fit() -> None:
+    config = EngineConfig(kv_memory_fraction=0.5)
+    with pytest.raises(ModelFileError, match=r"needs 7 blocks x 1,000,000 bytes = 0.01 GB"):
+        size_pool(config, bytes_per_block=10**6, max_model_len=100, free_bytes=13 * 10**6)
+
+
+def test_pool_of_a_given_size() -> None:
+    size = size_pool(EngineConfig(num_blocks=7), bytes_per_block=10**9, max_model_len=100, free_bytes=0)
+    assert size.num_blocks == 7
+    with pytest.raises(ConfigError, match=r"num_blocks must be >= 7, which one sequence of engine.max_model_len 100"):
+        size_pool(EngineConfig(num_blocks=6), bytes_per_block=1, max_model_len=100, free_bytes=0)
+
+
+def test_free_memory_is_plausible() -> None:
+    assert 2**20 < free_memory() < 2**50
