@@ -1,0 +1,165 @@
+"""The paged engine on a model of one layer: seeded draws, adapters and constraints in mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.gguf_files import VOCAB, random_tensors, write_gguf
+from workers.attention.cache import KvCache
+from workers.attention.cpu import CpuAttention
+from workers.config import EngineConfig
+from workers.engine import PagedEngine
+from workers.models.llama import LlamaModel
+from workers.plan import Chunk, StepPlan
+from workers.prefix import PrefixHasher
+from workers.runner import CpuRunner
+from workers.sequence import Sequence as EngineSequence
+from workers.types import EngineInfo, FinishReason, GenerateWork, SamplingParams, WorkId
+from workers.weights.checkpoint import open_checkpoint
+
+BLOCK_SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+    path = write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", random_tensors())
+    return LlamaModel(open_checkpoint(path), torch.float32)
+
+
+def new_runner(model: LlamaModel, num_blocks: int) -> CpuRunner:
+    shape = model.shape
+    cache = KvCache(
+        num_layers=shape.num_layers,
+        num_blocks=num_blocks,
+        num_kv_heads=shape.num_kv_heads,
+        block_size=BLOCK_SIZE,
+        head_dim=shape.head_dim,
+        dtype=model.dtype,
+    )
+    return CpuRunner(model, cache, CpuAttention())
+
+
+def new_engine(model: LlamaModel, num_blocks: int = 64, **options: Any) -> PagedEngine:
+    hasher = PrefixHasher(b"", BLOCK_SIZE)
+    info = EngineInfo(
+        engine="paged",
+        model="tiny",
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        max_model_len=64,
+        vocab_size=VOCAB,
+        model_fingerprint="",
+        tokenizer_fingerprint="",
+        weights_fingerprint="",
+        hash_key_fingerprint=hasher.key_fingerprint,
+    )
+    runner = new_runner(model, num_blocks)
+    return PagedEngine(EngineConfig(chunk_tokens=8), info=info, runner=runner, hasher=hasher, **options)
+
+
+def work(number: int, prompt: Sequence[int], **options: Any) -> GenerateWork:
+    return GenerateWork(work_id=WorkId("t", number), prompt=list(prompt), **{"max_tokens": 12} | options)
+
+
+def run(engine: PagedEngine, works: Sequence[GenerateWork]) -> tuple[list[list[int]], int]:
+    """Return the answers in the order of `works`, and how often any of them was preempted."""
+    for each in works:
+        engine.submit(each)
+    answers: dict[WorkId, list[int]] = {each.work_id: [] for each in works}
+    num_preemptions = 0
+    while engine.step():
+        engine.check_integrity()
+        for delta in engine.drain_outputs():
+            answers[delta.work_id] += delta.token_ids
+            if delta.finish is not None:
+                assert delta.finish.reason is FinishReason.LENGTH
+                num_preemptions += delta.finish.num_preemptions
+    return list(answers.values()), num_preemptions
+
+
+SAMPLINGS = [
+    SamplingParams(seed=3),
+    SamplingParams(seed=4, temperature=0.8, top_k=7),
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=2**64 - 1, top_p=0.8, repetition_penalty=1.2),
+    SamplingParams(seed=6, min_p=0.05, presence_penalty=0.4, frequency_penalty=0.1),
+]
+
+
+def test_seeded_draws_are_the_same_alone_batched_preempted_and_resumed(model: LlamaModel) -> None:
+    works = [work(number, range(1 + 3 * number), sampling=sampling) for number, sampling in enumerate(SAMPLINGS)]
+    alone = [run(new_engine(model), [each])[0][0] for each in works]
+    assert len({tuple(answer) for answer in alone}) == len(works)
+
+    together, num_preemptions = run(new_engine(model), works)
+    assert together == alone
+    assert num_preemptions == 0
+
+    starved, num_preemptions = run(new_engine(model, num_blocks=9), works)
+    assert starved == alone
+    assert num_preemptions > 0
+
+    resumed = [
+        work(each.work_id.number, each.prompt, sampling=each.sampling, received=answer[:5])
+        for each, answer in zip(works, alone, strict=True)
+    ]
+    assert run(new_engine(model), resumed)[0] == [answer[5:] for answer in alone]
+
+
+def test_an_adapter_changes_its_own_sequences(model: LlamaModel) -> None:
+    """A toy adapter, plugged in without a change elsewhere: it turns the first layer's down projection off."""
+    greedy = SamplingParams(temperature=0.0)
+    plain = [work(0, [3, 1, 4], sampling=greedy), work(1, [3, 1, 4, 1, 5], sampling=greedy)]
+    before, _ = run(new_engine(model), plain)
+    down = torch.randn(model.shape.hidden_size, model.shape.ffn_size, generator=torch.Generator().manual_seed(0))
+    model.attach("toy", {(0, "down"): lambda rows: rows @ down.T})
+
+    adapted = [plain[0], work(1, [3, 1, 4, 1, 5], sampling=greedy, adapter="toy")]
+    after, _ = run(new_engine(model), adapted)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert after[1] == run(new_engine(model), adapted[1:])[0][0]
+
+
+class EvenThenOdd:
+    """A toy constraint: even tokens and odd tokens take turns."""
+
+    def __init__(self) -> None:
+        self._parity = 0
+
+    def mask(self) -> Sequence[int]:
+        return range(self._parity, VOCAB, 2)
+
+    def advance(self, token_id: int) -> None:
+        assert token_id % 2 == self._parity
+        self._parity = 1 - self._parity
+
+
+def test_a_constraint_rules_its_own_sequence(model: LlamaModel) -> None:
+    engine = new_engine(model, constraint_for=lambda each: EvenThenOdd() if each.work_id.number == 0 else None)
+    answers, _ = run(engine, [work(0, [1, 2]), work(1, [1, 2], sampling=SamplingParams(temperature=0.0))])
+    assert [token % 2 for token in answers[0]] == [0, 1] * 6
+    assert answers[1] == run(new_engine(model), [work(1, [1, 2], sampling=SamplingParams(temperature=0.0))])[0][0]
+
+
+def test_copied_blocks_hold_what_was_copied(model: LlamaModel) -> None:
+    """Copy on write by hand: a second sequence goes on from a copy of the first one's half-filled block."""
+    runner = new_runner(model, 8)
+    first, second, alone = (EngineSequence(work(n, [9, 8, 7, 6, 5, 4])) for n in range(3))
+    first.block_table, second.block_table, alone.block_table = [0, 1], [0, 2], [3, 4]
+    runner.launch(StepPlan(1, (Chunk(first, 0, 5, samples=False),)))
+    shared = runner.launch(StepPlan(2, (Chunk(second, 5, 1, samples=True),), copies=((1, 2),)))
+    whole = runner.launch(StepPlan(3, (Chunk(alone, 0, 6, samples=True),)))
+    assert shared.output().tokens == whole.output().tokens
+    assert runner.num_computed_rows == 5 + 1 + 6
+
+
+def test_nothing_is_drawn_from_a_chunk_that_does_not_sample(model: LlamaModel) -> None:
+    runner = new_runner(model, 8)
+    sequence = EngineSequence(work(0, range(8)))
+    sequence.block_table = [0, 1]
+    assert runner.launch(StepPlan(1, (Chunk(sequence, 0, 4, samples=False),))).output().tokens == [()]
