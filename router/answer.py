@@ -258,8 +258,8 @@ class Answer:
             self._signal_if_output()
 
     def attach(self, on_ready: Callable[[Answer], None], *, window: int | None, offsets: Sequence[int]) -> None:
-        """A consumer takes over that has the first ``offsets[i]`` tokens of choice i."""
-        assert not self._is_closed
+        """A consumer takes over that has the first ``offsets[i]`` tokens of choice i. Also after `close`: the terminal
+        may have been lost on its way, and is told again."""
         self._on_ready = on_ready
         self.window = window
         for choice, offset in zip(self._choices, offsets, strict=False):

@@ -79,6 +79,7 @@ class _Reply:
     ) -> None:
         self._context = context
         self._slow_consumer_s = slow_consumer_s
+        self._has_begun = False
 
     async def stream(self, answer: Answer, ready: asyncio.Event) -> None:
         """Return when the whole answer is written; raises, as `context.abort` does, if it ends with an error."""
@@ -102,6 +103,10 @@ class _Reply:
                     return
 
     async def _write(self, message: GenerateResponse, answer: Answer) -> None:
+        if not self._has_begun:
+            # Apart from the first message: if that got stuck, the call could not be aborted any more.
+            await self._context.send_initial_metadata(())
+            self._has_begun = True
         try:
             async with asyncio.timeout(self._slow_consumer_s):
                 await self._context.write(message)

@@ -179,6 +179,8 @@ class Session:
 
     async def run(self) -> None:
         """Read and write until the client has finished and everything is written, or the stream breaks."""
+        # Apart from the first message: if that got stuck, the call could not be aborted any more.
+        await self._context.send_initial_metadata(())
         reader = asyncio.create_task(self._read())
         is_broken = True
         try:
@@ -187,7 +189,7 @@ class Session:
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
-            self._part(is_broken)
+            self._part(is_broken=is_broken)
 
     def go_away(self, message: GoAway) -> None:
         self._pending_go_away = message
@@ -202,7 +204,8 @@ class Session:
         self._live.pop(entry.answer.request_id, None)
         self._ready.pop(entry.answer.request_id, None)
 
-    def _part(self, is_broken: bool) -> None:
+    def _part(self, *, is_broken: bool) -> None:
+        """Give up everything that belongs to this stream. Idempotent."""
         lingering = [entry for _, entry in self._lingering if entry.session is self]
         if is_broken:
             self._sessions.detached([*self._live.values(), *lingering])
@@ -211,6 +214,7 @@ class Session:
                 self._sessions.forget(entry)
         self._live.clear()
         self._ready.clear()
+        self._lingering.clear()
 
     # Reading.
 
@@ -228,6 +232,8 @@ class Session:
                     await self._start(start)
                 except OctavoError as error:
                     self._refuse(start.request_id, error)
+                except Exception as error:
+                    self._refuse(start.request_id, status.unexpected(error))
             for cancel in message.cancels:
                 entry = self._live.get(cancel.request_id)
                 if entry is not None:
@@ -325,7 +331,7 @@ class Session:
             message, delivered = self._next_message()
             if message is None:
                 if reader.done() and (error := reader.exception()) is not None:
-                    await self._abort(error)
+                    await self._abort(error, reader)
                 if self._takes_no_more and not self._live:
                     return
                 self._has_work.clear()
@@ -335,12 +341,14 @@ class Session:
                 async with asyncio.timeout(limit_s):
                     await self._context.write(message)
             except TimeoutError:
-                await status.abort(self._context, slow_consumer(limit_s))
+                await self._abort(slow_consumer(limit_s), reader)
             self._delivered(delivered)
             if self._ready:
                 await asyncio.sleep(0)  # a write may complete without suspending, and others want to run too
 
-    async def _abort(self, error: BaseException) -> None:
+    async def _abort(self, error: BaseException, reader: asyncio.Task[None]) -> None:
+        reader.cancel()
+        self._part(is_broken=True)
         await status.abort(self._context, error if isinstance(error, OctavoError) else status.unexpected(error))
 
     def _next_message(self) -> tuple[SessionResponse | None, list[Entry]]:

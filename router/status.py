@@ -7,6 +7,7 @@ clients take 8 KiB of trailers.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ MAX_VIOLATIONS = 16
 MAX_DESCRIPTION = 160
 MAX_FIELD = 100
 MAX_MESSAGE = 500
+MAX_ABORT_S = 2.0
 INTERNAL_MESSAGE = "internal error; the router's log says more"
 
 
@@ -94,9 +96,17 @@ def to_terminal(error: OctavoError | None) -> Terminal:
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: OctavoError, trailers: tuple[tuple[str, str], ...] = ()
 ) -> NoReturn:
-    """End the call with `error`. Raises, as `context.abort` does."""
+    """End the call with `error`. Raises, as `context.abort` does.
+
+    The status leaves after all messages before it. A client that takes none of these gets it whenever it reads on; the
+    call's handler does not wait for that longer than `MAX_ABORT_S`.
+    """
     details = (DETAILS_KEY, to_status(error).SerializeToString())
-    await context.abort(code_of(error), message_of(error), trailing_metadata=(*trailers, details))
+    try:
+        async with asyncio.timeout(MAX_ABORT_S):
+            await context.abort(code_of(error), message_of(error), trailing_metadata=(*trailers, details))
+    except TimeoutError:
+        raise asyncio.CancelledError from None
     raise AssertionError("context.abort returned")
 
 

@@ -196,7 +196,9 @@ class Rig:
         self.server = server
         self.backend = backend
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address)
+        # A small receive window, so that a client that does not read stops the writer soon.
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
+        self.channel = grpc.aio.insecure_channel(address, options=options)
         self.stub = InferenceServiceStub(self.channel)
 
     async def generate(self, request: pb.GenerateRequest, **options: Any) -> Outcome:
@@ -230,7 +232,7 @@ class Rig:
 async def read_generate(call: Any) -> Outcome:
     outcome = Outcome(grpc.StatusCode.OK)
     try:
-        async for message in call:
+        while (message := await call.read()) is not grpc.aio.EOF:
             assert outcome.usage is None, "a message after the last"
             outcome.add(message.deltas)
             if message.HasField("usage"):
@@ -280,6 +282,11 @@ class ClientSession:
 
     async def start(self, request_id: str, request: pb.GenerateRequest | None = None, **fields: Any) -> None:
         await self.send(starts=[pb.Start(request_id=request_id, request=request, **fields)])
+
+    async def attach(self, request_id: str, have: bytes | Sequence[int] = b"", **fields: Any) -> None:
+        """Attach to a request of whose answer the client has the tokens `have`."""
+        self.outcomes[request_id] = Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0, token_ids=list(have))
+        await self.start(request_id, attach_offsets=[len(have)], **fields)
 
     async def cancel(self, request_id: str) -> None:
         await self.send(cancels=[pb.Cancel(request_id=request_id)])
