@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable
 
 import pytest
-from octavo.client import Client, DeadlineExceededError, RequestCancelledError
+from octavo.client import Backoff, Client, DeadlineExceededError, RequestCancelledError
 from octavo.names import Reason
 
 from tests.client.scripted_router import ScriptedRouter, expected_ids
@@ -117,15 +117,18 @@ async def test_a_cancel_before_the_start_left_says_nothing(client: Client, route
     assert not router.cancels
 
 
-async def test_a_cancel_while_the_session_is_broken_reaches_the_router(client: Client, router: ScriptedRouter) -> None:
+async def test_a_cancel_while_the_session_is_broken_reaches_the_router(
+    router: ScriptedRouter, make_client: Callable[..., Client]
+) -> None:
     router.hold(2)
-    generation = client.generate("p", request_id="gone")
-    await until(lambda: generation._exchange.num_buffered_tokens == 2)
-    router.break_sessions()
-    await until(lambda: not client._flights.links[0]._sessions)  # type: ignore[union-attr]
-    await generation.aclose()
-    await until(lambda: router.cancels == ["gone"])
-    assert "gone" not in router.journals
+    async with make_client(router.address, backoff=Backoff(first_s=0.4, max_s=0.4)) as client:
+        generation = client.generate("p", request_id="gone")
+        await until(lambda: generation._exchange.num_buffered_tokens == 2)
+        router.break_sessions()
+        await until(lambda: client._flights.links[0]._waiting)  # type: ignore[union-attr]
+        await generation.aclose()
+        await until(lambda: router.cancels == ["gone"])
+        assert "gone" not in router.journals
 
 
 async def test_a_cancel_that_was_lost_with_its_session_is_repeated(client: Client, router: ScriptedRouter) -> None:
