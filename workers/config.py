@@ -27,6 +27,9 @@ class EngineConfig:
     threads: int = 0
     """Of one replica; 0: cores of the node // replicas, at least 1."""
     prefix_cache: bool = True
+    reserve: bool = False
+    """Admit a sequence only when the blocks of its prompt and of max_tokens are free, and keep them for it: memory is
+    predictable and nothing is ever preempted, but fewer sequences run at once."""
     fake_step_s: float = 0.0
     """Engine `fake` only: how long a step takes."""
 

@@ -59,6 +59,7 @@ class PagedEngine:
             chunk_tokens=config.chunk_tokens,
             max_num_sequences=config.max_num_sequences,
             prefix_cache=config.prefix_cache,
+            reserve=config.reserve,
         )
         self._works: dict[WorkId, list[Sequence]] = {}
         """The sequences of each work that has not ended."""

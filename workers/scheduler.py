@@ -7,6 +7,8 @@ known tokens) or ended.
 A step has a budget of tokens: every running sequence that decodes gets one, prefill chunks fill the rest, in the order
 of rank (priority, then arrival). A new sequence is admitted when the blocks of all its tokens are there at once; a
 decode that finds no block takes those of the running sequence with the last rank, which waits again and is recomputed.
+With `reserve` a sequence is admitted when the blocks of its longest possible answer are there, and nothing is ever
+preempted.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ class Scheduler:
         chunk_tokens: int,
         max_num_sequences: int,
         prefix_cache: bool = True,
+        reserve: bool = False,
     ) -> None:
-        self._tables = BlockTables(pool, hasher, prefix_cache=prefix_cache)
+        self._tables = BlockTables(pool, hasher, prefix_cache=prefix_cache, reserve=reserve)
+        self._reserve = reserve
         self._chunk_tokens = chunk_tokens
         self._max_running = min(max_num_sequences, chunk_tokens)
         """So that every running sequence can decode in every step."""
@@ -159,7 +163,11 @@ class Scheduler:
             if wanted == 0 or not sequence.block_table:
                 continue  # nothing to do, or preempted a moment ago
             granted = 1 if wanted == 1 else min(wanted, prefill_budget)
-            if granted == 0 or not self._provide(sequence, granted):
+            if granted == 0:
+                continue
+            if not self._provide(sequence, granted):
+                if sequence.block_table and not self._reserve:
+                    break  # the blocks of all that follow are in flight: let them land, so that they can be taken
                 continue
             chunk = self._chunk(sequence, granted)
             if wanted == 1:
@@ -181,14 +189,19 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """Preempt the running sequence of the last rank; return whether `sequence` itself still runs and room was made.
 
-        One whose step is in flight is never taken, nor one that goes before `sequence`.
+        One whose step is in flight is never taken, nor one that goes before `sequence`; `sequence` itself only if no
+        other will be left to take when the steps in flight are over.
         """
+        if self._reserve:
+            return False
+        is_any_in_flight = False
         for victim in reversed(self.running):
-            if victim.rank < sequence.rank:
+            if victim.rank < sequence.rank or (victim is sequence and is_any_in_flight):
                 return False
             if not victim.is_in_flight:
                 self._preempt(victim)
                 return victim is not sequence
+            is_any_in_flight = True
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -213,7 +226,8 @@ class Scheduler:
             if matched is None:
                 continue  # it waits for blocks that another sequence is computing
             # One block is left for each running sequence, so that they can go on without preempting this one at once.
-            num_cached = self._tables.take(sequence, matched, spare=len(self.running))
+            spare = 0 if self._reserve else len(self.running)
+            num_cached = self._tables.take(sequence, matched, spare=spare)
             if num_cached is None:
                 self.is_short_of_blocks = True
                 if sequence.num_overtaken >= MAX_OVERTAKES:

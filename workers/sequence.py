@@ -93,6 +93,11 @@ class Sequence:
         return self.num_tokens - len(self.work.prompt)
 
     @property
+    def max_stored_tokens(self) -> int:
+        """How many tokens may come to have keys and values: all of prompt and answer but the last."""
+        return len(self.work.prompt) + self.work.max_tokens - 1
+
+    @property
     def adapter(self) -> str:
         return self.work.adapter
 

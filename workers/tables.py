@@ -18,13 +18,17 @@ from workers.sequence import Sequence
 
 
 class BlockTables:
-    """Fills in the block tables of sequences from `pool`; without `prefix_cache` nothing is found or published."""
+    """Fills in the block tables of sequences from `pool`; without `prefix_cache` nothing is found or published.
 
-    def __init__(self, pool: BlockPool, hasher: PrefixHasher, *, prefix_cache: bool) -> None:
+    With `reserve` a sequence gets the blocks of its longest possible answer at once.
+    """
+
+    def __init__(self, pool: BlockPool, hasher: PrefixHasher, *, prefix_cache: bool, reserve: bool = False) -> None:
         self._pool = pool
         self._hasher = hasher
         self._block_size = hasher.block_size
         self._prefix_cache = prefix_cache
+        self._reserve = reserve
         self._copies: list[tuple[int, int]] = []
         """For the step that is being planned."""
         self._copied: dict[int, list[int]] = {}
@@ -36,7 +40,7 @@ class BlockTables:
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why there could never be enough blocks, in words for a client; None if they suffice for it alone."""
-        needed = self.num_blocks(sequence.num_prompt_tokens + sequence.work.max_tokens - 1)
+        needed = self.num_blocks(sequence.max_stored_tokens)
         if needed <= self._pool.num_blocks:
             return None
         return (
@@ -53,13 +57,15 @@ class BlockTables:
         return matched
 
     def take(self, sequence: Sequence, matched: list[int], *, spare: int) -> int | None:
-        """Give `sequence` the blocks of all its tokens, `matched` first, if `spare` are left then; return how many of
-        its tokens are computed, or None, and no effect, if there are too few blocks.
+        """Give `sequence` the blocks of all its tokens (of all that it may come to, with `reserve`), `matched` first,
+        if `spare` are left then; return how many of its tokens are computed, or None, and no effect, if there are too
+        few blocks.
 
         If all of its tokens are cached, the last one is computed again for its logits, in a copy of the last block.
         """
         pool = self._pool
-        num_fresh = self.num_blocks(sequence.num_tokens) - len(matched)
+        num_stored = sequence.max_stored_tokens if self._reserve else sequence.num_tokens
+        num_fresh = self.num_blocks(num_stored) - len(matched)
         num_cached = len(matched) * self._block_size
         is_all_cached = num_cached == sequence.num_tokens
         needed = num_fresh + sum(pool.num_references(block) == 0 for block in matched)

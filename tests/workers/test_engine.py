@@ -65,6 +65,32 @@ def test_a_lagging_engine_launches_a_step_before_it_has_read_the_last() -> None:
     assert engine.runner.num_launches == 3, "max_tokens is known beforehand: no step in vain"
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_with_reserve_nothing_is_preempted(lag: int) -> None:
+    engine = ToyEngine(8, chunk_tokens=64, reserve=True, lag=lag)
+    works = [work(n, [*range(11), n % 3][: 4 + n], 3 + 2 * n) for n in range(9)]
+    for one in works:
+        engine.submit(one)
+    answers = engine.run()
+    assert {i: a.tokens for i, a in answers.items()} == {w.work_id: toy_answer(w) for w in works}
+    assert engine.load().num_preemptions == 0
+
+
+@pytest.mark.parametrize("num_blocks", range(6, 13))
+def test_a_lagging_engine_never_preempts_who_goes_first(num_blocks: int) -> None:
+    """It gave way itself when all others were in flight and no block was left."""
+    engine = ToyEngine(num_blocks, chunk_tokens=8, lag=1)
+    first = work(0, [9], 20, priority=-1)
+    for one in [first, *(work(n, [n] * 3, 20) for n in range(1, 5))]:
+        engine.submit(one)
+    answers = engine.run()
+    finish = answers[first.work_id].last
+    assert finish is not None
+    assert finish.finish is not None
+    assert finish.finish.num_preemptions == 0
+    assert answers[first.work_id].tokens == toy_answer(first)
+
+
 def test_abort_frees_at_once_and_is_idempotent() -> None:
     engine = ToyEngine()
     engine.submit(work(1, range(20), 9))

@@ -22,7 +22,13 @@ class Bench:
     """A scheduler, its pool and a toy runner; each step is checked."""
 
     def __init__(
-        self, num_blocks: int = 64, *, chunk_tokens: int = 16, max_num_sequences: int = 8, prefix_cache: bool = True
+        self,
+        num_blocks: int = 64,
+        *,
+        chunk_tokens: int = 16,
+        max_num_sequences: int = 8,
+        prefix_cache: bool = True,
+        reserve: bool = False,
     ) -> None:
         self.pool = BlockPool(num_blocks)
         self.chunk_tokens = chunk_tokens
@@ -32,6 +38,7 @@ class Bench:
             chunk_tokens=chunk_tokens,
             max_num_sequences=max_num_sequences,
             prefix_cache=prefix_cache,
+            reserve=reserve,
         )
         self.runner = ToyRunner(num_blocks)
         self.reader = EventReader()
@@ -302,6 +309,54 @@ def test_who_finds_no_block_and_no_victim_gives_way_itself() -> None:
     bench.pool.release(held)
     bench.run()
     assert bench.answer(one).tokens == toy_answer(one.work)
+
+
+def test_with_reserve_a_sequence_waits_until_its_longest_answer_fits_and_nothing_is_preempted() -> None:
+    """Prompt 4 + answer 12 - 1 tokens are 4 blocks of 4: two of the three fit into 9."""
+    works = [work(n, [n * 4 + i for i in range(4)], 12) for n in range(3)]
+    thrifty, safe = Bench(9, chunk_tokens=32), Bench(9, chunk_tokens=32, reserve=True)
+    for bench in (thrifty, safe):
+        sequences = [bench.add(one) for one in works]
+        bench.step()
+        assert len(bench.scheduler.running) == (2 if bench is safe else 3)
+        assert bench.pool.num_free == (1 if bench is safe else 6)
+        bench.run()
+        assert [bench.answer(s).tokens for s in sequences] == [toy_answer(one) for one in works]
+    assert thrifty.scheduler.num_preemptions > 0
+    assert safe.scheduler.num_preemptions == 0
+
+
+def test_with_reserve_cached_blocks_count_and_short_answers_give_theirs_back() -> None:
+    whole = toy_answer(work(1, range(8), 9))
+    bench = Bench(5, chunk_tokens=32, reserve=True)
+    bench.add(work(1, range(8), 1))
+    bench.run()
+    two = bench.add(work(2, [*range(8), 40], 4, stop_token_ids=frozenset({whole[0]})))
+    plan = bench.step()
+    assert (shape(plan), len(two.block_table)) == ([(2, 8, 1, True)], 3)
+    three = bench.add(work(3, range(8), 5))
+    bench.run()
+    assert bench.pool.num_free == 5
+    assert bench.answer(three).tokens == toy_answer(three.work)
+
+
+def test_with_reserve_a_block_for_a_copy_is_waited_for() -> None:
+    """A token that is drawn again lies in a block that another sequence has found; nobody is preempted for the copy."""
+    bench = Bench(5, chunk_tokens=16, reserve=True)
+    one = bench.add(work(1, range(8), 5))
+    bench.step()
+    two = bench.add(work(2, [*range(8), 40], 4))
+    bench.step()
+    assert two.block_table[:2] == one.block_table[:2]
+    one.start(7)
+    assert bench.pool.num_free == 1
+    held = bench.pool.allocate(1, "somebody else") or []
+    assert [c.sequence for c in bench.scheduler.schedule(0.0).chunks] == [two]
+    bench.pool.release(held)
+    plan = bench.scheduler.schedule(0.0)
+    assert {c.sequence: c.start for c in plan.chunks} == {one: 7, two: 10}
+    assert [target for _, target in plan.copies] == one.block_table[1:2]
+    assert bench.scheduler.num_preemptions == 0
 
 
 def test_what_can_never_fit_is_said_with_its_numbers() -> None:

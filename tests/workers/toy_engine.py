@@ -116,6 +116,7 @@ class ToyEngine(PagedEngine):
         chunk_tokens: int = 16,
         max_num_sequences: int = 8,
         prefix_cache: bool = True,
+        reserve: bool = False,
         poison: int | None = None,
         max_model_len: int = 1_000,
         **options: object,
@@ -127,6 +128,7 @@ class ToyEngine(PagedEngine):
             chunk_tokens=chunk_tokens,
             max_num_sequences=max_num_sequences,
             prefix_cache=prefix_cache,
+            reserve=reserve,
             block_size=BLOCK_SIZE,
         )
         super().__init__(
