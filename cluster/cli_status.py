@@ -27,11 +27,10 @@ def status_view(status: pb.GetStatusResponse) -> RenderableType:
         ("octavo ", "bold"),
         f"{status.version}  router {router.id} ",
         (router.state, _STATE_STYLES.get(router.state, "")),
-        f" for {_duration(router.uptime_s)}  ",
-        f"queued {router.num_queued_requests} requests, "
-        f"{router.num_queued_tokens} of {router.max_queued_tokens} tokens  ",
-        f"running {router.num_running_requests}  sessions {router.num_sessions}  ",
-        f"ended {router.num_ended_total} of {router.num_accepted_total}",
+        f" for {_duration(router.uptime_s)}\n",
+        f"queued {router.num_queued_requests} ({router.num_queued_tokens} of {router.max_queued_tokens} tokens), ",
+        f"running {router.num_running_requests}, sessions {router.num_sessions}, ",
+        f"ended {router.num_ended_total} of {router.num_accepted_total}\n",
     )
     if not status.replicas:
         return Group(line, Text("no replica", style="yellow"))
