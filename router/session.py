@@ -138,9 +138,11 @@ class Sessions:
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)
 
-    def detached(self, entries: list[Entry]) -> None:
+    def detached(self, entries: list[Entry], grace_s: float) -> None:
         """These have lost their stream; unless they find another one, they end when the grace is over."""
         counts = []
+        if not entries:
+            return
         for entry in entries:
             entry.session = None
             entry.num_detached += 1
@@ -153,7 +155,7 @@ class Sessions:
                 if entry.session is None and entry.num_detached == count:
                     self.forget(entry)
 
-        handle = asyncio.get_running_loop().call_later(self.intake.config.session_grace_s, grace_is_over)
+        handle = asyncio.get_running_loop().call_later(grace_s, grace_is_over)
         self._graces.add(handle)
 
 
@@ -170,6 +172,8 @@ class Session:
         self._ready: dict[str, Entry] = {}
         """Those of them that have something to write, the one that has waited longest first."""
         self._refusals: deque[Event] = deque()
+        self._ending: list[Entry] = []
+        """Requests whose Terminal is in the message that is being written."""
         self._lingering: deque[tuple[float, Entry]] = deque()
         self._pending_go_away: GoAway | None = None
         self._has_work = asyncio.Event()
@@ -201,18 +205,18 @@ class Session:
 
     def release(self, entry: Entry) -> None:
         """A newer stream takes `entry` over."""
-        self._live.pop(entry.answer.request_id, None)
-        self._ready.pop(entry.answer.request_id, None)
+        if self._live.get(entry.answer.request_id) is entry:
+            del self._live[entry.answer.request_id]
+            self._ready.pop(entry.answer.request_id, None)
 
     def _part(self, *, is_broken: bool) -> None:
         """Give up everything that belongs to this stream. Idempotent."""
-        lingering = [entry for _, entry in self._lingering if entry.session is self]
-        if is_broken:
-            self._sessions.detached([*self._live.values(), *lingering])
-        else:
-            for entry in lingering:
-                self._sessions.forget(entry)
+        told = [entry for entry in (*self._ending, *(entry for _, entry in self._lingering)) if entry.session is self]
+        # A call that breaks between two messages may look like one whose client has finished.
+        grace_s = self._intake.config.session_grace_s if is_broken else LINGER_S
+        self._sessions.detached([*self._live.values(), *told], grace_s)
         self._live.clear()
+        self._ending.clear()
         self._ready.clear()
         self._lingering.clear()
 
@@ -328,7 +332,7 @@ class Session:
         reader.add_done_callback(lambda _task: self._has_work.set())
         limit_s = self._intake.config.slow_consumer_s
         while True:
-            message, delivered = self._next_message()
+            message = self._next_message()
             if message is None:
                 if reader.done() and (error := reader.exception()) is not None:
                     await self._abort(error, reader)
@@ -342,7 +346,7 @@ class Session:
                     await self._context.write(message)
             except TimeoutError:
                 await self._abort(slow_consumer(limit_s), reader)
-            self._delivered(delivered)
+            self._written()
             if self._ready:
                 await asyncio.sleep(0)  # a write may complete without suspending, and others want to run too
 
@@ -351,16 +355,15 @@ class Session:
         self._part(is_broken=True)
         await status.abort(self._context, error if isinstance(error, OctavoError) else status.unexpected(error))
 
-    def _next_message(self) -> tuple[SessionResponse | None, list[Entry]]:
-        """Return everything available, up to a bound, and the requests that it ends; None if there is nothing."""
+    def _next_message(self) -> SessionResponse | None:
+        """Return everything available, up to a bound; None if there is nothing."""
         message = SessionResponse()
-        delivered: list[Entry] = []
         budget = MAX_MESSAGE_TOKENS
         if self._pending_go_away is not None:
             message.go_away.CopyFrom(self._pending_go_away)
             self._pending_go_away = None
         elif not self._ready and not self._refusals:
-            return None, delivered
+            return None
         while self._refusals and budget > 0:
             message.events.append(self._refusals.popleft())
             budget -= EVENT_TOKENS
@@ -377,19 +380,26 @@ class Session:
             if answer.is_complete:
                 events.append(Event(request_id=request_id, terminal=_terminal(answer)))
                 budget -= EVENT_TOKENS
-                delivered.append(entry)
+                self._end(entry)
             elif answer.has_output:
                 ready[request_id] = entry
-        return message, delivered
+        return message
 
-    def _delivered(self, entries: list[Entry]) -> None:
+    def _end(self, entry: Entry) -> None:
+        """Its Terminal is in the message: nothing may change it any more, or be told after it."""
+        del self._live[entry.answer.request_id]
+        entry.answer.close()
+        entry.answer.detach()
+        self._ending.append(entry)
+
+    def _written(self) -> None:
+        """The message has left; those that it ended are kept for a while."""
         now = time.monotonic()
-        for entry in entries:
+        for entry in self._ending:
             if entry.session is self:
-                del self._live[entry.answer.request_id]
                 entry.is_delivered = True
-                entry.answer.close()
                 self._lingering.append((now, entry))
+        self._ending.clear()
         while self._lingering and (len(self._lingering) > MAX_LINGERING or now - self._lingering[0][0] > LINGER_S):
             _, entry = self._lingering.popleft()
             if entry.session is self and entry.is_delivered:
