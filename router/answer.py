@@ -78,23 +78,31 @@ class Choice:
         else:
             self.finish = pb.Finish(reason=_REASONS[finish.reason])
 
-    def take(self, index: int, limit: int) -> pb.Delta | None:
-        """Return what follows what was sent, at most `limit` tokens of it; None if there is nothing."""
+    def take(self, index: int, limit: int, add: Callable[[], pb.Delta]) -> int | None:
+        """Fill a delta from `add` with what follows what was sent, at most `limit` tokens of it; return how many, or
+        None if there is nothing."""
         start = self.num_sent
         end = min(len(self.token_ids), start + limit)
         is_last = self.finish is not None and not self.is_finish_sent and end == len(self.token_ids)
         if start == end and not is_last:
             return None
-        pieces = self.pieces
-        text = pieces[start] if end == start + 1 else "".join(pieces[start:end])
-        delta = pb.Delta(index=index, text=text, token_ids=self.token_ids[start:end], token_offset=start)
+        delta = add()
+        if index:
+            delta.index = index
+        if end == start + 1:
+            delta.text = self.pieces[start]
+            delta.token_ids.append(self.token_ids[start])
+        else:
+            delta.text = "".join(self.pieces[start:end])
+            delta.token_ids.extend(self.token_ids[start:end])
+        delta.token_offset = start
         if is_last:
             assert self.finish is not None
             delta.text += self.tail
             delta.finish.CopyFrom(self.finish)
             self.is_finish_sent = True
         self.num_sent = end
-        return delta
+        return end - start
 
 
 class Answer:
@@ -224,32 +232,35 @@ class Answer:
     @property
     def is_complete(self) -> bool:
         """Whether the terminal is next: after an error, or when every choice's finish was taken."""
+        if self.error is None and not self._is_over:
+            return False
         if self._has_deltas(self.window):
             return False
-        return self.has_failed or (self._is_over and all(choice.is_finish_sent for choice in self._choices))
+        return self.has_failed or all(choice.is_finish_sent for choice in self._choices)
 
     @property
     def has_output(self) -> bool:
         """Whether `take` or the terminal would give something now."""
         return self.is_complete or self._has_deltas(self.window)
 
-    def take(self, limit: int) -> list[pb.Delta]:
-        """Return what is available, within the window and at most `limit` tokens."""
+    def take(self, limit: int, add: Callable[[], pb.Delta]) -> int:
+        """Fill deltas from `add`, one a choice, with what is available within the window and at most `limit` tokens;
+        return how many tokens that is. (Filled in place: to make messages and copy them costs three times as much.)"""
         self._is_signalled = False
-        deltas = []
+        num_taken = 0
+        has_taken = False
         for index, choice in enumerate(self._choices):
-            allowed = limit if self.window is None else min(limit, self.window)
-            delta = choice.take(index, allowed)
-            if delta is None:
+            allowed = limit - num_taken if self.window is None else min(limit - num_taken, self.window)
+            num_tokens = choice.take(index, allowed, add)
+            if num_tokens is None:
                 continue
-            deltas.append(delta)
-            num_tokens = len(delta.token_ids)
-            limit -= num_tokens
+            has_taken = True
+            num_taken += num_tokens
             if self.window is not None:
                 self.window -= num_tokens
-        if deltas:
+        if has_taken:
             self.pending_since = time.monotonic() if self._has_deltas(None) else None
-        return deltas
+        return num_taken
 
     def grant(self, num_tokens: int) -> None:
         """Widen the window; without one there is nothing to widen."""

@@ -87,15 +87,15 @@ class _Reply:
             await ready.wait()
             ready.clear()
             while answer.has_output:
-                deltas = answer.take(MAX_MESSAGE_TOKENS)
+                message = GenerateResponse()
+                answer.take(MAX_MESSAGE_TOKENS, message.deltas.add)
                 is_complete = answer.is_complete
-                message = GenerateResponse(deltas=deltas)
                 if is_complete and answer.error is None:
                     message.usage.CopyFrom(answer.usage())
                     if answer.decision is not None:
                         message.decision.CopyFrom(decision_message(answer.decision))
                     self._context.set_trailing_metadata(_trailers(answer))
-                if deltas or answer.error is None:
+                if message.deltas or answer.error is None:
                     await self._write(message, answer)
                 if answer.is_complete and answer.error is not None:
                     await self._abort(answer.error, answer)

@@ -18,12 +18,14 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 from octavo.names import Reason, Span
 from octavo.v1.inference_service_pb2 import Event, GoAway, SessionResponse, Start, Terminal
+from octavo.v1.types_pb2 import Delta
 
 from router import status
 from router.answer import Answer, decision_message
@@ -374,12 +376,9 @@ class Session:
             request_id = next(iter(ready))
             entry = ready.pop(request_id)
             answer = entry.answer
-            for delta in answer.take(budget):
-                events.append(Event(request_id=request_id, delta=delta))
-                budget -= EVENT_TOKENS + len(delta.token_ids)
+            budget -= EVENT_TOKENS + answer.take(budget, partial(_new_delta, message, request_id))
             if answer.is_complete:
-                events.append(Event(request_id=request_id, terminal=_terminal(answer)))
-                budget -= EVENT_TOKENS
+                events.add(request_id=request_id, terminal=_terminal(answer))
                 self._end(entry)
             elif answer.has_output:
                 ready[request_id] = entry
@@ -404,6 +403,10 @@ class Session:
             _, entry = self._lingering.popleft()
             if entry.session is self and entry.is_delivered:
                 self._sessions.forget(entry)
+
+
+def _new_delta(message: SessionResponse, request_id: str) -> Delta:
+    return message.events.add(request_id=request_id).delta
 
 
 def _terminal(answer: Answer) -> Terminal:
