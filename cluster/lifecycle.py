@@ -62,6 +62,11 @@ class StopSignal:
     def wait(self) -> None:
         self._stop.wait()
 
+    def ignore(self) -> None:
+        """The work is done: one more signal must not change how the process ends."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     @property
     def is_hurried(self) -> bool:
         return self._hurry.is_set()
@@ -115,6 +120,7 @@ def run(
         )
         stop.wait()
         note("draining; once more to hurry")
+    stop.ignore()
 
 
 def version() -> str:

@@ -11,8 +11,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ from pathlib import Path
 from cluster.config import RayConfig, is_loopback
 from cluster.processes import await_end, descendants
 from cluster.secret import NAMESPACE
-from workers.errors import StartupError
+from workers.errors import ConfigError, ModelFileError, StartupError
 
 END_TIMEOUT_S = 10.0
 MAX_TEMP_DIR = 40
@@ -54,7 +56,7 @@ def _attached(address: str) -> Iterator[str]:
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
-        ray.shutdown()
+        _disconnect()
 
 
 def _look_for(address: str) -> None:
@@ -108,21 +110,37 @@ def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         processes = descendants(os.getpid())
-        ray.shutdown()
+        _disconnect()
         await_end(processes, END_TIMEOUT_S)
+
+
+def _disconnect() -> None:
+    """Leave Ray, which puts SIGTERM back to its default underneath Python."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.shutdown()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def _temp_dir(config: RayConfig, note: Callable[[str], None]) -> Iterator[Path]:
-    """Yield a directory for a Ray of our own; a new one is removed unless something went wrong."""
+    """Yield a directory for a Ray of our own; a new one is removed unless it may tell what went wrong."""
     if config.temp_dir:
         yield Path(config.temp_dir).absolute()
         return
     parent = tempfile.gettempdir()
     directory = Path(tempfile.mkdtemp(prefix="octavo-", dir=parent if len(parent) < MAX_TEMP_DIR // 2 else "/tmp"))
+    keep = False
     try:
         yield directory
+    except (ConfigError, ModelFileError):
+        raise
     except Exception:
+        keep = True
         note(f"Ray's logs are in {directory}")
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)
