@@ -1,0 +1,103 @@
+"""The configuration: file, variables, options; what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig, EngineConfig, ReplicasConfig, ResourcesConfig, from_tree, load
+from workers.errors import ConfigError
+
+
+def test_each_source_goes_over_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text('model = "file"\n[engine]\ndtype = "bf16"\nblock_size = 8\n[router]\nkeepalive_s = 3\n')
+    variables = {"OCTAVO_ENGINE__DTYPE": "fp32", "OCTAVO_ENGINE__NUM_BLOCKS": "7", "OCTAVO_SERVE__INSECURE": "true"}
+    config = load(file, variables, {"engine": {"num_blocks": 9}})
+    assert config.model == "file"
+    assert config.engine == EngineConfig(dtype="fp32", block_size=8, num_blocks=9)
+    assert config.router.keepalive_s == 3.0
+    assert config.serve.insecure
+
+
+def test_what_is_printed_gives_the_same_configuration() -> None:
+    config = from_tree({"model": 'a "quoted" name', "resources": {"custom": {"accelerator:x y": 0.5}}})
+    assert from_tree(tomllib.loads(config.to_toml())) == config
+    assert from_tree(json.loads(config.to_json())) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"speed": 1}, ["speed", "is no key"]),
+        ({"engine": {"speed": 1}}, ["engine.speed", "engine.dtype", "is no key"]),
+        ({"engine": 3}, ["engine must be a section", "3"]),
+        ({"engine": {"block_size": "16"}}, ["engine.block_size must be an integer", "'16'"]),
+        ({"engine": {"block_size": True}}, ["engine.block_size must be an integer", "True"]),
+        ({"engine": {"block_size": 1.5}}, ["engine.block_size must be an integer", "1.5"]),
+        ({"router": {"keepalive_s": float("nan")}}, ["router.keepalive_s must be finite", "nan"]),
+        ({"router": {"keepalive_s": 0}}, ["router.keepalive_s must be > 0", "0.0"]),
+        ({"serve": {"port": 70_000}}, ["serve.port must be in [0, 65535]", "70000"]),
+        ({"serve": {"host": "0.0.0.0"}}, ["serve.host", "--insecure", "0.0.0.0"]),
+        ({"serve": {"host": "::"}}, ["serve.host", "--insecure"]),
+        ({"replicas": {"num_replicas": 3, "max_replicas": 2}}, ["replicas.max_replicas", "(3)", "2"]),
+        ({"ray": {"address": "somewhere"}}, ["ray.address must be empty, auto or HOST:PORT", "somewhere"]),
+        ({"resources": {"custom": {"gpu": -1}}}, ["resources.custom.gpu must be > 0"]),
+        ({"log": {"format": "xml"}}, ["log.format must be one of plain, json", "xml"]),
+    ],
+)
+def test_a_refusal_names_key_rule_and_value(tree: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_tree(tree)
+    assert [word for word in words if word not in str(refused.value)] == []
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("OCTAVO_ENGINE__BLOCK_SIZE", "many", ["engine.block_size", "OCTAVO_ENGINE__BLOCK_SIZE", "an integer", "many"]),
+        ("OCTAVO_ENGINE__PREFIX_CACHE", "maybe", ["engine.prefix_cache", "true or false", "maybe"]),
+        ("OCTAVO_ENGNE__DTYPE", "fp32", ["engne", "is no key"]),
+        ("OCTAVO_TYPO", "1", ["typo", "is no key", "OCTAVO_TYPO"]),
+    ],
+)
+def test_a_refused_variable_is_named(name: str, value: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(None, {name: value}, {})
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_variables_that_are_no_keys_are_left_alone() -> None:
+    """A pod beside a Kubernetes service called octavo finds these in its environment."""
+    others = {
+        "OCTAVO_SERVICE_HOST": "10.0.0.1",
+        "OCTAVO_PORT": "tcp://10.0.0.1:50051",
+        "OCTAVO_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "OCTAVO_HEADLESS_SERVICE_PORT": "50051",
+        "OCTAVO_CACHE_DIR": "/somewhere",
+        "OCTAVO_SECRET_FILE": "/somewhere/else",
+    }
+    assert load(None, others, {}) == ClusterConfig()
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        load(tmp_path / "missing.toml", {}, {})
+    (tmp_path / "bad.toml").write_text("model = ")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load(tmp_path / "bad.toml", {}, {})
+
+
+def test_a_replacement_of_a_draining_replica_fits_beside_all_others() -> None:
+    config = ClusterConfig(replicas=ReplicasConfig(num_replicas=2, max_replicas=3))
+    assert config.num_cpus(8) == 2.0
+    assert config.threads(8) == 4
+    assert config.threads(1) == 1
+    own = ClusterConfig(resources=ResourcesConfig(num_cpus=1.5), engine=EngineConfig(threads=3))
+    assert own.num_cpus(8) == 1.5
+    assert own.threads(8) == 3
