@@ -61,6 +61,11 @@ class BlockPool:
         """Whether somebody is filling a block that will have this hash."""
         return block_hash in self._promised
 
+    def filler_of(self, block_hash: bytes) -> Hashable | None:
+        """Return who is filling the block that will have this hash."""
+        block = self._promised.get(block_hash)
+        return None if block is None else self._blocks[block].filler
+
     def resident_hashes(self) -> frozenset[bytes]:
         """Return the hashes under which blocks can be found now."""
         return frozenset(self._resident)

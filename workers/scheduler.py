@@ -4,22 +4,23 @@ Owns the sequences that wait and those that run, and says who gets blocks and wh
 an argument), no device and no requests. A sequence is waiting (holds no block), running (holds the blocks of all its
 known tokens) or ended.
 
-A step has a budget of tokens: every running sequence that decodes gets one, prefill chunks fill the rest, in the order
-of rank (priority, then arrival). A new sequence is admitted when the blocks of all its tokens are there at once; a
-decode that finds no block takes those of the running sequence with the last rank, which waits again and is recomputed.
-With `reserve` a sequence is admitted when the blocks of its longest possible answer are there, and nothing is ever
-preempted.
+A step has a budget of tokens: every running sequence that decodes gets one, chunks of prompts fill the rest, those of
+running and of new sequences in one order of rank: priority, then arrival (`workers.precedence` sees that nobody waits
+for ever). A new sequence is admitted when the blocks of all its tokens are there at once; a decode that finds no block
+takes those of the running sequence with the last rank, which waits again and is recomputed. With `reserve` a sequence
+is admitted when the blocks of its longest possible answer are there, and nothing is ever preempted.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from operator import attrgetter
+from heapq import merge
 
 from octavo.names import Reason
 
 from workers.blocks import BlockPool
 from workers.plan import Chunk, StepOutput, StepPlan
+from workers.precedence import Precedence, by_rank
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
 from workers.tables import BlockTables
@@ -27,8 +28,6 @@ from workers.types import Finish, FinishReason, TokenDelta, TokenLogprobs
 
 MAX_OVERTAKES = 64
 """How many sequences of a lower rank may pass one that lacks blocks; then nobody passes it any more."""
-
-_rank = attrgetter("rank")
 
 
 class Scheduler:
@@ -49,11 +48,14 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._max_running = min(max_num_sequences, chunk_tokens)
         """So that every running sequence can decode in every step."""
+        self._precedence = Precedence()
         self.waiting: list[Sequence] = []
         """By rank, like `running`."""
         self.running: list[Sequence] = []
         self.is_short_of_blocks = False
         """Whether a sequence waited in the last step because blocks were missing."""
+        self._may_admit = True
+        """Whether more sequences may be admitted in the step that is being planned."""
         self.num_steps = 0
         self.num_preemptions = 0
         self.num_computed_tokens = 0
@@ -75,7 +77,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let `sequence` wait for its first step. It has a `refusal` of None and is not complete."""
-        insort(self.waiting, sequence, key=_rank)
+        insort(self.waiting, sequence, key=by_rank)
 
     def end(
         self,
@@ -108,14 +110,14 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. The caller launches the plan, unless it is empty, and then commits it."""
         self._expire(now)
+        self._precedence.settle(self.waiting, self.running, self._tables.blocker)
+        self.is_short_of_blocks = False
+        self._may_admit = True
         chunks: list[Chunk] = []
-        num_preemptions = self.num_preemptions
-        budget = self._continue(chunks)
-        self.is_short_of_blocks = self.num_preemptions > num_preemptions
-        if not self.is_short_of_blocks:
-            self._admit(now, budget, chunks)
+        self._prefill(now, self._decode(chunks), chunks)
         if chunks:
             self.num_steps += 1
+            self._precedence.count((chunk.sequence for chunk in chunks), self.waiting, self.running)
         return StepPlan(self.num_steps, tuple(chunks), self._tables.begin_copies(self.num_steps))
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> None:
@@ -138,7 +140,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert all that must hold between steps, here and in the pool, whose only holders are these sequences."""
         for queue in (self.waiting, self.running):
-            assert queue == sorted(queue, key=_rank)
+            assert queue == sorted(queue, key=by_rank)
             assert not any(s.is_ended for s in queue)
         for s in self.waiting:
             assert not s.block_table
@@ -153,30 +155,33 @@ class Scheduler:
             if sequence.work.deadline is not None and sequence.work.deadline <= now:
                 self.end(sequence, FinishReason.DEADLINE, now)
 
-    def _continue(self, chunks: list[Chunk]) -> int:
-        """Plan chunks of the running sequences; return what is left of the budget."""
-        num_decodes = sum(s.num_to_schedule == 1 for s in self.running)
-        prefill_budget = self._chunk_tokens - num_decodes
-        prefills: list[Chunk] = []
-        for sequence in list(self.running):
-            wanted = sequence.num_to_schedule
-            if wanted == 0 or not sequence.block_table:
-                continue  # nothing to do, or preempted a moment ago
-            granted = 1 if wanted == 1 else min(wanted, prefill_budget)
-            if granted == 0:
-                continue
-            if not self._provide(sequence, granted):
-                if sequence.block_table and not self._reserve:
-                    break  # the blocks of all that follow are in flight: let them land, so that they can be taken
-                continue
-            chunk = self._chunk(sequence, granted)
-            if wanted == 1:
-                chunks.append(chunk)
+    def _decode(self, chunks: list[Chunk]) -> int:
+        """Plan a token for every running sequence that lacks one only; return what is left of the budget."""
+        decodes = [s for s in self.running if s.num_to_schedule == 1]
+        for sequence in decodes:
+            if not sequence.block_table:
+                continue  # preempted a moment ago
+            if self._provide(sequence, 1):
+                chunks.append(self._chunk(sequence, 1))
+            elif sequence.block_table and not self._reserve:
+                break  # the blocks of all that follow are in flight: let them land, so that they can be taken
+        return self._chunk_tokens - len(decodes)
+
+    def _prefill(self, now: float, budget: int, chunks: list[Chunk]) -> None:
+        """Plan what is left of prompts, those of waiting sequences too, in order of rank, while the budget lasts."""
+        prefills = (s for s in self.running if s.num_to_schedule > 1)
+        overtaken: list[Sequence] = []
+        for sequence in list(merge(prefills, self.waiting, key=by_rank)):
+            if budget == 0:
+                return
+            if sequence.block_table:
+                is_ready = self._provide(sequence, min(sequence.num_to_schedule, budget))
             else:
-                prefill_budget -= granted
-                prefills.append(chunk)
-        chunks += prefills
-        return prefill_budget
+                is_ready = self._may_admit and self._admit(sequence, now, overtaken)
+            if is_ready:
+                chunk = self._chunk(sequence, min(sequence.num_to_schedule, budget))
+                budget -= chunk.num_tokens
+                chunks.append(chunk)
 
     def _provide(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
@@ -209,43 +214,43 @@ class Scheduler:
         sequence.start(0)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+        self.is_short_of_blocks = True
+        self._may_admit = False
         self.running.remove(sequence)
-        insort(self.waiting, sequence, key=_rank)
+        insort(self.waiting, sequence, key=by_rank)
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start = sequence.num_scheduled
         return Chunk(sequence, start, num_tokens, sequence.schedule(num_tokens))
 
-    def _admit(self, now: float, budget: int, chunks: list[Chunk]) -> None:
-        """Let waiting sequences run, in order of rank, while budget, blocks and places last."""
-        overtaken: list[Sequence] = []
-        for sequence in list(self.waiting):
-            if budget == 0 or len(self.running) >= self._max_running:
-                return
-            matched = self._tables.find(sequence)
-            if matched is None:
-                continue  # it waits for blocks that another sequence is computing
-            # One block is left for each running sequence, so that they can go on without preempting this one at once.
-            spare = 0 if self._reserve else len(self.running)
-            num_cached = self._tables.take(sequence, matched, spare=spare)
-            if num_cached is None:
-                self.is_short_of_blocks = True
-                if sequence.num_overtaken >= MAX_OVERTAKES:
-                    return
-                overtaken.append(sequence)
-                continue
-            for passed in overtaken:
-                passed.num_overtaken += 1
-            self._start(sequence, num_cached, now)
-            granted = min(sequence.num_to_schedule, budget)
-            budget -= granted
-            chunks.append(self._chunk(sequence, granted))
+    def _admit(self, sequence: Sequence, now: float, overtaken: list[Sequence]) -> bool:
+        """Let a waiting sequence run if there is a place and its blocks are there; return whether it does.
+
+        `overtaken` are those of this step that lacked blocks.
+        """
+        if len(self.running) >= self._max_running:
+            self._may_admit = False
+            return False
+        matched = self._tables.find(sequence)
+        if matched is None:
+            return False  # it waits for blocks that another sequence is computing
+        # One block is left for each running sequence, so that they can go on without preempting this one at once.
+        num_cached = self._tables.take(sequence, matched, spare=0 if self._reserve else len(self.running))
+        if num_cached is None:
+            self.is_short_of_blocks = True
+            self._may_admit = not (sequence.is_due or sequence.num_overtaken >= MAX_OVERTAKES)
+            overtaken.append(sequence)
+            return False
+        for passed in overtaken:
+            passed.num_overtaken += 1
+        self._start(sequence, num_cached, now)
+        return True
 
     def _start(self, sequence: Sequence, num_cached: int, now: float) -> None:
         """Make a waiting sequence with its blocks a running one."""
         sequence.start(num_cached)
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_rank)
+        insort(self.running, sequence, key=by_rank)
         if sequence.started_at is None:
             sequence.started_at = now
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)

@@ -31,13 +31,16 @@ class Sequence:
         "constraint",
         "first_token_at",
         "index",
+        "is_due",
         "is_ended",
         "num_cached_tokens",
         "num_computed",
+        "num_idle_steps",
         "num_overtaken",
         "num_placeholders",
         "num_preemptions",
         "num_scheduled",
+        "rank",
         "sampling",
         "started_at",
         "tokens",
@@ -71,12 +74,18 @@ class Sequence:
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the cache when it first ran; None before, and after it has been reported."""
         self.num_preemptions = 0
+        self.num_idle_steps = 0
+        """Steps in which it could have computed something and got nothing."""
         self.num_overtaken = 0
         """How many sequences of a lower rank were admitted while this one lacked blocks."""
         self.arrived_at = arrived_at
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.is_ended = False
+        self.is_due = False
+        """Whether it goes before all that are not; see `workers.precedence`, which sets it."""
+        self.rank = self.own_rank
+        """Who goes first: the smaller one. Its own rank, or that of one that waits for it."""
         self._chain: list[bytes] = []
 
     @property
@@ -102,9 +111,9 @@ class Sequence:
         return self.work.adapter
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Who goes first: the smaller one. Priority (lower goes first), then arrival."""
-        return (self.work.priority, self.arrival)
+    def own_rank(self) -> tuple[bool, int, int]:
+        """A due sequence first, then by priority (lower goes first), then by arrival."""
+        return (not self.is_due, self.work.priority, self.arrival)
 
     @property
     def is_in_flight(self) -> bool:

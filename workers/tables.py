@@ -9,7 +9,7 @@ nothing: the scheduler says who gets blocks and who loses them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from itertools import chain
 
 from workers.blocks import BlockPool
@@ -55,6 +55,12 @@ class BlockTables:
         if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
             return None
         return matched
+
+    def blocker(self, sequence: Sequence) -> Hashable | None:
+        """Return who is filling the next block of a sequence for which `find` gives None."""
+        hashes = self._hashes(sequence)
+        num_matched = len(self._pool.match(hashes))
+        return self._pool.filler_of(hashes[num_matched]) if num_matched < len(hashes) else None
 
     def take(self, sequence: Sequence, matched: list[int], *, spare: int) -> int | None:
         """Give `sequence` the blocks of all its tokens (of all that it may come to, with `reserve`), `matched` first,

@@ -9,84 +9,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.workers.toy_engine import BLOCK_SIZE, Answer, EventReader, ToyRunner, assert_plan, gather, toy_answer, work
-from workers.blocks import BlockPool
-from workers.plan import StepOutput, StepPlan
+from tests.workers.scheduler_bench import Bench, shape
+from tests.workers.toy_engine import BLOCK_SIZE, toy_answer, work
+from workers.plan import StepOutput
 from workers.prefix import PrefixHasher
-from workers.scheduler import MAX_OVERTAKES, Scheduler
+from workers.scheduler import MAX_OVERTAKES
 from workers.sequence import Sequence
-from workers.types import FinishReason, GenerateWork, TokenDelta, TokenLogprobs, WorkId
-
-
-class Bench:
-    """A scheduler, its pool and a toy runner; each step is checked."""
-
-    def __init__(
-        self,
-        num_blocks: int = 64,
-        *,
-        chunk_tokens: int = 16,
-        max_num_sequences: int = 8,
-        prefix_cache: bool = True,
-        reserve: bool = False,
-    ) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.chunk_tokens = chunk_tokens
-        self.scheduler = Scheduler(
-            pool=self.pool,
-            hasher=PrefixHasher(b"test", BLOCK_SIZE),
-            chunk_tokens=chunk_tokens,
-            max_num_sequences=max_num_sequences,
-            prefix_cache=prefix_cache,
-            reserve=reserve,
-        )
-        self.runner = ToyRunner(num_blocks)
-        self.reader = EventReader()
-        self.answers: dict[WorkId, Answer] = {}
-        self.now = 0.0
-        self.num_added = 0
-
-    def add(self, work: GenerateWork) -> Sequence:
-        self.num_added += 1
-        sequence = Sequence(work, arrival=self.num_added, arrived_at=self.now)
-        assert self.scheduler.refusal(sequence) is None
-        self.scheduler.add(sequence)
-        return sequence
-
-    def plan(self) -> StepPlan:
-        plan = self.scheduler.schedule(self.now)
-        assert_plan(plan, self.pool, self.chunk_tokens)
-        return plan
-
-    def commit(self, plan: StepPlan) -> None:
-        if plan.chunks:
-            self.scheduler.commit(plan, self.runner.launch(plan).output(), self.now)
-        self.check()
-
-    def step(self) -> StepPlan:
-        plan = self.plan()
-        self.commit(plan)
-        return plan
-
-    def check(self) -> None:
-        self.scheduler.check_integrity()
-        self.reader.apply(self.pool.drain_events())
-        assert self.reader.resident == self.pool.resident_hashes()
-        gather(self.scheduler.drain_deltas(), self.answers)
-
-    def run(self, max_steps: int = 1_000) -> None:
-        for _ in range(max_steps):
-            if not self.step().chunks:
-                return
-        raise AssertionError(f"still busy after {max_steps} steps")
-
-    def answer(self, sequence: Sequence) -> Answer:
-        return self.answers[sequence.work.work_id]
-
-
-def shape(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
-    """Return (work, start, tokens, samples) of each chunk."""
-    return [(c.sequence.work.work_id.number, c.start, c.num_tokens, c.samples) for c in plan.chunks]
+from workers.types import FinishReason, TokenDelta, TokenLogprobs
 
 
 def test_one_sequence_from_prompt_to_length() -> None:
@@ -127,6 +56,16 @@ def test_priority_goes_before_arrival() -> None:
     for number, priority in [(1, 0), (2, 5), (3, -5), (4, 0)]:
         bench.add(work(number, [number] * 4, 1, priority=priority))
     assert [shape(bench.step())[0][0] for _ in range(4)] == [3, 1, 4, 2]
+
+
+def test_an_urgent_sequence_goes_before_the_rest_of_a_long_prompt() -> None:
+    bench = Bench(chunk_tokens=8)
+    bench.add(work(1, range(30), 1))
+    bench.step()
+    bench.add(work(2, range(40, 46), 1, priority=-1))
+    bench.add(work(3, [1, 2], 1))
+    assert shape(bench.step()) == [(2, 0, 6, True), (1, 8, 2, False)]
+    assert shape(bench.step()) == [(1, 10, 8, False)], "of equal priority the earlier goes first"
 
 
 def test_no_more_run_than_may_and_than_can_decode_together() -> None:
