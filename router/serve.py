@@ -51,9 +51,12 @@ class MembershipRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # ray h
 
 
 class Router:
-    """The user class of the deployment. `workers` is the handle of the deployment whose replicas do the work, `group`
-    the name under which they are published; `listen` is the public host and port, 0 for any; `secret` says the cluster's
-    secret, blocks, and is called once."""
+    """The user class of the deployment.
+
+    `workers` is the handle of the deployment whose replicas do the work, `group` the name under which they are
+    published; `listen` is the public host and port, 0 for any; `secret` says the cluster's secret, blocks, and is
+    called once.
+    """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
