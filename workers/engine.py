@@ -154,7 +154,7 @@ class PagedEngine:
 
     def _submit(self, work: GenerateWork) -> None:
         now = self._clock()
-        sequences = []
+        sequences: list[Sequence] = []
         for index in range(work.n):
             self._num_arrivals += 1
             sequences.append(
@@ -164,6 +164,7 @@ class PagedEngine:
                     arrival=self._num_arrivals,
                     arrived_at=now,
                     constraint=self._constraint_for(work),
+                    leader=sequences[0] if sequences else None,
                 )
             )
         self._works[work.work_id] = sequences

@@ -4,8 +4,8 @@
     ticket = runner.launch(plan)         apply
     scheduler.commit(plan, output)       account
 
-A runner reads of a `Sequence` only: tokens, num_prompt_tokens, block_table, sampling, constraint, adapter. It never
-writes to one. Knows no requests, no clock, no device.
+A runner reads of a `Sequence` only: tokens, num_prompt_tokens, block_table, sampling, constraint, adapter, banned_at,
+num_logprobs. It never writes to one. Knows no requests, no clock, no device.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class StepOutput:
 
     tokens: Seq[tuple[int, ...]]
     logprobs: Seq[tuple[TokenLogprobs, ...]] = ()
+    """Of each token of a sequence that has `num_logprobs`, else (); all () may be left out."""
     pooled: Seq[tuple[float, ...]] = ()
 
 

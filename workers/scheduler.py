@@ -231,11 +231,11 @@ class Scheduler:
         if len(self.running) >= self._max_running:
             self._may_admit = False
             return False
-        matched = self._tables.find(sequence)
-        if matched is None:
+        found = self._tables.find(sequence)
+        if found is None:
             return False  # it waits for blocks that another sequence is computing
         # One block is left for each running sequence, so that they can go on without preempting this one at once.
-        num_cached = self._tables.take(sequence, matched, spare=0 if self._reserve else len(self.running))
+        num_cached = self._tables.take(sequence, found, spare=0 if self._reserve else len(self.running))
         if num_cached is None:
             self.is_short_of_blocks = True
             self._may_admit = not (sequence.is_due or sequence.num_overtaken >= MAX_OVERTAKES)

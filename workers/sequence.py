@@ -33,6 +33,7 @@ class Sequence:
         "index",
         "is_due",
         "is_ended",
+        "leader",
         "num_cached_tokens",
         "num_computed",
         "num_idle_steps",
@@ -55,6 +56,7 @@ class Sequence:
         arrival: int = 0,
         arrived_at: float = 0.0,
         constraint: Constraint | None = None,
+        leader: Sequence | None = None,
     ) -> None:
         self.work = work
         self.index = index
@@ -64,6 +66,8 @@ class Sequence:
         self.sampling: SamplingParams = (
             replace(work.sampling, seed=(work.sampling.seed + index) % 2**64) if index else work.sampling
         )
+        self.leader = leader
+        """The choice of the same work that computes the prompt for all; None: this one does."""
         self.constraint = constraint
         if constraint is not None:
             for token in work.received:
@@ -132,6 +136,16 @@ class Sequence:
             return 0
         return self.num_tokens - self.num_scheduled
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """None: its tokens go without log probabilities; k: with those of the k likeliest at their place."""
+        return self.work.num_logprobs
+
+    def banned_at(self, position: int) -> frozenset[int]:
+        """Return the tokens that must not be drawn for `position`: stop tokens before `min_tokens` of the answer."""
+        is_early = position < len(self.work.prompt) + self.work.min_tokens
+        return self.work.stop_token_ids if is_early else frozenset()
+
     def finish(self, reason: FinishReason, now: float, error: tuple[str, str] = ("", "")) -> Finish:
         """Return why it ends now and where its time went. `error`: an `octavo.names.Reason` and a message."""
         started = now if self.started_at is None else self.started_at
@@ -177,7 +191,7 @@ class Sequence:
     def ending(self) -> FinishReason | None:
         """Return why the answer is complete as it stands; None if it is not."""
         num_answer_tokens = len(self.tokens) - len(self.work.prompt)
-        if num_answer_tokens and self.tokens[-1] in self.work.stop_token_ids:
+        if num_answer_tokens > self.work.min_tokens and self.tokens[-1] in self.work.stop_token_ids:
             return FinishReason.STOP
         if num_answer_tokens >= self.work.max_tokens:
             return FinishReason.LENGTH

@@ -11,10 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from itertools import chain
+from typing import NamedTuple
 
 from workers.blocks import BlockPool
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
+
+
+class Found(NamedTuple):
+    """Blocks that hold the keys and values of the first `num_tokens` tokens of a sequence."""
+
+    blocks: list[int]
+    num_tokens: int
 
 
 class BlockTables:
@@ -48,31 +56,44 @@ class BlockTables:
             f"blocks of {self._block_size} tokens, the engine has {self._pool.num_blocks}"
         )
 
-    def find(self, sequence: Sequence) -> list[int] | None:
-        """Return the resident blocks that `sequence` begins with; None if somebody is filling its next one just now."""
+    def find(self, sequence: Sequence) -> Found | None:
+        """Return what there is of a waiting sequence; None if somebody computes its next block or its prompt now.
+
+        A choice that has not run yet gets the blocks of its leader's prompt, the one that is not full among them.
+        """
+        if _awaits_leader(sequence):
+            return None
+        num_tokens = len(sequence.tokens)
+        leader = sequence.leader
+        if leader is not None and sequence.started_at is None:
+            shared = leader.block_table[: self.num_blocks(num_tokens)]
+            if shared and leader.num_computed >= num_tokens:
+                return Found(shared, num_tokens)
         hashes = self._hashes(sequence)
         matched = self._pool.match(hashes)
         if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
             return None
-        return matched
+        return Found(matched, len(matched) * self._block_size)
 
     def blocker(self, sequence: Sequence) -> Hashable | None:
-        """Return who is filling the next block of a sequence for which `find` gives None."""
+        """Return who it is for whose work `find` gives None."""
+        if _awaits_leader(sequence):
+            return sequence.leader
         hashes = self._hashes(sequence)
         num_matched = len(self._pool.match(hashes))
         return self._pool.filler_of(hashes[num_matched]) if num_matched < len(hashes) else None
 
-    def take(self, sequence: Sequence, matched: list[int], *, spare: int) -> int | None:
-        """Give `sequence` the blocks of all its tokens (of all that it may come to, with `reserve`), `matched` first,
+    def take(self, sequence: Sequence, found: Found, *, spare: int) -> int | None:
+        """Give `sequence` the blocks of all its tokens (of all that it may come to, with `reserve`), those found first,
         if `spare` are left then; return how many of its tokens are computed, or None, and no effect, if there are too
         few blocks.
 
-        If all of its tokens are cached, the last one is computed again for its logits, in a copy of the last block.
+        If all of its tokens are computed, the last one is computed again for its logits, in a copy of the last block.
         """
         pool = self._pool
+        matched, num_cached = found
         num_stored = sequence.max_stored_tokens if self._reserve else sequence.num_tokens
         num_fresh = self.num_blocks(num_stored) - len(matched)
-        num_cached = len(matched) * self._block_size
         is_all_cached = num_cached == sequence.num_tokens
         needed = num_fresh + sum(pool.num_references(block) == 0 for block in matched)
         if is_all_cached and pool.num_references(matched[-1]):
@@ -149,3 +170,11 @@ class BlockTables:
 
     def _hashes(self, sequence: Sequence) -> list[bytes]:
         return sequence.block_hashes(self._hasher) if self._prefix_cache else []
+
+
+def _awaits_leader(sequence: Sequence) -> bool:
+    """Whether the prompt of this choice, which has not run yet, is still to be computed by another one."""
+    leader = sequence.leader
+    if leader is None or leader.is_ended or leader.first_token_at is not None:
+        return False
+    return sequence.started_at is None

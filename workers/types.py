@@ -70,9 +70,13 @@ class GenerateWork(Work):
     sampling: SamplingParams = SamplingParams()
     max_tokens: int
     min_tokens: int = 0
+    """How many tokens of the answer, `received` included, come before a stop token may be drawn or counts as one."""
     stop_token_ids: frozenset[int] = frozenset()
     n: int = 1
+    """How many choices are generated and answered. For best_of, whoever asks says best_of here and 0 in `num_logprobs`,
+    adds the log probabilities of each choice up, and keeps the n best."""
     num_logprobs: int | None = None
+    """None: no log probabilities; k: of each token, and of the k likeliest at its place."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

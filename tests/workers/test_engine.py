@@ -12,12 +12,16 @@ from tests.workers.toy_engine import (
     Answer,
     Clock,
     ToyEngine,
+    ToyRunner,
     assert_idle,
     gather,
     toy_answer,
+    toy_logprob,
     work,
 )
 from workers.engine import CHECK_INTERVAL_S
+from workers.precedence import MAX_IDLE_STEPS
+from workers.sequence import Sequence
 from workers.types import FinishReason, GenerateWork, Load, PoolWork, SamplingParams, WorkId
 
 
@@ -181,8 +185,109 @@ def test_choices_of_one_work_share_its_prompt_and_differ_in_their_seed() -> None
         answer = only(answers)
         assert answer.tokens == toy_answer(one)
         assert answer.num_cached_tokens == (0 if index == 0 else None)
-    assert engine.load().num_computed_tokens == 10 + 2 * 2 + 3 * 2
+    assert engine.load().num_computed_tokens == 10 + 2 * 1 + 3 * 2, "the others compute the last prompt token only"
     assert_idle(engine)
+
+
+def choices(engine: ToyEngine, num_choices: int) -> list[Answer]:
+    """Run the engine, which has one work, and return the answers of its choices."""
+    while engine.step_checked():
+        pass
+    deltas = engine.drain_outputs()
+    assert_idle(engine)
+    found = []
+    for index in range(num_choices):
+        answers: dict[WorkId, Answer] = {}
+        gather(deltas, answers, index)
+        found.append(only(answers))
+    return found
+
+
+class SeededRunner(ToyRunner):
+    """Draws by the seed too, so that choices differ."""
+
+    def draw(self, sequence: Sequence, tokens: list[int]) -> int:
+        return super().draw(sequence, [*tokens, sequence.sampling.seed])
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("num_blocks", [14, 64])
+@pytest.mark.parametrize("num_prompt_tokens", [1, 3, 8, 11])
+def test_choices_run_on_one_copy_of_their_prompt(
+    num_prompt_tokens: int, num_blocks: int, prefix_cache: bool, lag: int
+) -> None:
+    """Also where the prompt ends within a block, without a prefix cache, and with preemptions in the small pool."""
+    engine = ToyEngine(num_blocks, prefix_cache=prefix_cache, lag=lag, runner=SeededRunner(num_blocks))
+    one = work(1, range(num_prompt_tokens), 13, n=4, sampling=SamplingParams(seed=5))
+    engine.submit(one)
+    answers = choices(engine, 4)
+    assert len({tuple(a.tokens) for a in answers}) == 4
+    for index, answer in enumerate(answers):
+        alone = ToyEngine(64, runner=SeededRunner(64))
+        alone.submit(work(1, one.prompt, 13, sampling=SamplingParams(seed=5 + index)))
+        assert answer.tokens == only(alone.run()).tokens
+    if num_blocks == 64:
+        assert engine.runner.num_rows == num_prompt_tokens + 3 + 4 * 12
+        assert engine.load().num_preemptions == 0
+    elif num_prompt_tokens > 3:
+        assert engine.load().num_preemptions > 0
+
+
+def test_choices_whose_leader_has_ended_compute_for_themselves() -> None:
+    engine = ToyEngine(prefix_cache=False)
+    engine.submit(work(1, range(6), 1, n=2))
+    assert [a.tokens for a in choices(engine, 2)] == [toy_answer(work(1, range(6), 1))] * 2
+    assert engine.runner.num_rows == 12
+
+
+def test_choices_of_a_poison_work_all_fail() -> None:
+    engine = ToyEngine(poison=666)
+    engine.submit(work(1, [1, 666], 5, n=3))
+    assert {finish_of(a)[0] for a in choices(engine, 3)} == {FinishReason.ERROR}
+
+
+def test_a_leader_goes_as_early_as_a_choice_that_is_due() -> None:
+    engine = ToyEngine()
+    engine.submit(work(1, range(6), 2, priority=9, n=2))
+    leader, other = engine._scheduler.waiting
+    other.num_idle_steps = MAX_IDLE_STEPS
+    leader.num_idle_steps = -1_000
+    engine.submit(work(2, range(20, 36), 2))
+    engine.step_checked()
+    assert leader.num_computed == 6
+    answers = engine.run()
+    assert answers[WorkId("r", 1)].tokens == toy_answer(work(1, range(6), 2))
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_min_tokens_hold_stop_tokens_back(lag: int) -> None:
+    whole = toy_answer(work(1, [1, 2], 9))
+    stops = frozenset(whole[:3])
+    one = work(1, [1, 2], 9, min_tokens=4, stop_token_ids=stops)
+    for received in ([], [whole[0]], toy_answer(one)[:3]):
+        task = work(1, [1, 2], 9, min_tokens=4, stop_token_ids=stops, received=received)
+        engine = ToyEngine(lag=lag)
+        engine.submit(task)
+        answer = [*received, *only(engine.run()).tokens]
+        assert answer == [*received, *toy_answer(task)]
+        assert len(answer) > 4
+        assert not stops & set(answer[len(received) : 4])
+
+
+def test_log_probabilities_go_with_their_tokens() -> None:
+    engine = ToyEngine(64, chunk_tokens=64)
+    engine.submit(work(1, [1, 2], 5, num_logprobs=2))
+    engine.submit(work(2, [3, 4], 5))
+    engine.submit(work(3, [5, 6], 5, num_logprobs=0))
+    while engine.step_checked():
+        for delta in engine.drain_outputs():
+            count = {1: 2, 2: None, 3: 0}[delta.work_id.number]
+            if count is None:
+                assert delta.logprobs == ()
+            else:
+                assert [p.logprob for p in delta.logprobs] == [toy_logprob(t) for t in delta.token_ids]
+                assert all(len(p.top) == count for p in delta.logprobs)
 
 
 class EvenOnly:

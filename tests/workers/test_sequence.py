@@ -75,6 +75,15 @@ def test_when_an_answer_is_complete(received: list[int], reason: FinishReason | 
     assert Sequence(work(1, [9], 2, received=received, stop_token_ids=frozenset({9}))).ending() is reason
 
 
+def test_a_stop_token_is_banned_and_counts_for_nothing_before_min_tokens() -> None:
+    sequence = Sequence(work(1, [9, 9], 5, received=[9], min_tokens=2, stop_token_ids=frozenset({9})))
+    assert sequence.ending() is None, "a received one that came too early is a token like any other"
+    assert [sequence.banned_at(position) for position in (2, 3, 4)] == [{9}, {9}, frozenset()]
+    assert sequence.append(9) is None
+    assert sequence.append(9) is FinishReason.STOP
+    assert Sequence(work(1, [9], 1, min_tokens=5)).append(9) is FinishReason.LENGTH
+
+
 def test_hashes_are_those_of_the_known_full_blocks() -> None:
     sequence = Sequence(work(1, range(6), 9, salt=b"s", adapter="a"))
     root = HASHER.root(b"s", "a")
@@ -89,6 +98,8 @@ def test_rank_is_priority_then_arrival() -> None:
     early, late = Sequence(work(1, [1]), arrival=1), Sequence(work(2, [1]), arrival=2)
     urgent = Sequence(work(3, [1], priority=-1), arrival=3)
     assert sorted([late, urgent, early], key=lambda s: s.rank) == [urgent, early, late]
+    late.is_due = True
+    assert sorted([late, urgent, early], key=lambda s: s.own_rank) == [late, urgent, early]
 
 
 def test_choices_have_seeds_of_their_own() -> None:

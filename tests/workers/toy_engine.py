@@ -16,7 +16,16 @@ from workers.fake import fake_digest
 from workers.plan import Chunk, StepOutput, StepPlan
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence as EngineSequence
-from workers.types import EngineInfo, FinishReason, GenerateWork, KvEvent, KvEventKind, TokenDelta, WorkId
+from workers.types import (
+    EngineInfo,
+    FinishReason,
+    GenerateWork,
+    KvEvent,
+    KvEventKind,
+    TokenDelta,
+    TokenLogprobs,
+    WorkId,
+)
 
 BLOCK_SIZE = 4
 VOCAB_SIZE = 50
@@ -33,6 +42,13 @@ class ToyTicket:
 
     def output(self) -> StepOutput:
         return self.result
+
+
+def _logprobs(chunk: Chunk, tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...]:
+    count = chunk.sequence.num_logprobs
+    if count is None:
+        return ()
+    return tuple(TokenLogprobs(toy_logprob(t), tuple((t + i, -1.0) for i in range(count))) for t in tokens)
 
 
 class ToyRunner:
@@ -56,7 +72,7 @@ class ToyRunner:
         tokens = tuple(self._compute(chunk) for chunk in plan.chunks)
         for chunk, drawn in zip(plan.chunks, tokens, strict=True):
             self._known[chunk.sequence] += drawn
-        return ToyTicket(plan, StepOutput(tokens))
+        return ToyTicket(plan, StepOutput(tokens, tuple(map(_logprobs, plan.chunks, tokens))))
 
     def close(self) -> None:
         self.is_closed = True
@@ -74,11 +90,27 @@ class ToyRunner:
         assert read == known[:end], "a block does not hold what its sequence computed"
         if not chunk.samples:
             return ()
-        token = fake_digest(known + [ord(letter) for letter in sequence.adapter]) % self.vocab_size
+        return (self.draw(sequence, known),)
+
+    def draw(self, sequence: EngineSequence, tokens: list[int]) -> int:
+        """Return what `sequence` says after `tokens`."""
+        token = toy_token(tokens, sequence.adapter, sequence.banned_at(len(tokens)), self.vocab_size)
         if sequence.constraint is not None:
             allowed = list(sequence.constraint.mask())
             token = allowed[token % len(allowed)]
-        return (token,)
+        return token
+
+
+def toy_token(tokens: list[int], adapter: str, banned: frozenset[int], vocab_size: int = VOCAB_SIZE) -> int:
+    token = fake_digest(tokens + [ord(letter) for letter in adapter]) % vocab_size
+    while token in banned:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def toy_logprob(token: int) -> float:
+    """The log probability of a token that the toy draws, whatever is before it."""
+    return -float(token + 1)
 
 
 def toy_info(num_blocks: int, *, max_model_len: int = 1_000) -> EngineInfo:
@@ -119,10 +151,11 @@ class ToyEngine(PagedEngine):
         reserve: bool = False,
         poison: int | None = None,
         max_model_len: int = 1_000,
+        runner: ToyRunner | None = None,
         **options: object,
     ) -> None:
         self.clock = Clock()
-        self.runner = ToyRunner(num_blocks, poison=poison)
+        self.runner = runner or ToyRunner(num_blocks, poison=poison)
         self.reader = EventReader()
         config = EngineConfig(
             chunk_tokens=chunk_tokens,
@@ -213,7 +246,7 @@ class EventReader:
 
 
 def assert_plan(plan: StepPlan, pool: BlockPool, chunk_tokens: int) -> None:
-    """Assert that a plan keeps its budget and that nobody else can see the blocks it writes."""
+    """Assert that a plan keeps its budget, and that nobody but this step's copies can see the blocks it writes."""
     assert plan.num_tokens <= chunk_tokens
     written = []
     for chunk in plan.chunks:
@@ -221,14 +254,16 @@ def assert_plan(plan: StepPlan, pool: BlockPool, chunk_tokens: int) -> None:
         first, last = chunk.start // BLOCK_SIZE, (chunk.start + chunk.num_tokens - 1) // BLOCK_SIZE
         written += chunk.sequence.block_table[first : last + 1]
     assert len(written) == len(set(written)), "two chunks write to one block"
+    sources = [source for source, _ in plan.copies]
     for block in written:
         assert pool.is_pending(block)
-        assert pool.num_references(block) == 1
+        assert pool.num_references(block) == 1 + sources.count(block)
     targets = [target for _, target in plan.copies]
     assert set(targets) <= set(written)
     assert len(targets) == len(set(targets))
-    for source, _ in plan.copies:
-        assert source not in written
+    first_written = {block: chunk.start for chunk in plan.chunks for block in chunk.sequence.block_table}
+    for source, target in plan.copies:
+        assert source not in written or first_written[source] > first_written[target], "a copy lacks what is written"
         assert pool.num_references(source) >= 1
 
 
@@ -252,8 +287,9 @@ def toy_answer(work: GenerateWork, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Return what an undisturbed engine generates for `work`, after what was received."""
     tokens = [*work.prompt, *work.received]
     first = len(tokens)
-    while len(tokens) - len(work.prompt) < work.max_tokens:
-        tokens.append(fake_digest(tokens + [ord(letter) for letter in work.adapter]) % vocab_size)
+    while (num_answered := len(tokens) - len(work.prompt)) < work.max_tokens:
+        banned = work.stop_token_ids if num_answered < work.min_tokens else frozenset[int]()
+        tokens.append(toy_token(tokens, work.adapter, banned, vocab_size))
         if tokens[-1] in work.stop_token_ids:
             break
     return tokens[first:]
