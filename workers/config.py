@@ -27,6 +27,9 @@ class EngineConfig:
     threads: int = 0
     """Of one replica; 0: cores of the node // replicas, at least 1."""
     prefix_cache: bool = True
+    lookup_tokens: int = 0
+    """Prompt lookup: how many tokens at most are guessed per sequence and step, and verified in it. Answers stay the
+    same, token for token. 0: off."""
     reserve: bool = False
     """Admit a sequence only when the blocks of its prompt and of max_tokens are free, and keep them for it: memory is
     predictable and nothing is ever preempted, but fewer sequences run at once."""
@@ -49,6 +52,7 @@ class EngineConfig:
             (self.max_model_len >= 0, "engine.max_model_len", "must be >= 0", self.max_model_len),
             (self.max_num_sequences >= 1, "engine.max_num_sequences", "must be >= 1", self.max_num_sequences),
             (self.chunk_tokens >= 1, "engine.chunk_tokens", "must be >= 1", self.chunk_tokens),
+            (0 <= self.lookup_tokens <= 64, "engine.lookup_tokens", "must be in [0, 64]", self.lookup_tokens),
             (self.threads >= 0, "engine.threads", "must be >= 0", self.threads),
             (self.fake_step_s >= 0, "engine.fake_step_s", "must be >= 0", self.fake_step_s),
         ]

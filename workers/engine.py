@@ -15,7 +15,9 @@ from octavo.names import Reason
 
 from workers.blocks import BlockPool
 from workers.config import EngineConfig
-from workers.plan import Constraint, Runner, StepPlan, Ticket
+from workers.errors import ConfigError
+from workers.lookup import PromptLookup
+from workers.plan import Constraint, Proposer, Runner, StepPlan, Ticket, verifies_drafts
 from workers.prefix import PrefixHasher
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence
@@ -32,6 +34,7 @@ class PagedEngine:
 
     `lag` is how many steps are launched before the first of them is read: 0 for a runner that computes in `launch`, 1
     for a device that works on one step while the next is decided. `constraint_for` makes the constraint of a work.
+    Raises ConfigError if `config` asks for what `runner` cannot do.
     """
 
     def __init__(
@@ -46,6 +49,11 @@ class PagedEngine:
         constraint_for: Callable[[GenerateWork], Constraint | None] = lambda work: None,
     ) -> None:
         assert hasher.block_size == info.block_size
+        if config.lookup_tokens and not verifies_drafts(runner):
+            raise ConfigError(
+                f"engine.lookup_tokens must be 0 with engine {info.engine}, which cannot verify drafts here; is "
+                f"{config.lookup_tokens}"
+            )
         self._config = config
         self._info = info
         self._runner = runner
@@ -135,6 +143,8 @@ class PagedEngine:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_computed_tokens=scheduler.num_computed_tokens,
             num_steps=scheduler.num_steps,
+            num_drafted_tokens=scheduler.num_drafted_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
     def close(self) -> None:
@@ -157,14 +167,16 @@ class PagedEngine:
         sequences: list[Sequence] = []
         for index in range(work.n):
             self._num_arrivals += 1
+            constraint = self._constraint_for(work)
             sequences.append(
                 Sequence(
                     work,
                     index=index,
                     arrival=self._num_arrivals,
                     arrived_at=now,
-                    constraint=self._constraint_for(work),
+                    constraint=constraint,
                     leader=sequences[0] if sequences else None,
+                    proposer=self._proposer() if constraint is None else None,
                 )
             )
         self._works[work.work_id] = sequences
@@ -178,6 +190,10 @@ class PagedEngine:
             else:
                 self._scheduler.add(sequence)
         self._collect()
+
+    def _proposer(self) -> Proposer | None:
+        """Return what guesses for a new sequence."""
+        return PromptLookup(self._config.lookup_tokens) if self._config.lookup_tokens else None
 
     def _too_long(self, work: GenerateWork) -> str | None:
         if len(work.prompt) + work.max_tokens <= self._info.max_model_len:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
-from workers.plan import StepOutput, StepPlan
+from workers.plan import Chunk, StepOutput, StepPlan, accepted
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
 from workers.types import EngineInfo, ModelManifest
@@ -79,24 +80,30 @@ class FakeTicket:
 class FakeRunner:
     """Draws `fake_next_token`; a step costs time proportional to its tokens, however long the sequences are."""
 
+    verifies_drafts = True
+
     def __init__(self, vocab_size: int, step_s: float = 0.0) -> None:
         self._vocab_size = vocab_size
         self._step_s = step_s
         self._digests: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
         """How many tokens of a sequence have been hashed, and their digest."""
+        self.num_computed_rows = 0
 
     def launch(self, plan: StepPlan) -> FakeTicket:
-        tokens = tuple((self._draw(chunk.sequence),) if chunk.samples else () for chunk in plan.chunks)
+        self.num_computed_rows += plan.num_tokens
+        tokens = tuple(self._draw(chunk) if chunk.samples else () for chunk in plan.chunks)
         return FakeTicket(plan, StepOutput(tokens), self._step_s)
 
     def close(self) -> None:
         self._digests.clear()
 
-    def _draw(self, sequence: Sequence) -> int:
+    def _draw(self, chunk: Chunk) -> tuple[int, ...]:
+        sequence = chunk.sequence
         count, digest = self._digests.get(sequence, (0, 0))
         digest = fake_digest(sequence.tokens[count:], digest)
         self._digests[sequence] = (len(sequence.tokens), digest)
-        return digest % self._vocab_size
+        digests = accumulate(chunk.draft, lambda digest, token: fake_digest((token,), digest), initial=digest)
+        return accepted(chunk.draft, [digest % self._vocab_size for digest in digests])
 
 
 class FakeEngine(PagedEngine):

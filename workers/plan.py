@@ -36,6 +36,22 @@ class Chunk:
     num_tokens: int
     samples: bool
     """Whether a next token is drawn from the logits of the chunk's last position."""
+    draft: tuple[int, ...] = ()
+    """Guesses at the tokens that follow. Only a chunk that samples has some, and only for a runner that verifies them.
+    They are computed as if they were tokens of the sequence, behind those of the chunk:
+
+        tokens       0 ............ start .......... start + num_tokens .......... + len(draft)
+                     |-- in cache --|--- computed ---|----- draft, computed -----|
+
+    and a token is drawn for each position from ``start + num_tokens`` to ``start + num_tokens + len(draft)``, each as
+    if the draft before it were right (its tokens count for penalties; `banned_at` and the seed go by its position);
+    what `accepted` leaves of the drawn ones is the chunk's output. So tokens are the same with any draft and without.
+    """
+
+    @property
+    def num_rows(self) -> int:
+        """How many tokens go through the model."""
+        return self.num_tokens + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +63,8 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        """Rows, those of drafts too: what the step's budget counts."""
+        return sum(chunk.num_rows for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +88,33 @@ class Ticket(Protocol):
 
 
 class Runner(Protocol):
-    """The device side of an engine: holds weights and the KV cache."""
+    """The device side of an engine: holds weights and the KV cache. `verifies_drafts` says what else it may have."""
 
     def launch(self, plan: StepPlan) -> Ticket: ...
 
     def close(self) -> None: ...
+
+
+def verifies_drafts(runner: Runner) -> bool:
+    """Whether `runner` can be given chunks with a `draft`: it says so by an attribute of this name."""
+    return bool(getattr(runner, "verifies_drafts", False))
+
+
+def accepted(draft: Seq[int], drawn: Seq[int]) -> tuple[int, ...]:
+    """Return the tokens that a verified draft brings: those drawn up to, and with, the first that was guessed wrong.
+
+    ``drawn[i]`` was drawn as if ``draft[:i]`` were right; there is one more of them than of the draft.
+    """
+    assert len(drawn) == len(draft) + 1
+    num_right = next((i for i, token in enumerate(draft) if token != drawn[i]), len(draft))
+    return tuple(drawn[: num_right + 1])
+
+
+class Proposer(Protocol):
+    """Guesses how one sequence goes on."""
+
+    def propose(self, tokens: Seq[int], limit: int) -> Seq[int]:
+        """Return at most `limit` tokens that may follow `tokens`, which are those of the last call and more."""
 
 
 class Constraint(Protocol):

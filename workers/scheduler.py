@@ -14,6 +14,7 @@ is admitted when the blocks of its longest possible answer are there, and nothin
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import replace
 from heapq import merge
 
 from octavo.names import Reason
@@ -59,6 +60,8 @@ class Scheduler:
         self.num_steps = 0
         self.num_preemptions = 0
         self.num_computed_tokens = 0
+        self.num_drafted_tokens = 0
+        self.num_accepted_tokens = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         """In tokens, as the queries are."""
@@ -114,7 +117,7 @@ class Scheduler:
         self.is_short_of_blocks = False
         self._may_admit = True
         chunks: list[Chunk] = []
-        self._prefill(now, self._decode(chunks), chunks)
+        self._draft(self._prefill(now, self._decode(chunks), chunks), chunks)
         if chunks:
             self.num_steps += 1
             self._precedence.count((chunk.sequence for chunk in chunks), self.waiting, self.running)
@@ -129,7 +132,7 @@ class Scheduler:
         self.end_copies(plan)
         no_logprobs: tuple[TokenLogprobs, ...] = ()
         for i, (chunk, tokens) in enumerate(zip(plan.chunks, output.tokens, strict=True)):
-            self.num_computed_tokens += chunk.num_tokens
+            self.num_computed_tokens += chunk.num_rows
             if not chunk.sequence.is_ended:
                 self._commit_chunk(chunk, tokens, output.logprobs[i] if output.logprobs else no_logprobs, now)
 
@@ -167,13 +170,14 @@ class Scheduler:
                 break  # the blocks of all that follow are in flight: let them land, so that they can be taken
         return self._chunk_tokens - len(decodes)
 
-    def _prefill(self, now: float, budget: int, chunks: list[Chunk]) -> None:
-        """Plan what is left of prompts, those of waiting sequences too, in order of rank, while the budget lasts."""
+    def _prefill(self, now: float, budget: int, chunks: list[Chunk]) -> int:
+        """Plan what is left of prompts, those of waiting sequences too, in order of rank; return what is left of the
+        budget."""
         prefills = (s for s in self.running if s.num_to_schedule > 1)
         overtaken: list[Sequence] = []
         for sequence in list(merge(prefills, self.waiting, key=by_rank)):
             if budget == 0:
-                return
+                break
             if sequence.block_table:
                 is_ready = self._provide(sequence, min(sequence.num_to_schedule, budget))
             else:
@@ -182,6 +186,20 @@ class Scheduler:
                 chunk = self._chunk(sequence, min(sequence.num_to_schedule, budget))
                 budget -= chunk.num_tokens
                 chunks.append(chunk)
+        return budget
+
+    def _draft(self, budget: int, chunks: list[Chunk]) -> None:
+        """Guess on, with what the budget has left after all else and with blocks that nobody needs soon."""
+        for i, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            if sequence.proposer is None or not chunk.samples:
+                continue
+            limit = min(budget, sequence.work.max_tokens - sequence.num_answer_tokens)
+            draft = tuple(sequence.proposer.propose(sequence.tokens, limit)) if limit else ()
+            draft = draft[: self._tables.extend_for_draft(sequence, len(draft), spare=len(self.running))]
+            sequence.draft(len(draft))
+            budget -= len(draft)
+            chunks[i] = replace(chunk, draft=draft)
 
     def _provide(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
@@ -262,7 +280,6 @@ class Scheduler:
     ) -> None:
         sequence = chunk.sequence
         assert chunk.start == sequence.num_computed
-        sequence.commit(chunk.num_tokens, samples=chunk.samples)
         accepted, reason, error = 0, None, ("", "")
         for token in tokens:
             try:
@@ -274,9 +291,16 @@ class Scheduler:
             accepted += 1
             if reason is not None:
                 break
+        num_stored = max(0, min(accepted - 1, len(chunk.draft)))
+        assert tokens[:num_stored] == chunk.draft[:num_stored]
+        sequence.commit(chunk.num_tokens, samples=chunk.samples, num_drafted=len(chunk.draft), num_accepted=num_stored)
+        self.num_drafted_tokens += len(chunk.draft)
+        self.num_accepted_tokens += num_stored
         if chunk.samples and not tokens:
             sequence.roll_back()
         self._tables.publish(sequence, chunk.start)
+        if chunk.draft:
+            self._tables.shrink(sequence)
         if accepted and sequence.first_token_at is None:
             sequence.first_token_at = now
         if reason is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from workers.plan import Constraint
+from workers.plan import Constraint, Proposer
 from workers.prefix import PrefixHasher
 from workers.types import Finish, FinishReason, GenerateWork, SamplingParams
 
@@ -41,6 +41,7 @@ class Sequence:
         "num_placeholders",
         "num_preemptions",
         "num_scheduled",
+        "proposer",
         "rank",
         "sampling",
         "started_at",
@@ -57,6 +58,7 @@ class Sequence:
         arrived_at: float = 0.0,
         constraint: Constraint | None = None,
         leader: Sequence | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         self.work = work
         self.index = index
@@ -68,6 +70,8 @@ class Sequence:
         )
         self.leader = leader
         """The choice of the same work that computes the prompt for all; None: this one does."""
+        assert constraint is None or proposer is None, "what a constraint allows is not known beyond the next token"
+        self.proposer = proposer
         self.constraint = constraint
         if constraint is not None:
             for token in work.received:
@@ -126,8 +130,9 @@ class Sequence:
 
     @property
     def needs_last_token(self) -> bool:
-        """Whether it cannot be scheduled before the tokens of launched steps are known."""
-        return self.constraint is not None and self.num_placeholders > 0
+        """Whether it cannot be scheduled before the tokens of launched steps are known: a constraint depends on them,
+        and guesses follow them."""
+        return self.num_placeholders > 0 and (self.constraint is not None or self.proposer is not None)
 
     @property
     def num_to_schedule(self) -> int:
@@ -169,16 +174,24 @@ class Sequence:
         self.check()
         return samples
 
+    def draft(self, num_tokens: int) -> None:
+        """Account for `num_tokens` guesses behind a chunk that samples."""
+        assert self.num_scheduled == len(self.tokens)
+        self.num_placeholders += num_tokens
+        self.num_scheduled += num_tokens
+        self.check()
+
     def start(self, num_computed: int) -> None:
         """Begin to run with the keys and values of `num_computed` tokens in its blocks."""
         assert not self.is_in_flight
         self.num_computed = self.num_scheduled = num_computed
         self.check()
 
-    def commit(self, num_tokens: int, *, samples: bool) -> None:
-        """Account for a chunk that has been computed, before its tokens are appended."""
-        self.num_computed += num_tokens
-        self.num_placeholders -= samples
+    def commit(self, num_tokens: int, *, samples: bool, num_drafted: int = 0, num_accepted: int = 0) -> None:
+        """Account for a chunk that has been computed: what is stored of `num_drafted` guesses is what was accepted."""
+        self.num_computed += num_tokens + num_accepted
+        self.num_scheduled -= num_drafted - num_accepted
+        self.num_placeholders -= samples + num_drafted
         assert self.num_placeholders >= 0
 
     def append(self, token: int) -> FinishReason | None:

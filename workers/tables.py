@@ -125,6 +125,21 @@ class BlockTables:
             table += fresh
         return self._own(sequence, sequence.num_scheduled)
 
+    def extend_for_draft(self, sequence: Sequence, num_tokens: int, *, spare: int) -> int:
+        """Let `sequence` write up to `num_tokens` behind those scheduled, in blocks that it has and in free ones, of
+        which `spare` are left; return how many. `shrink` follows when they have been verified."""
+        table = sequence.block_table
+        missing = self.num_blocks(sequence.num_scheduled + num_tokens) - len(table)
+        table += self._pool.allocate(max(0, min(missing, self._pool.num_free - spare)), sequence) or ()
+        return min(num_tokens, len(table) * self._block_size - sequence.num_scheduled)
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back the blocks of guesses that were wrong."""
+        table = sequence.block_table
+        keep = self.num_blocks(sequence.max_stored_tokens if self._reserve else sequence.num_tokens)
+        self._pool.release(reversed(table[keep:]))
+        del table[keep:]
+
     def publish(self, sequence: Sequence, start: int) -> None:
         """Make ready the blocks that became full since `num_computed` was `start`."""
         first, last = start // self._block_size, sequence.num_computed // self._block_size

@@ -159,7 +159,11 @@ class Load:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_computed_tokens: int = 0
+    """Rows that went through the model: those of rejected drafts and of recomputed tokens too, of cached ones not."""
     num_steps: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+    """Of those drafted."""
 
 
 CAPABILITY_GENERATE = "generate"

@@ -13,7 +13,7 @@ from workers.blocks import BlockPool
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.fake import fake_digest
-from workers.plan import Chunk, StepOutput, StepPlan
+from workers.plan import Chunk, StepOutput, StepPlan, accepted
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence as EngineSequence
 from workers.types import (
@@ -54,6 +54,8 @@ def _logprobs(chunk: Chunk, tokens: tuple[int, ...]) -> tuple[TokenLogprobs, ...
 class ToyRunner:
     """Draws ``fake_digest(all tokens + adapter) % vocab_size``; fails on a step that computes the token `poison`."""
 
+    verifies_drafts = True
+
     def __init__(self, num_blocks: int, *, vocab_size: int = VOCAB_SIZE, poison: int | None = None) -> None:
         self.cache: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]
         self.vocab_size = vocab_size
@@ -80,8 +82,9 @@ class ToyRunner:
     def _compute(self, chunk: Chunk) -> tuple[int, ...]:
         sequence = chunk.sequence
         known = self._known.setdefault(sequence, list(sequence.tokens))
-        end = chunk.start + chunk.num_tokens
-        self.num_rows += chunk.num_tokens
+        known = [*known[: chunk.start + chunk.num_tokens], *chunk.draft]
+        end = chunk.start + chunk.num_rows
+        self.num_rows += chunk.num_rows
         for position in range(chunk.start, end):
             if known[position] == self.poison:
                 raise PoisonError(f"token {self.poison}")
@@ -90,7 +93,8 @@ class ToyRunner:
         assert read == known[:end], "a block does not hold what its sequence computed"
         if not chunk.samples:
             return ()
-        return (self.draw(sequence, known),)
+        first = end - len(chunk.draft)
+        return accepted(chunk.draft, [self.draw(sequence, known[:i]) for i in range(first, end + 1)])
 
     def draw(self, sequence: EngineSequence, tokens: list[int]) -> int:
         """Return what `sequence` says after `tokens`."""
@@ -149,6 +153,7 @@ class ToyEngine(PagedEngine):
         max_num_sequences: int = 8,
         prefix_cache: bool = True,
         reserve: bool = False,
+        lookup_tokens: int = 0,
         poison: int | None = None,
         max_model_len: int = 1_000,
         runner: ToyRunner | None = None,
@@ -162,6 +167,7 @@ class ToyEngine(PagedEngine):
             max_num_sequences=max_num_sequences,
             prefix_cache=prefix_cache,
             reserve=reserve,
+            lookup_tokens=lookup_tokens,
             block_size=BLOCK_SIZE,
         )
         super().__init__(
@@ -251,7 +257,7 @@ def assert_plan(plan: StepPlan, pool: BlockPool, chunk_tokens: int) -> None:
     written = []
     for chunk in plan.chunks:
         assert chunk.num_tokens >= 1
-        first, last = chunk.start // BLOCK_SIZE, (chunk.start + chunk.num_tokens - 1) // BLOCK_SIZE
+        first, last = chunk.start // BLOCK_SIZE, (chunk.start + chunk.num_rows - 1) // BLOCK_SIZE
         written += chunk.sequence.block_table[first : last + 1]
     assert len(written) == len(set(written)), "two chunks write to one block"
     sources = [source for source, _ in plan.copies]
