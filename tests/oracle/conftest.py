@@ -1,4 +1,4 @@
-"""The real model, ours and the reference's: read once a session."""
+"""The real model, ours and the reference's, and engines over it."""
 
 from __future__ import annotations
 
@@ -8,42 +8,32 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.oracle import loaded
 from tests.oracle.answers import Committed, committed_answers
-from tests.oracle.reference import RememberedCheckpoint, load_reference, reference_logits
+from tests.oracle.reference import reference_logits
 from workers.build import read_manifest
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.models.llama import LlamaModel
 from workers.paged import assemble
 from workers.types import ModelFiles
-from workers.weights.checkpoint import open_checkpoint
 
 NewEngine = Callable[..., PagedEngine]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(default_model: ModelFiles) -> RememberedCheckpoint:
-    return RememberedCheckpoint(open_checkpoint(default_model.weights))
+def reference(default_model: ModelFiles) -> LlamaForCausalLM:
+    return loaded.reference(default_model.weights, torch.float32)
 
 
 @pytest.fixture(scope="session")
-def reference(checkpoint: RememberedCheckpoint) -> LlamaForCausalLM:
-    return load_reference(checkpoint)
+def fp32_model(default_model: ModelFiles) -> LlamaModel:
+    return loaded.model(default_model.weights, torch.float32)
 
 
 @pytest.fixture(scope="session")
-def bf16_reference(checkpoint: RememberedCheckpoint) -> LlamaForCausalLM:
-    return load_reference(checkpoint, torch.bfloat16)
-
-
-@pytest.fixture(scope="session")
-def fp32_model(checkpoint: RememberedCheckpoint) -> LlamaModel:
-    return LlamaModel(checkpoint, torch.float32)
-
-
-@pytest.fixture(scope="session")
-def bf16_model(checkpoint: RememberedCheckpoint) -> LlamaModel:
-    return LlamaModel(checkpoint, torch.bfloat16)
+def bf16_model(default_model: ModelFiles) -> LlamaModel:
+    return loaded.model(default_model.weights, torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,28 @@
+"""The default model, ours and the reference's: read once a process, whichever tests ask for it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.oracle.reference import RememberedCheckpoint, load_reference
+from workers.models.llama import LlamaModel
+from workers.weights.checkpoint import open_checkpoint
+
+
+@functools.cache
+def checkpoint(weights: Path) -> RememberedCheckpoint:
+    return RememberedCheckpoint(open_checkpoint(weights))
+
+
+@functools.cache
+def reference(weights: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    return load_reference(checkpoint(weights), dtype)
+
+
+@functools.cache
+def model(weights: Path, dtype: torch.dtype) -> LlamaModel:
+    return LlamaModel(checkpoint(weights), dtype)
