@@ -88,6 +88,7 @@ class FakeRunner:
         self._digests: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
         """How many tokens of a sequence have been hashed, and their digest."""
         self.num_computed_rows = 0
+        """Of all steps, those of failed ones too."""
 
     def launch(self, plan: StepPlan) -> FakeTicket:
         self.num_computed_rows += plan.num_tokens
@@ -132,5 +133,5 @@ class FakeEngine(PagedEngine):
             weights_fingerprint=manifest.weights_fingerprint,
             hash_key_fingerprint=hasher.key_fingerprint,
         )
-        runner = FakeRunner(manifest.vocab_size, config.fake_step_s)
-        super().__init__(config, info=info, runner=runner, hasher=hasher, clock=clock)
+        self.runner = FakeRunner(manifest.vocab_size, config.fake_step_s)
+        super().__init__(config, info=info, runner=self.runner, hasher=hasher, clock=clock)

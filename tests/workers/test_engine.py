@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from octavo.names import Reason
 
@@ -451,53 +449,3 @@ def test_deadlines_are_kept_by_the_engines_clock() -> None:
     clock.now += 2.0
     answer = only(engine.run())
     assert (answer.finish, answer.tokens) == (FinishReason.DEADLINE, toy_answer(work(1, [1], 1)))
-
-
-@pytest.mark.parametrize(("seed", "lag"), [(1, 0), (2, 0), (3, 1)])
-def test_soak(seed: int, lag: int) -> None:
-    """Two thousand random operations on a pool of 9 blocks: nothing is lost, leaked, wrong or ended twice."""
-    rng = random.Random(seed)
-    engine = ToyEngine(9, chunk_tokens=7, max_num_sequences=5, poison=666, lag=lag)
-    works: dict[WorkId, GenerateWork] = {}
-    answers: dict[WorkId, Answer] = {}
-    for number in range(2_000):
-        engine.clock.now += 0.1
-        dice = rng.random()
-        if dice < 0.3 and engine.load().num_waiting < 12:
-            prompt = [rng.choice((0, 0, 1)) for _ in range(rng.randint(1, 20))]
-            if not lag and rng.random() < 0.05:
-                prompt[rng.randrange(len(prompt))] = 666
-            deadline = engine.clock.now + rng.uniform(0.0, 10.0) if rng.random() < 0.3 else None
-            one = work(
-                number,
-                prompt,
-                rng.randint(1, 18),
-                priority=rng.randint(-1, 1),
-                deadline=deadline,
-                stop_token_ids=frozenset({rng.randrange(VOCAB_SIZE)}),
-                salt=rng.choice((b"", b"a")),
-            )
-            works[one.work_id] = one
-            engine.submit(one)
-        elif dice < 0.35 and works:
-            engine.abort(rng.choice(list(works)))
-        else:
-            engine.step_checked()
-        engine.check_integrity()
-        gather(engine.drain_outputs(), answers)
-    while engine.step_checked():
-        pass
-    gather(engine.drain_outputs(), answers)
-    assert_idle(engine)
-    assert answers.keys() == works.keys()
-    assert engine.load().num_preemptions > 10
-    for work_id, answer in answers.items():
-        whole = toy_answer(works[work_id])
-        assert answer.tokens == whole[: len(answer.tokens)]
-        if answer.finish in (FinishReason.STOP, FinishReason.LENGTH):
-            assert answer.tokens == whole
-        if answer.finish is FinishReason.ERROR:
-            error = finish_of(answer)
-            assert 666 in works[work_id].prompt or error[1] == Reason.PROMPT_TOO_LONG
-    reasons = {answer.finish for answer in answers.values()}
-    assert reasons >= {FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED, FinishReason.DEADLINE}

@@ -67,6 +67,23 @@ def test_its_blocks_have_the_names_that_a_router_computes() -> None:
     assert reader.resident == set(hasher.blocks(hasher.root(b"tenant"), prompt))
 
 
+@pytest.mark.parametrize("num_shared", [512, 520])
+@pytest.mark.parametrize("chunk_tokens", [64, 2_048])
+def test_what_sixteen_share_is_computed_once_also_when_all_arrive_together(num_shared: int, chunk_tokens: int) -> None:
+    """Cold. What is shared beyond the last full block is computed by each."""
+    engine = FakeEngine(EngineConfig(engine="fake", chunk_tokens=chunk_tokens))
+    works = [work(n, [*range(num_shared), *[1_000 + n] * (20 + n)], 1) for n in range(16)]
+    for one in works:
+        engine.submit(one)
+    answers = run(engine)
+    assert {i: a.tokens for i, a in answers.items()} == {
+        one.work_id: fake_continuation(one.prompt, 1, engine.info.vocab_size) for one in works
+    }
+    num_computed = 512 + sum(len(one.prompt) - 512 for one in works)
+    assert engine.load().num_computed_tokens == engine.runner.num_computed_rows == num_computed
+    assert sum(a.num_cached_tokens or 0 for a in answers.values()) == 15 * 512
+
+
 def test_its_shape_comes_from_config_and_manifest() -> None:
     info = FakeEngine().info
     assert (info.engine, info.block_size, info.num_blocks, info.max_model_len) == ("fake", 16, 4_096, 8_192)

@@ -293,6 +293,8 @@ def toy_answer(work: GenerateWork, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Return what an undisturbed engine generates for `work`, after what was received."""
     tokens = [*work.prompt, *work.received]
     first = len(tokens)
+    if len(work.received) > work.min_tokens and tokens[-1] in work.stop_token_ids:
+        return []
     while (num_answered := len(tokens) - len(work.prompt)) < work.max_tokens:
         banned = work.stop_token_ids if num_answered < work.min_tokens else frozenset[int]()
         tokens.append(toy_token(tokens, work.adapter, banned, vocab_size))
