@@ -95,10 +95,11 @@ class PagedEngine:
         else:
             self._submit(work)
 
-    def abort(self, work_id: WorkId) -> None:
+    def abort(self, work_id: WorkId, index: int | None = None) -> None:
         now = self._clock()
         for sequence in self._works.get(work_id, ()):
-            self._scheduler.end(sequence, FinishReason.CANCELLED, now)
+            if index is None or index == sequence.index:
+                self._scheduler.end(sequence, FinishReason.CANCELLED, now)
         self._collect()
 
     def step(self) -> bool:

@@ -76,8 +76,8 @@ class EngineThread:
             else:
                 self._inbox.put(lambda: self._submit(work))
 
-    def abort(self, work_id: WorkId) -> None:
-        self._inbox.put(lambda: self._engine.abort(work_id))
+    def abort(self, work_id: WorkId, index: int | None = None) -> None:
+        self._inbox.put(lambda: self._engine.abort(work_id, index))
 
     def drain_outputs(self) -> list[TokenDelta]:
         with self._lock:

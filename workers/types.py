@@ -199,8 +199,9 @@ class Engine(Protocol):
     def submit(self, work: Work) -> None:
         """Take `work` on. A work that this engine cannot do ends with `FinishReason.ERROR`."""
 
-    def abort(self, work_id: WorkId) -> None:
-        """End `work_id` with `FinishReason.CANCELLED` and free what it holds. Unknown or ended: no effect."""
+    def abort(self, work_id: WorkId, index: int | None = None) -> None:
+        """End `work_id`, or only its choice `index`, with `FinishReason.CANCELLED` and free what it holds. Unknown or
+        ended: no effect."""
 
     def drain_outputs(self) -> list[TokenDelta]:
         """Return the deltas since the last call, in order."""

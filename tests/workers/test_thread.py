@@ -101,6 +101,21 @@ def test_every_choice_of_a_work_ends(consume: Consume) -> None:
     assert len(consumer.answers[WorkId("r", 1)].tokens) == 3
 
 
+def test_one_choice_of_a_work_is_aborted_and_the_other_goes_on(consume: Consume) -> None:
+    consumer = consume(FakeEngine(EngineConfig(engine="fake", fake_step_s=0.001)))
+    task = work(1, [1], 60, n=2)
+    consumer.thread.submit(task)
+    consumer.wait(lambda: task.work_id in consumer.answers)
+    consumer.thread.abort(task.work_id, 0)
+    consumer.thread.abort(task.work_id, 7)
+    consumer.wait(lambda: consumer.ended(1))
+    assert consumer.answers[task.work_id].finish is FinishReason.CANCELLED
+    assert len(consumer.answers[task.work_id].tokens) < 60
+    consumer.wait(lambda: consumer.thread.load().num_running == 0)
+    assert consumer.thread.load().num_computed_tokens >= 60
+    assert consumer.thread.load().num_free_blocks == 4_096
+
+
 def test_an_idle_engine_neither_steps_nor_notifies(consume: Consume) -> None:
     class Counting(FakeEngine):
         num_steps = 0
@@ -198,10 +213,10 @@ class Broken(FakeEngine):
             raise RuntimeError("submit")
         super().submit(work)
 
-    def abort(self, work_id: WorkId) -> None:
+    def abort(self, work_id: WorkId, index: int | None = None) -> None:
         if self.fails_in == "abort":
             raise RuntimeError("abort")
-        super().abort(work_id)
+        super().abort(work_id, index)
 
     def load(self) -> Load:
         if self.fails_in == "load":
