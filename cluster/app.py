@@ -63,7 +63,9 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
     )(Router)
     workers = worker.bind(
         boot=boot,
-        config=dataclasses.replace(config.engine, threads=config.threads(cores)),
+        config=dataclasses.replace(
+            config.engine, threads=config.threads(cores), replicas_per_node=config.replicas_per_node()
+        ),
         model=config.model,
         secret=secret,
         graceful_shutdown_timeout_s=stop_s,

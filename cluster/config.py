@@ -162,6 +162,10 @@ class ClusterConfig:
         """Return how many threads one replica computes with."""
         return self.engine.threads or max(1, int(cores) // self.replicas.num_replicas)
 
+    def replicas_per_node(self) -> int:
+        """Return how many replicas share a node's memory."""
+        return self.engine.replicas_per_node or max(self.replicas.max_replicas, self.replicas.num_replicas)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 

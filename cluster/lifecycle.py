@@ -107,6 +107,9 @@ def run(
         note(f"deploying {config.replicas.num_replicas} replicas of {config.model}")
         deployment.deploy()
         router = deployment.await_ready()
+        for replica in router.replicas:
+            if replica["memory"]:
+                note(f"replica {replica['id']}: {replica['memory']}")
         stop.is_serving = True
         announce(
             Ready(

@@ -115,6 +115,7 @@ class ReplicaLink:
             address=self.address.address,
             pid=ack.pid,
             node_id=self.address.node_id,
+            memory=self.address.memory,
             block_size=ack.block_size,
             kernels=ack.kernels,
             dtype=ack.dtype,

@@ -102,7 +102,13 @@ class Router:
     def describe(self) -> dict[str, Any]:
         """Return what `cluster` wants to know of this router: its addresses, its models, its replicas."""
         replicas = [
-            {"id": view.replica_id, "pid": view.pid, "state": view.state, "detail": view.detail}
+            {
+                "id": view.replica_id,
+                "pid": view.pid,
+                "state": view.state,
+                "detail": view.detail,
+                "memory": view.memory,
+            }
             for view in self._dispatcher.replicas()
         ]
         return {
@@ -140,4 +146,9 @@ class Router:
 
 def _address(replica: RunningReplica) -> ReplicaAddress:
     metadata = replica.replica_metadata
-    return ReplicaAddress(replica_id=metadata["replica_id"], address=metadata["addr"], node_id=metadata["node_id"])
+    return ReplicaAddress(
+        replica_id=metadata["replica_id"],
+        address=metadata["addr"],
+        node_id=metadata["node_id"],
+        memory=metadata["memory"],
+    )

@@ -91,6 +91,8 @@ class ReplicaAddress:
     replica_id: str
     address: str
     node_id: str = ""
+    memory: str = ""
+    """How its KV memory was sized, as a sum for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class ReplicaView:
     address: str = ""
     pid: int = 0
     node_id: str = ""
+    memory: str = ""
     block_size: int = 0
     kernels: str = ""
     dtype: str = ""

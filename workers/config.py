@@ -17,8 +17,15 @@ class EngineConfig:
     """Of weights and activations. auto: bf16 where the CPU multiplies it natively, else fp32."""
     block_size: int = 16
     num_blocks: int = 0
-    """KV blocks; 0: as many as `kv_memory_fraction` of free memory holds, at most what `max_num_sequences` needs."""
+    """KV blocks; 0: as many as `kv_memory_fraction` allows, but no more than `max_num_sequences` sequences of 1,024
+    tokens (or of `max_model_len`, if that is less) need, and never less than one sequence of `max_model_len` does.
+    Either way a pool that does not fit into free memory is refused."""
     kv_memory_fraction: float = 0.3
+    """Of the memory that is free on a node once the model is loaded, for all replicas there together: each replica
+    measures for itself, and divides by `replicas_per_node`."""
+    replicas_per_node: int = 0
+    """How many replicas share a node's memory; 0: replicas.max_replicas, as if there were one node. The replacement
+    of a draining replica is not counted: what the fraction leaves is for it, too."""
     max_model_len: int = 0
     """0: what the model's files say."""
     max_num_sequences: int = 64
@@ -49,6 +56,7 @@ class EngineConfig:
                 "must be in (0, 1)",
                 self.kv_memory_fraction,
             ),
+            (self.replicas_per_node >= 0, "engine.replicas_per_node", "must be >= 0", self.replicas_per_node),
             (self.max_model_len >= 0, "engine.max_model_len", "must be >= 0", self.max_model_len),
             (self.max_num_sequences >= 1, "engine.max_num_sequences", "must be >= 1", self.max_num_sequences),
             (self.chunk_tokens >= 1, "engine.chunk_tokens", "must be >= 1", self.chunk_tokens),

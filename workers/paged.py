@@ -65,7 +65,7 @@ def assemble(
 ) -> PagedEngine:
     """Return an engine with a KV cache of its own over a loaded model. Raises ConfigError and ModelFileError."""
     max_model_len = choose_max_model_len(config, manifest, model.shape)
-    cache = _make_cache(config, model.shape, model.dtype, max_model_len)
+    cache, memory_sum = _make_cache(config, model.shape, model.dtype, max_model_len)
     hasher = PrefixHasher(hash_key, config.block_size)
     info = EngineInfo(
         engine="paged",
@@ -80,6 +80,7 @@ def assemble(
         hash_key_fingerprint=hasher.key_fingerprint,
         dtype=DTYPE_NAMES[model.dtype],
         kernels=kernels.kernel_for(model.dtype),
+        memory=memory_sum,
     )
     runner = CpuRunner(model, cache, CpuAttention())
     return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)
@@ -113,7 +114,8 @@ def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: M
     return max_model_len
 
 
-def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int) -> KvCache:
+def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int) -> tuple[KvCache, str]:
+    """Return the cache and the sum by which it was sized."""
     size = memory.size_pool(
         config,
         bytes_per_block=bytes_per_block(
@@ -127,7 +129,7 @@ def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max
         free_bytes=memory.free_memory(),
     )
     _log.info("%s", size.explanation)
-    return KvCache(
+    cache = KvCache(
         num_layers=shape.num_layers,
         num_blocks=size.num_blocks,
         num_kv_heads=shape.num_kv_heads,
@@ -135,3 +137,4 @@ def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max
         head_dim=shape.head_dim,
         dtype=dtype,
     )
+    return cache, size.explanation

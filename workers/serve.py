@@ -66,6 +66,7 @@ class Worker:
             "pid": os.getpid(),
             "node_id": ray.get_runtime_context().get_node_id(),
             "protocol": PROTOCOL,
+            "memory": self._engine.info.memory,
         }
 
     def check_health(self) -> None:

@@ -187,6 +187,8 @@ class EngineInfo:
     capabilities: frozenset[str] = frozenset({CAPABILITY_GENERATE})
     dtype: str = ""
     kernels: str = ""
+    memory: str = ""
+    """How the KV memory was sized, as a sum for people; empty where there is none."""
 
 
 class Engine(Protocol):

@@ -98,6 +98,8 @@ def test_a_replacement_of_a_draining_replica_fits_beside_all_others() -> None:
     assert config.num_cpus(8) == 2.0
     assert config.threads(8) == 4
     assert config.threads(1) == 1
-    own = ClusterConfig(resources=ResourcesConfig(num_cpus=1.5), engine=EngineConfig(threads=3))
+    assert config.replicas_per_node() == 3
+    own = ClusterConfig(resources=ResourcesConfig(num_cpus=1.5), engine=EngineConfig(threads=3, replicas_per_node=4))
     assert own.num_cpus(8) == 1.5
     assert own.threads(8) == 3
+    assert own.replicas_per_node() == 4

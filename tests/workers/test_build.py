@@ -139,6 +139,23 @@ def test_pool_from_free_memory() -> None:
     assert plenty.num_blocks == 4 * 7
 
 
+def test_pool_of_a_node_that_others_share() -> None:
+    config = EngineConfig(kv_memory_fraction=0.5, max_num_sequences=4, replicas_per_node=2)
+    size = size_pool(config, bytes_per_block=1000, max_model_len=100, free_bytes=40_000)
+    assert size.num_blocks == 10
+    assert "engine.kv_memory_fraction 0.5 of 0.00 GB free / 2 replicas of a node" in size.explanation
+
+
+def test_pool_for_usual_sequences_or_one_of_the_longest() -> None:
+    """A long context does not take all memory away; but a request that is as long as it may be is always served."""
+    config = EngineConfig(max_num_sequences=3)
+    size = size_pool(config, bytes_per_block=1000, max_model_len=2_048, free_bytes=10**9)
+    assert size.num_blocks == 3 * 1_024 // 16
+    assert "engine.max_num_sequences 3 of 1,024 tokens each" in size.explanation
+    long = size_pool(config, bytes_per_block=1000, max_model_len=8_192, free_bytes=10**9)
+    assert long.num_blocks == 8_192 // 16
+
+
 def test_pool_that_does_not_fit() -> None:
     config = EngineConfig(kv_memory_fraction=0.5)
     with pytest.raises(ModelFileError, match=r"needs 7 blocks x 1,000,000 bytes = 0.01 GB"):
@@ -146,10 +163,13 @@ def test_pool_that_does_not_fit() -> None:
 
 
 def test_pool_of_a_given_size() -> None:
-    size = size_pool(EngineConfig(num_blocks=7), bytes_per_block=10**9, max_model_len=100, free_bytes=0)
+    size = size_pool(EngineConfig(num_blocks=7), bytes_per_block=10**6, max_model_len=100, free_bytes=7 * 10**6)
     assert size.num_blocks == 7
     with pytest.raises(ConfigError, match=r"num_blocks must be >= 7, which one sequence of engine.max_model_len 100"):
         size_pool(EngineConfig(num_blocks=6), bytes_per_block=1, max_model_len=100, free_bytes=0)
+    config = EngineConfig(num_blocks=9, replicas_per_node=2)
+    with pytest.raises(ConfigError, match=r"<= 8, which 0.02 GB free / 2 replicas .* 1,000,000 bytes; is 9, 0.01 GB"):
+        size_pool(config, bytes_per_block=10**6, max_model_len=100, free_bytes=16 * 10**6)
 
 
 def test_free_memory_is_plausible() -> None:
