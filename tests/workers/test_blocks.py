@@ -30,6 +30,7 @@ def test_a_block_goes_from_free_to_pending_to_ready_and_back() -> None:
     assert pool.num_free == 7
     pool.promise(block, b"a")
     assert pool.is_promised(b"a")
+    assert (pool.filler_of(b"a"), pool.filler_of(b"b")) == ("me", None)
     assert pool.match([b"a"]) == []
     pool.fill(block, b"a")
     assert not pool.is_pending(block)

@@ -368,6 +368,88 @@ def test_a_stop_token_ends_the_answer_and_is_part_of_it(at: int) -> None:
     assert answer.last.finish.stop_token_id == whole[at]
 
 
+def test_owed_prefill_is_what_waits_and_what_runs_short_of_a_decode() -> None:
+    bench = Bench(chunk_tokens=8)
+    bench.add(work(1, [1, 2], 9))
+    bench.add(work(2, range(10, 30), 9))
+    assert bench.scheduler.owed_prefill_tokens == 22
+    bench.step()
+    assert bench.scheduler.owed_prefill_tokens == 14, "a sequence that decodes owes nothing"
+
+
+def test_who_ends_while_a_step_is_in_flight_is_passed_over() -> None:
+    bench = Bench()
+    one = bench.add(work(1, [1, 2], 9))
+    two = bench.add(work(2, [3, 4], 1))
+    plan = bench.plan()
+    ticket = bench.runner.launch(plan)
+    bench.scheduler.end(one, FinishReason.CANCELLED, 0.0)
+    bench.scheduler.commit(plan, ticket.output(), 0.0)
+    bench.check()
+    assert bench.answer(one).tokens == []
+    assert bench.answer(two).tokens == toy_answer(two.work)
+    assert bench.scheduler.num_computed_tokens == 4
+
+
+def test_a_sequence_whose_step_is_in_flight_is_not_preempted() -> None:
+    """Three blocks: one for each, and one that the first takes for its fifth token while both are in flight."""
+    bench = Bench(3)
+    first = bench.add(work(1, [1, 2, 3, 4], 9, priority=-1))
+    last = bench.add(work(2, [5, 6, 7], 6))
+    plans = [bench.scheduler.schedule(0.0) for _ in range(5)]
+    assert [shape(plan) for plan in plans[1:]] == [
+        [(1, 4, 1, True), (2, 3, 1, True)],
+        *([(1, position, 1, True)] for position in (5, 6, 7)),
+    ]
+    assert shape(bench.scheduler.schedule(0.0)) == [], "the first lacks a block, and what the last has is in flight"
+    for plan in plans:
+        bench.scheduler.commit(plan, bench.runner.launch(plan).output(), 0.0)
+    bench.check()
+    assert shape(bench.step()) == [(1, 8, 1, True)]
+    assert (first.num_preemptions, last.num_preemptions) == (0, 1)
+    bench.run()
+    assert [bench.answer(s).tokens for s in (first, last)] == [toy_answer(s.work) for s in (first, last)]
+
+
+def test_a_constraint_that_fails_ends_its_sequence() -> None:
+    class Broken:
+        def mask(self) -> range:
+            return range(50)
+
+        def advance(self, token_id: int) -> None:
+            raise ValueError
+
+    bench = Bench()
+    one = bench.add(work(1, [1, 2], 9))
+    one.constraint = Broken()
+    bench.step()
+    assert (bench.answer(one).finish, bench.answer(one).tokens) == (FinishReason.ERROR, [])
+
+
+class Guess:
+    """Guesses one token right and another wrong."""
+
+    def __init__(self, right: int) -> None:
+        self.right = right
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        return [self.right, (self.right + 1) % 50, 0][: min(limit, 2)]
+
+
+def test_a_draft_brings_what_was_guessed_right_and_one_token_more() -> None:
+    bench = Bench()
+    one = bench.add(work(1, range(6), 4))
+    whole = toy_answer(one.work)
+    one.proposer = Guess(whole[0])
+    plan = bench.step()
+    assert plan.chunks[0].draft == (whole[0], (whole[0] + 1) % 50)
+    assert bench.answer(one).tokens == whole[:2]
+    assert (one.num_computed, len(one.block_table)) == (7, 2)
+    assert (bench.scheduler.num_drafted_tokens, bench.scheduler.num_accepted_tokens) == (2, 1)
+    bench.run()
+    assert bench.answer(one).tokens == whole
+
+
 def commit_tokens(*commits: tuple[int, ...]) -> tuple[Bench, Sequence, list[TokenDelta]]:
     """Run a prompt of 7 tokens whose runner brings these tokens, step by step."""
     bench = Bench(chunk_tokens=16)
@@ -441,6 +523,16 @@ def test_received_tokens_are_part_of_the_answer() -> None:
     assert bench.answer(one).tokens == whole[5:]
 
 
+class KnowAll:
+    """Guesses the rest of a text, but for every n-th token."""
+
+    def __init__(self, text: list[int], errs_every: int) -> None:
+        self.text = [token + (i % errs_every == 0) for i, token in enumerate(text)]
+
+    def propose(self, tokens: list[int], limit: int) -> list[int]:
+        return self.text[len(tokens) :][:limit]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random works, steps, aborts and deadlines in a pool of 8 blocks; every answer is a prefix of the undisturbed one.
 
@@ -459,9 +551,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         patience=st.sampled_from([None, None, 1.0, 5.0]),
         num_received=st.integers(0, 3),
+        errs_every=st.sampled_from([None, 1, 3]),
     )
     def add(
-        self, length: int, seed: int, max_tokens: int, priority: int, patience: float | None, num_received: int
+        self,
+        length: int,
+        seed: int,
+        max_tokens: int,
+        priority: int,
+        patience: float | None,
+        num_received: int,
+        errs_every: int | None,
     ) -> None:
         prompt = [int(i >= length - seed) for i in range(length)]
         whole = toy_answer(work(0, prompt, max_tokens))
@@ -474,6 +574,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline=None if patience is None else self.bench.now + patience,
         )
         self.sequences.append(self.bench.add(task))
+        if errs_every is not None:
+            self.sequences[-1].proposer = KnowAll([*prompt, *whole], errs_every)
 
     @rule()
     def step(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.workers.toy_engine import work
+from workers.lookup import PromptLookup
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
 from workers.types import FinishReason, SamplingParams
@@ -37,6 +38,45 @@ def test_a_life_in_integers() -> None:
     sequence.commit(1, samples=True)
     assert sequence.append(7) is None
     assert (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens) == (3, 3, 4)
+
+
+def test_guesses_count_as_far_as_they_were_right() -> None:
+    sequence = Sequence(work(1, [1, 2, 3], 9))
+    assert sequence.schedule(3)
+    sequence.draft(4)
+    assert (sequence.num_scheduled, sequence.num_tokens, sequence.num_answer_tokens) == (7, 8, 5)
+    for token in (5, 6, 7):
+        sequence.append(token)
+    sequence.commit(3, samples=True, num_drafted=4, num_accepted=2)
+    assert (sequence.num_computed, sequence.num_scheduled, sequence.num_tokens) == (5, 5, 6)
+
+
+def test_guesses_follow_a_chunk_that_samples_and_no_constraint() -> None:
+    sequence = Sequence(work(1, [1, 2, 3], 9))
+    sequence.schedule(2)
+    with pytest.raises(AssertionError):
+        sequence.draft(1)
+    with pytest.raises(AssertionError):
+        Sequence(work(1, [1]), constraint=Recorder(), proposer=PromptLookup(1))
+
+
+def test_who_guesses_waits_for_the_last_token() -> None:
+    sequence = Sequence(work(1, [1], 9), proposer=PromptLookup(1))
+    sequence.schedule(1)
+    assert (sequence.needs_last_token, sequence.num_to_schedule) == (True, 0)
+
+
+def test_what_a_runner_and_the_tables_read_of_a_work() -> None:
+    sequence = Sequence(work(1, [1, 2, 3], 9, adapter="style", num_logprobs=2))
+    assert (sequence.adapter, sequence.num_logprobs, sequence.max_stored_tokens) == ("style", 2, 11)
+
+
+def test_times_are_parted_at_the_start_and_at_the_first_token() -> None:
+    sequence = Sequence(work(1, [1], stop_token_ids=frozenset({9})), arrived_at=1.0)
+    sequence.started_at, sequence.first_token_at = 3.0, 7.0
+    sequence.append(9)
+    finish = sequence.finish(FinishReason.STOP, 15.0)
+    assert (finish.queue_s, finish.prefill_s, finish.decode_s, finish.stop_token_id) == (2.0, 4.0, 8.0, 9)
 
 
 def test_more_than_there_is_cannot_be_scheduled() -> None:

@@ -139,6 +139,40 @@ def test_guesses_take_no_block_that_others_may_need_and_give_theirs_back() -> No
     assert (len(one.block_table), desk.pool.num_free) == (1, 7)
 
 
+def test_what_can_never_fit_is_said_with_its_numbers() -> None:
+    desk = Desk(4)
+    assert desk.tables.refusal(sequence(1, 8, max_tokens=9)) is None
+    assert desk.tables.refusal(sequence(1, 8, max_tokens=10)) == (
+        "prompt (8 tokens) + max_tokens (10) needs 5 KV blocks of 4 tokens, the engine has 4"
+    )
+
+
+def test_a_table_grows_by_the_block_that_the_next_token_needs() -> None:
+    desk = Desk()
+    one = sequence(1, 3)
+    desk.start(one)
+    desk.compute(one, 3)
+    for position in range(3, 6):
+        one.append(9)
+        assert desk.tables.extend(one, 1)
+        assert len(one.block_table) == position // 4 + 1
+        assert desk.compute(one, 1) == ()
+    assert desk.tables.find(sequence(2, 3)) == Found([], 0)
+
+
+def test_what_others_see_is_not_written_again_without_a_block_for_the_copy() -> None:
+    desk = Desk(2)
+    one = sequence(1, 8)
+    desk.start(one)
+    desk.compute(one, 8)
+    desk.pool.acquire(one.block_table)
+    one.roll_back()
+    assert not desk.tables.extend(one, 1)
+    desk.pool.release(one.block_table)
+    assert desk.tables.extend(one, 1), "alone with it, it takes the name away"
+    assert desk.compute(one, 1) == ()
+
+
 def test_without_a_block_nothing_is_extended() -> None:
     desk = Desk(1)
     one = sequence(1, 4)
