@@ -187,6 +187,5 @@ def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", int(MIN_CLIENT_PING_S * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_CLIENT_PING_S * 1000)),
     ]
