@@ -29,6 +29,8 @@ from workers.types import SamplingParams
 MAX_ID_BYTES = 128
 MAX_STOP_TOKEN_IDS = 256
 MAX_PRIORITY = 100
+MAX_MESSAGES = 4_096
+"""In one conversation, and parts of messages in it; looking at more would hold up everybody else's requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,8 @@ class Validator:
         match prompt.WhichOneof("prompt"):
             case "token_ids":
                 field = "prompt.token_ids"
-                ids = list(prompt.token_ids.ids)
+                if not _has_too_many(len(prompt.token_ids.ids), model, field, violations):
+                    ids = list(prompt.token_ids.ids)
             case "text":
                 if not _is_surely_too_long(prompt.text, model, "prompt.text", violations):
                     ids = await model.tokenizer.encode_text(prompt.text)
@@ -302,13 +305,17 @@ def check_token_ids(token_ids: Sequence[int], field: str, model: ServedModel, vi
 
 def _is_surely_too_long(text: str, model: ServedModel, field: str, violations: Violations) -> bool:
     """Whether `text` needs no tokenizing to be refused: the time that takes would be the client's to spend."""
+    return _has_too_many(model.tokenizer.min_tokens(text), model, field, violations, or_more=" or more")
+
+
+def _has_too_many(
+    num_tokens: int, model: ServedModel, field: str, violations: Violations, *, or_more: str = ""
+) -> bool:
     limit = model.manifest.max_model_len
-    num_tokens = model.tokenizer.min_tokens(text)
     if num_tokens < limit:
         return False
     rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
-    value = f"{num_tokens} tokens or more"
-    violations.require(False, field, rule, value, reason=Reason.PROMPT_TOO_LONG)
+    violations.require(False, field, rule, f"{num_tokens} tokens{or_more}", reason=Reason.PROMPT_TOO_LONG)
     return True
 
 
@@ -317,6 +324,11 @@ def _plain_messages(messages: Sequence[ChatMessage], violations: Violations) -> 
     violations.require(
         len(messages) > 0, "prompt.messages", "must have at least one message", 0, reason=Reason.EMPTY_PROMPT
     )
+    num_parts = sum(max(1, len(message.content)) for message in messages[: MAX_MESSAGES + 1])
+    if num_parts > MAX_MESSAGES:
+        rule = f"must have at most {MAX_MESSAGES} messages and parts of messages"
+        violations.require(False, "prompt.messages", rule, max(len(messages), num_parts))
+        return []
     for i, message in enumerate(messages):
         field = f"prompt.messages[{i}]"
         violations.require(message.role != "", f"{field}.role", "must not be empty", "")
