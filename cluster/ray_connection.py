@@ -29,12 +29,15 @@ MAX_TEMP_DIR = 40
 CONNECT_TIMEOUT_S = 5.0
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name: with 0, Ray takes 127.0.0.1 for this node's address, and its servers bind that one only."""
+AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
+"""With 0, a call that comes after the end, as from a thread that a hurried stop left behind, starts no new Ray."""
 _OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", ON_LOOPBACK: "0"}
 
 
 @contextmanager
 def connected(config: RayConfig, note: Callable[[str], None]) -> Iterator[str]:
     """Be connected to the Ray that `config` says; yields its address. Raises StartupError."""
+    os.environ.setdefault(AUTO_CONNECT, "0")
     if config.address:
         with _attached(config.address) as address:
             yield address
