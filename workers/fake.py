@@ -103,6 +103,8 @@ class FakeRunner:
         count, digest = self._digests.get(sequence, (0, 0))
         digest = fake_digest(sequence.tokens[count:], digest)
         self._digests[sequence] = (len(sequence.tokens), digest)
+        if not chunk.draft:
+            return (digest % self._vocab_size,)
         digests = accumulate(chunk.draft, lambda digest, token: fake_digest((token,), digest), initial=digest)
         return accepted(chunk.draft, [digest % self._vocab_size for digest in digests])
 

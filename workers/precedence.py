@@ -51,7 +51,11 @@ class Precedence:
             heir.rank = heir.own_rank
         self._heirs = []
         if self._due is None or self._due.is_ended:
-            overdue = (s for s in chain(waiting, running) if is_overdue(s))
+            overdue = [
+                s
+                for s in chain(waiting, running)
+                if s.num_idle_steps >= MAX_IDLE_STEPS or s.num_preemptions >= MAX_PREEMPTIONS
+            ]
             self._due = min(overdue, key=lambda s: s.arrival, default=None)
             if self._due is not None:
                 self._due.is_due = is_changed = True
@@ -76,7 +80,7 @@ class Precedence:
         self, waiting: list[Sequence], running: list[Sequence], blocker: Callable[[Sequence], Hashable | None]
     ) -> bool:
         """Pass ranks on to whoever is waited for; return whether there was one with a larger rank."""
-        last = max((s.rank for s in running), default=None)
+        last = running[-1].rank if running else None
         for sequence in waiting:
             if not sequence.is_due and (last is None or sequence.rank > last):
                 break  # all that run go before it, and before all that follow
@@ -85,7 +89,3 @@ class Precedence:
                 filler.rank = sequence.rank
                 self._heirs.append(filler)
         return bool(self._heirs)
-
-
-def is_overdue(sequence: Sequence) -> bool:
-    return sequence.num_idle_steps >= MAX_IDLE_STEPS or sequence.num_preemptions >= MAX_PREEMPTIONS

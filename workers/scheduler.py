@@ -173,9 +173,10 @@ class Scheduler:
     def _prefill(self, now: float, budget: int, chunks: list[Chunk]) -> int:
         """Plan what is left of prompts, those of waiting sequences too, in order of rank; return what is left of the
         budget."""
-        prefills = (s for s in self.running if s.num_to_schedule > 1)
+        prefills = [s for s in self.running if s.num_to_schedule > 1]
+        has_places = self._may_admit and len(self.running) < self._max_running
         overtaken: list[Sequence] = []
-        for sequence in list(merge(prefills, self.waiting, key=by_rank)):
+        for sequence in merge(prefills, list(self.waiting) if has_places else (), key=by_rank):
             if budget == 0:
                 break
             if sequence.block_table:

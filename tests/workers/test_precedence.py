@@ -9,7 +9,7 @@ import pytest
 
 from tests.workers.scheduler_bench import Bench
 from tests.workers.toy_engine import toy_answer, work
-from workers.precedence import MAX_IDLE_STEPS, MAX_PREEMPTIONS, is_overdue
+from workers.precedence import MAX_IDLE_STEPS, MAX_PREEMPTIONS
 from workers.sequence import Sequence
 from workers.types import FinishReason, GenerateWork
 
@@ -183,4 +183,4 @@ def test_the_bound_holds_under_adversarial_mixes(seed: int, reserve: bool) -> No
             assert sequence.is_ended or step - first <= bound
     assert sum(s.is_ended for s in born) >= 3
     assert all(bench.answer(s).tokens == toy_answer(s.work) for s in born if s.is_ended)
-    assert any(is_overdue(s) for s in born)
+    assert any(s.is_due for s in born)
