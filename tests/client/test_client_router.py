@@ -21,6 +21,7 @@ from octavo.names import Reason
 from tests.client.cuttable_proxy import CuttableProxy, cuttable_proxy
 from tests.client.waiting import until
 from tests.router.rig import Rig, Work, answering, running
+from workers import errors
 
 TEXT = "The quick brown fox jumps over it."
 
@@ -173,6 +174,21 @@ async def test_a_deadline_reaches_the_back(client: Client, rig: Rig) -> None:
     [work] = rig.backend.works
     assert work.request.deadline - work.request.accepted_at < 0.11
     await until(lambda: rig.server.intake.num_open == 0)
+
+
+async def test_a_request_turned_away_is_a_new_one_at_its_next_try(client: Client, rig: Rig) -> None:
+    """The router keeps what it ended for some seconds, in case its Terminal was lost; a retry that attached got that
+    same refusal again, for as long."""
+
+    def turn_away(work: Work) -> None:
+        rig.backend.script = answering(TEXT)
+        work.end(errors.UnavailableError("no replica"))
+
+    rig.backend.script = turn_away
+    async with asyncio.timeout(2):
+        assert (await client.complete("Hi")).text == TEXT
+    assert len(rig.backend.works) == 2
+    await rig.assert_nothing_left()
 
 
 async def test_a_drain_lets_answers_finish(client: Client, rig: Rig) -> None:

@@ -89,6 +89,11 @@ class Exchange:
         self._num_ungranted = 0
         return start
 
+    def turned_away(self) -> None:
+        """The router has ended the request before it began: the next Start begins a new one."""
+        assert not self.has_tokens
+        self.is_started = False
+
     def deliver(self, delta: types_pb2.Delta) -> None:
         """Take in what a router sent; what is already here is dropped. Raises InternalError if tokens are missing."""
         index, offset, num_tokens = delta.index, delta.token_offset, len(delta.token_ids)

@@ -182,6 +182,7 @@ class Flights:
 
     def _retry_later(self, flight: _Flight, error: CallError) -> None:
         """Try again, with the same id, a request that a router turned away."""
+        flight.exchange.turned_away()
         flight.span.event("turned away", error)
         now = self._loop.time()
         if flight.trouble_since is None:
