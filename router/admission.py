@@ -1,4 +1,5 @@
-"""What may wait: a backlog bounded in tokens and requests. More is refused at once, with the numbers.
+"""What may wait: a backlog bounded in tokens and requests, which count once for each of their choices. More is refused
+at once, with the numbers.
 
 A `Permit` spans the whole life of a request: it counts as queued until it is dispatched, then as running, and is
 released exactly once. Pure: `now` is an argument. Knows no replicas and no order.
@@ -22,25 +23,27 @@ class Admission:
         self._max_requests = max_queued_requests
         self._queued_tokens = 0
         self._queued_requests = 0
+        self._queued_choices = 0
         self._running_requests = 0
         self._throughput = Throughput()
 
-    def admit(self, num_tokens: int, now: float) -> Permit:
-        """Return a permit for a prompt of `num_tokens`, which the caller must release.
+    def admit(self, num_tokens: int, now: float, *, num_choices: int = 1) -> Permit:
+        """Return a permit for a prompt of `num_tokens`, which all choices share and the caller must release.
 
         Raises OverloadedError when it would exceed the backlog. A request that finds the queue empty is taken on
         whatever its size, else it could never be.
         """
-        tokens = self._queued_tokens + num_tokens
-        if self._queued_requests and (tokens > self._max_tokens or self._queued_requests >= self._max_requests):
+        tokens, choices = self._queued_tokens + num_tokens, self._queued_choices + num_choices
+        if self._queued_requests and (tokens > self._max_tokens or choices > self._max_requests):
             raise OverloadedError(
-                f"{self._queued_requests} requests with {self._queued_tokens} tokens are queued and this one has "
-                f"{num_tokens}; at most {self._max_requests} requests and {self._max_tokens} tokens may be",
+                f"{self._queued_choices} requests with {self._queued_tokens} tokens are queued and this one has "
+                f"{num_tokens}; at most {self._max_requests} requests and {self._max_tokens} tokens may be, "
+                f"each choice of a request counts as one",
                 retry_after_s=self._retry_after_s(num_tokens, now),
             )
-        self._queued_tokens += num_tokens
-        self._queued_requests += 1
-        return Permit(self, num_tokens)
+        permit = Permit(self, num_tokens, num_choices)
+        permit._queue(1)
+        return permit
 
     def backlog(self) -> Backlog:
         return Backlog(
@@ -60,11 +63,12 @@ class Admission:
 class Permit:
     """A request's share of the backlog. queued -> running -> released; back to queued when its replica was lost."""
 
-    __slots__ = ("_admission", "_num_tokens", "_state")
+    __slots__ = ("_admission", "_num_choices", "_num_tokens", "_state")
 
-    def __init__(self, admission: Admission, num_tokens: int) -> None:
+    def __init__(self, admission: Admission, num_tokens: int, num_choices: int) -> None:
         self._admission = admission
         self._num_tokens = num_tokens
+        self._num_choices = num_choices
         self._state = "queued"
 
     def dispatched(self, now: float) -> None:
@@ -78,8 +82,7 @@ class Permit:
         """Count as queued again; what was accepted is not refused later, so the bound may be exceeded by these."""
         assert self._state == "running"
         self._leave()
-        self._admission._queued_requests += 1
-        self._admission._queued_tokens += self._num_tokens
+        self._queue(1)
         self._state = "queued"
 
     def release(self) -> None:
@@ -89,10 +92,15 @@ class Permit:
 
     def _leave(self) -> None:
         if self._state == "queued":
-            self._admission._queued_requests -= 1
-            self._admission._queued_tokens -= self._num_tokens
+            self._queue(-1)
         else:
             self._admission._running_requests -= 1
+
+    def _queue(self, sign: int) -> None:
+        """Enter (1) or leave (-1) what is counted as queued."""
+        self._admission._queued_requests += sign
+        self._admission._queued_choices += sign * self._num_choices
+        self._admission._queued_tokens += sign * self._num_tokens
 
 
 class Throughput:

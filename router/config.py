@@ -12,6 +12,7 @@ class RouterConfig:
     max_queued_tokens: int = 262_144
     """Prompt tokens that may wait before a replica; more is refused with RESOURCE_EXHAUSTED."""
     max_queued_requests: int = 4_096
+    """Requests that may wait before a replica, each counted once for every choice that is generated for it."""
     max_batch_tokens: int = 8_192
     max_batch_requests: int = 64
     max_batch_wait_s: float = 0.004
@@ -20,6 +21,8 @@ class RouterConfig:
     default_timeout_s: float = 600.0
     """For requests that bring no deadline."""
     max_message_bytes: int = 16 * 1024 * 1024
+    max_choices: int = 16
+    """Of one request: `n`, and `best_of`."""
     max_stop_strings: int = 16
     max_stop_bytes: int = 256
     max_session_requests: int = 4_096

@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -34,7 +35,7 @@ from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
 from router.placement import Placement, PromptHashes
 from router.removable_heap import RemovableHeap
-from router.types import Backlog, Decision, ReplicaAddress, ReplicaView, Request, Sink
+from router.types import Backlog, Cancel, Decision, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, to_work
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError, UnavailableError
 from workers.types import Finish, FinishReason
@@ -129,16 +130,16 @@ class Dispatcher:
 
     # The Backend.
 
-    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+    def submit(self, request: Request, sink: Sink) -> Cancel:
         if self._is_draining:
             raise UnavailableError("this router is draining: it takes no new requests", reason=Reason.DRAINING)
         now = self._clock()
-        permit = self._admission.admit(len(request.prompt), now)
+        permit = self._admission.admit(len(request.prompt), now, num_choices=request.n)
         flight = Flight(next(self._numbers), request, sink, permit)
         flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
         self._flights[flight.key] = flight
         self._queue(flight, now)
-        return lambda: self._cancel(flight)
+        return partial(self._cancel, flight)
 
     def replicas(self) -> Sequence[ReplicaView]:
         return self._fleet.views()
@@ -260,11 +261,13 @@ class Dispatcher:
                 continue  # of an attempt that is over
             if delta.HasField("cached_tokens"):
                 flight.sink.cached(delta.cached_tokens)
+            if delta.index not in flight.open_choices:
+                continue  # of a choice that nobody wants any more
             if delta.token_ids:
                 flight.is_untouched = False
                 logprobs = from_logprobs(delta.logprobs) if delta.logprobs else ()
                 flight.sink.tokens(delta.index, list(delta.token_ids), logprobs)
-            if delta.HasField("finish") and not flight.is_ended:
+            if delta.HasField("finish") and delta.index in flight.open_choices and not flight.is_ended:
                 self._finish(flight, delta.index, from_finish(delta.finish))
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
@@ -277,21 +280,25 @@ class Dispatcher:
         self._fleet.forget(link)
 
     def _finish(self, flight: Flight, index: int, finish: Finish) -> None:
-        flight.num_open_choices -= 1
+        flight.open_choices.remove(index)
         if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
             flight.is_untouched = False
             flight.sink.finished(index, finish)
-            if flight.num_open_choices == 0 and not flight.is_ended:
-                self._leave(flight)
-                self._end(flight, None)
+            self._end_if_whole(flight)
         elif finish.reason is FinishReason.ERROR and finish.error_reason in (Reason.DRAINING, Reason.REPLICA_LOST):
             if flight.link is not None and finish.error_reason == Reason.DRAINING:
                 flight.link.replica_drains()
             self._lose(flight, finish.error_message, finish.error_reason)
         else:
-            if flight.num_open_choices == 0:
+            if not flight.open_choices:
                 self._leave(flight)
             self._end(flight, error_of(finish))
+
+    def _end_if_whole(self, flight: Flight) -> None:
+        """End a request of which no choice is left: the replica has no more of it."""
+        if not flight.open_choices and not flight.is_ended:
+            self._leave(flight)
+            self._end(flight, None)
 
     def _lose(self, flight: Flight, message: str, reason: str) -> None:
         """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
@@ -302,7 +309,7 @@ class Dispatcher:
             self._end(flight, UnavailableError(message, reason=Reason.REPLICA_LOST))
             return
         flight.attempt += 1
-        flight.num_open_choices = flight.request.n
+        flight.open_choices = set(range(flight.request.n))
         flight.permit.requeued()
         if flight.spans is not None:
             flight.spans.requeued(reason)
@@ -310,8 +317,14 @@ class Dispatcher:
 
     # The end of a request.
 
-    def _cancel(self, flight: Flight) -> None:
-        self._end(flight, CancelledRequestError("the request was cancelled"))
+    def _cancel(self, flight: Flight, index: int | None = None) -> None:
+        if index is None:
+            self._end(flight, CancelledRequestError("the request was cancelled"))
+        elif not flight.is_ended and index in flight.open_choices:
+            flight.open_choices.remove(index)
+            if flight.link is not None:
+                flight.link.abort(flight.work_id, index)
+            self._end_if_whole(flight)
 
     def _leave(self, flight: Flight) -> ReplicaLink | None:
         """Take the request off its replica's books, if it is on any; return that link."""

@@ -20,7 +20,7 @@ class Flight:
         "key",
         "link",
         "num_losses",
-        "num_open_choices",
+        "open_choices",
         "permit",
         "request",
         "sink",
@@ -35,7 +35,8 @@ class Flight:
         self.permit = permit
         self.attempt = 1
         self.num_losses = 0
-        self.num_open_choices = request.n
+        self.open_choices = set(range(request.n))
+        """Those that have not ended in the present attempt. A delta of any other is late."""
         self.hashes: PromptHashes | None = None
         self.spans: DispatchSpans | None = None
         self.link: ReplicaLink | None = None

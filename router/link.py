@@ -86,7 +86,8 @@ class ReplicaLink:
         self._ack = pb.HelloAck()
         self._is_retired = False
         self._outgoing: list[pb.AttachRequest] = []
-        self._aborts: list[int] = []
+        self._aborts: list[tuple[int, int | None]] = []
+        """Work ids, with the index of a choice if only that one ends."""
         self._num_taken = 0
         """StepBatches taken in since credit was last given back."""
         self._num_silent_ticks = 0
@@ -150,16 +151,16 @@ class ReplicaLink:
     def send(self, batch_id: int, work: pb.Work, num_tokens: int) -> None:
         """Send `work`, which has a prompt of `num_tokens`, with others of the same batch. Only while `can_send`."""
         assert self.can_send
-        self.state.sent(batch_id, num_tokens)
+        self.state.sent(batch_id, num_tokens, num_choices=work.generate.n)
         if not self._outgoing or self._outgoing[-1].dispatch.batch_id != batch_id:
             self._outgoing.append(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=batch_id)))
         self._outgoing[-1].dispatch.work.append(work)
         self._wake.set()
 
-    def abort(self, work_id: int) -> None:
-        """Tell the replica to end a work; without a stream it has already."""
+    def abort(self, work_id: int, index: int | None = None) -> None:
+        """Tell the replica to end a work, or one choice of it; without a stream it has already."""
         if self.status in ("ready", "draining"):
-            self._aborts.append(work_id)
+            self._aborts.append((work_id, index))
             self._wake.set()
 
     def replica_drains(self) -> None:
@@ -293,9 +294,12 @@ class ReplicaLink:
         if self._aborts or self._num_taken >= WINDOW_BATCHES // 2:
             if not messages:
                 messages.append(pb.AttachRequest())
-            if self._aborts:
-                messages[-1].abort.work_ids.extend(self._aborts)
-                self._aborts = []
+            for work_id, index in self._aborts:
+                if index is None:
+                    messages[-1].abort.work_ids.append(work_id)
+                else:
+                    messages[-1].abort.choices.add(work_id=work_id, index=index)
+            self._aborts = []
             if self._num_taken:
                 messages[-1].credit.step_batches = self._num_taken
                 self._num_taken = 0

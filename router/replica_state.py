@@ -26,9 +26,9 @@ class ReplicaState:
         self.load = Load()
         self.resident: set[bytes] = set()
         self._sent: deque[tuple[int, int, int]] = deque()
-        """(batch id, prompt tokens, requests) of the dispatches that the load does not count yet, in order."""
+        """(batch id, prompt tokens, choices) of the works that the load does not count yet, in order."""
         self._sent_tokens = 0
-        self._sent_requests = 0
+        self._sent_choices = 0
 
     @property
     def owed_tokens(self) -> int:
@@ -37,7 +37,8 @@ class ReplicaState:
 
     @property
     def num_running(self) -> int:
-        return self.load.num_running + self.load.num_waiting + self._sent_requests
+        """Sequences: a request has one for each choice."""
+        return self.load.num_running + self.load.num_waiting + self._sent_choices
 
     @property
     def credit_tokens(self) -> int:
@@ -46,8 +47,8 @@ class ReplicaState:
 
     @property
     def num_uncounted(self) -> int:
-        """Requests that were sent and that no report counts yet."""
-        return self._sent_requests
+        """Choices that were sent and that no report counts yet."""
+        return self._sent_choices
 
     def start(self, ack: pb.HelloAck) -> None:
         """Begin anew with what the replica says of itself. Raises ValueError for what no replica of ours says."""
@@ -59,11 +60,11 @@ class ReplicaState:
         self.load = from_load(ack.load)
         self._apply(ack.resident)
 
-    def sent(self, batch_id: int, num_tokens: int) -> None:
+    def sent(self, batch_id: int, num_tokens: int, *, num_choices: int = 1) -> None:
         """Count a work that goes out with `batch_id`, which never decreases."""
-        self._sent.append((batch_id, num_tokens, 1))
+        self._sent.append((batch_id, num_tokens, num_choices))
         self._sent_tokens += num_tokens
-        self._sent_requests += 1
+        self._sent_choices += num_choices
 
     def update(self, batch: pb.StepBatch) -> bool:
         """Take a report in; return whether it may have brought credit. Raises ValueError for malformed hashes."""
@@ -73,9 +74,9 @@ class ReplicaState:
             return False
         self.load = from_load(batch.load, batch.step)
         while self._sent and self._sent[0][0] <= batch.last_batch_id:
-            _, num_tokens, num_requests = self._sent.popleft()
+            _, num_tokens, num_choices = self._sent.popleft()
             self._sent_tokens -= num_tokens
-            self._sent_requests -= num_requests
+            self._sent_choices -= num_choices
         return True
 
     def forget(self) -> None:
@@ -83,7 +84,7 @@ class ReplicaState:
         self.load = Load()
         self.resident = set()
         self._sent.clear()
-        self._sent_tokens = self._sent_requests = 0
+        self._sent_tokens = self._sent_choices = 0
 
     def _apply(self, events: pb.KvEvents) -> None:
         if events.cleared:

@@ -7,7 +7,7 @@ token ids only; text stays in the front.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +28,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     """End-of-sequence ids included, unless the client ignores them."""
     n: int = 1
+    """How many choices are generated; with best_of the front answers fewer."""
     num_logprobs: int | None = None
     priority: int = 0
     affinity_key: str = ""
@@ -78,10 +79,11 @@ class Sink(Protocol):
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None: ...
 
     def finished(self, index: int, finish: Finish) -> None:
-        """Choice `index` ended with STOP or LENGTH; its tokens have all been delivered."""
+        """Choice `index` ended with STOP or LENGTH; its tokens have all been delivered. Not for one that was
+        cancelled."""
 
     def ended(self, error: OctavoError | None) -> None:
-        """The request is over: all choices finished (None), or `error`. Nothing follows."""
+        """The request is over: all choices finished or were cancelled (None), or `error`. Nothing follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,13 +128,21 @@ class Backlog:
     max_queued_tokens: int
 
 
+class Cancel(Protocol):
+    """Ends a request that a `Backend` has taken on, or one choice of it, and frees what it holds."""
+
+    def __call__(self, index: int | None = None) -> None:
+        """End the request with CancelledRequestError, delivered before this returns. With `index`: end that choice, of
+        which nothing more is delivered; the request ends well when all others have finished. Of what has ended
+        already: no effect."""
+
+
 class Backend(Protocol):
     """The router's back as its front sees it. Everything is called on the event loop's thread and returns at once."""
 
-    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+    def submit(self, request: Request, sink: Sink) -> Cancel:
         """Take `request` on, or raise OverloadedError or UnavailableError. After a return, `sink.ended` is called
-        exactly once, also at the deadline. The returned function cancels: it ends the request with
-        CancelledRequestError (delivered before it returns) and frees what it holds; later calls have no effect."""
+        exactly once, also at the deadline."""
 
     def replicas(self) -> Sequence[ReplicaView]: ...
 

@@ -85,6 +85,12 @@ class WorkLedger:
             work = self._works.get(work_id)
             if work is not None:
                 self._abort_one(work_id, work)
+        for choice in abort.choices:
+            work_id = WorkId(router.owner, choice.work_id)
+            work = self._works.get(work_id)
+            if work is not None and choice.index not in work.aborted_choices:
+                work.aborted_choices.add(choice.index)
+                self._engine.abort(work_id, choice.index)
 
     def collect(self) -> None:
         """Take what the engine produced and hand it to the outboxes."""
@@ -126,10 +132,10 @@ class WorkLedger:
                 del self._works[delta.work_id]
                 if work.spans is not None:
                     work.spans.end(work.num_prompt_tokens)
-            if finish.reason is FinishReason.CANCELLED and not work.is_aborted:
+            if finish.reason is FinishReason.CANCELLED and not work.is_unwanted(delta.index):
                 # Nobody asked for it: the engine is being closed. To the request this is a lost replica.
                 delta = replace(delta, finish=_lost(finish, f"replica {self._replica_id} stopped"))
-        if not work.is_aborted:
+        if not work.is_unwanted(delta.index):
             work.router.outbox.add(delta)
 
     def _keep_resident(self, events: list[KvEvent]) -> None:
@@ -182,7 +188,16 @@ class _Batch:
 class _LiveWork:
     """A work that the engine has."""
 
-    __slots__ = ("batch", "is_aborted", "is_seen", "num_choices", "num_prompt_tokens", "router", "spans")
+    __slots__ = (
+        "aborted_choices",
+        "batch",
+        "is_aborted",
+        "is_seen",
+        "num_choices",
+        "num_prompt_tokens",
+        "router",
+        "spans",
+    )
 
     def __init__(self, router: AttachedRouter, batch: _Batch, work: Work, spans: WorkSpans | None) -> None:
         self.router = router
@@ -192,6 +207,12 @@ class _LiveWork:
         self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
         self.is_seen = False
         self.is_aborted = False
+        self.aborted_choices: set[int] = set()
+        """Those that were aborted while the others go on."""
+
+    def is_unwanted(self, index: int) -> bool:
+        """Whether its router has said that it wants no more of this choice."""
+        return self.is_aborted or index in self.aborted_choices
 
 
 def _num_choices(work: Work) -> int:

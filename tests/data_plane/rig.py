@@ -75,13 +75,21 @@ class RecordingSink:
         self.decisions: list[Decision] = []
         self.cached_tokens: int | None = None
         self.token_ids: list[int] = []
+        """Of the first choice, as `finish`; those of all are in `answers` and `finishes`."""
+        self.answers: dict[int, list[int]] = {0: self.token_ids}
         self.num_deliveries = 0
         self.logprobs: list[TokenLogprobs] = []
-        self.finish: Finish | None = None
+        self.finishes: dict[int, Finish] = {}
+        self.not_wanted: set[int] = set()
+        """Choices that the test has cancelled."""
         self.error: OctavoError | None = None
         self.num_ends = 0
         self.done = asyncio.Event()
         self.on_tokens: Callable[[], None] = lambda: None
+
+    @property
+    def finish(self) -> Finish | None:
+        return self.finishes.get(0)
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
         assert not self.num_ends
@@ -96,24 +104,24 @@ class RecordingSink:
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         assert not self.num_ends
-        assert self.finish is None
-        assert index == 0
+        assert index not in self.finishes
+        assert index not in self.not_wanted
         assert token_ids
-        self.token_ids += token_ids
+        self.answers.setdefault(index, []).extend(token_ids)
         self.logprobs += logprobs
         self.num_deliveries += 1
         self.on_tokens()
 
     def finished(self, index: int, finish: Finish) -> None:
         assert not self.num_ends
-        assert self.finish is None
-        assert index == 0
-        self.finish = finish
+        assert index not in self.finishes
+        assert index not in self.not_wanted
+        self.finishes[index] = finish
 
     def ended(self, error: OctavoError | None) -> None:
         self.num_ends += 1
         assert self.num_ends == 1
-        assert (error is None) == (self.finish is not None)
+        assert error is not None or self.finishes or self.not_wanted
         self.error = error
         self.done.set()
 

@@ -228,6 +228,22 @@ async def test_an_abort_is_final_and_frees_blocks() -> None:
         assert replica.server.num_works == 0
 
 
+async def test_an_abort_of_one_choice_leaves_the_others() -> None:
+    async with replica_and_stream(fake_step_s=0.002) as (replica, call):
+        await attach(call)
+        several = work(1, [5] * 8, 60)
+        several.generate.n = 2
+        await call.write(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=1, work=[several])))
+        await read_until(call, lambda batches: tokens_of(batches, 1))
+        choices = [pb.Abort.Choice(work_id=number, index=index) for number, index in ((1, 0), (1, 0), (1, 9), (77, 0))]
+        await call.write(pb.AttachRequest(abort=pb.Abort(choices=choices)))
+        batches = await read_until(call, has_finished(1))
+        finishes = [(d.index, d.finish.reason) for b in batches for d in b.deltas if d.HasField("finish")]
+        assert finishes == [(1, "length")]
+        await until(lambda: replica.server.num_works == 0)
+        await until(lambda: replica.thread.load().num_free_blocks == 256)
+
+
 async def test_a_timeout_becomes_a_deadline_of_this_process() -> None:
     async with replica_and_stream(fake_step_s=0.002) as (_, call):
         await attach(call)

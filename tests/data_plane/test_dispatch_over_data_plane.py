@@ -114,6 +114,74 @@ async def test_a_sink_may_cancel_while_it_is_given_tokens() -> None:
         await assert_idle(dispatcher, replica)
 
 
+async def test_every_choice_is_delivered_and_counted() -> None:
+    replica = Replica("one")
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(range(30), 12, n=3), RecordingSink()
+        dispatcher.submit(request, sink)
+        await sink.wait()
+        expected = fake_continuation(request.prompt, 12, VOCAB)
+        assert sink.answers == dict.fromkeys(range(3), expected)
+        assert set(sink.finishes) == {0, 1, 2}
+        assert replica.thread.load().num_computed_tokens < 30 + 3 * 13, "the prompt is computed once"
+        await assert_idle(dispatcher, replica)
+
+
+async def test_a_choice_that_nobody_wants_ends_alone() -> None:
+    """As when the front has found a stop string in it: it takes no more steps, and the others are whole."""
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(range(30), 80, n=3), RecordingSink()
+        cancel = dispatcher.submit(request, sink)
+
+        def on_tokens() -> None:
+            if len(sink.answers.get(1, ())) == 5 and not sink.not_wanted:
+                sink.not_wanted.add(1)
+                cancel(1)
+                cancel(1)
+
+        sink.on_tokens = on_tokens
+        await until(lambda: 1 in sink.not_wanted)
+        await until(lambda: replica.thread.load().num_running == 2)
+        await sink.wait()
+        expected = fake_continuation(request.prompt, 80, VOCAB)
+        assert sink.answers == {0: expected, 1: expected[:5], 2: expected}
+        assert (sink.error, set(sink.finishes)) == (None, {0, 2})
+        cancel(0)
+        await assert_idle(dispatcher, replica)
+
+
+async def test_choices_that_are_cancelled_one_by_one_end_the_request_well() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        sink = RecordingSink()
+        cancel = dispatcher.submit(make_request(range(30), 500, n=2), sink)
+        await until(lambda: len(sink.answers) == 2)
+        for index in (1, 0):
+            sink.not_wanted.add(index)
+            cancel(index)
+        assert (sink.num_ends, sink.error) == (1, None)
+        cancel()
+        await assert_idle(dispatcher, replica)
+
+
+async def test_a_deadline_a_cancel_or_a_loss_ends_all_choices() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster(replica) as dispatcher:
+        late, cancelled, lost = RecordingSink(), RecordingSink(), RecordingSink()
+        dispatcher.submit(make_request(range(30), 900, n=4, timeout_s=0.1), late)
+        cancel = dispatcher.submit(make_request(range(30), 900, n=4), cancelled)
+        assert isinstance((await late.wait()).error, DeadlineError)
+        await until(lambda: len(cancelled.answers) == 4)
+        cancel()
+        assert isinstance(cancelled.error, CancelledRequestError)
+        await assert_idle(dispatcher, replica)
+        dispatcher.submit(make_request(range(30), 900, n=4), lost)
+        await until(lambda: len(lost.answers) == 4)
+        await replica.kill()
+        assert isinstance((await lost.wait()).error, UnavailableError)
+
+
 async def test_cancel_in_the_queue() -> None:
     async with cluster() as dispatcher:
         sink = RecordingSink()

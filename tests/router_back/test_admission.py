@@ -44,6 +44,23 @@ def test_more_tokens_or_requests_than_the_bound_are_refused_with_the_numbers() -
     assert counts(admission) == (2, 100, 0)
 
 
+def test_a_request_counts_once_for_each_of_its_choices() -> None:
+    admission = Admission(max_queued_tokens=100, max_queued_requests=8)
+    permit = admission.admit(10, 0.0, num_choices=5)
+    with pytest.raises(OverloadedError, match=r"5 requests with 10 tokens.*at most 8 requests"):
+        admission.admit(1, 0.0, num_choices=4)
+    other = admission.admit(1, 0.0, num_choices=3)
+    assert counts(admission) == (2, 11, 0)
+    permit.dispatched(0.0)
+    permit.requeued()
+    with pytest.raises(OverloadedError):
+        admission.admit(1, 0.0)
+    permit.release()
+    admission.admit(1, 0.0, num_choices=5).release()
+    other.release()
+    assert counts(admission) == (0, 0, 0)
+
+
 def test_a_request_larger_than_the_bound_is_taken_by_an_empty_queue() -> None:
     admission = Admission(max_queued_tokens=100, max_queued_requests=2)
     admission.admit(500, 0.0).release()

@@ -44,17 +44,19 @@ class GenerateRequest(google.protobuf.message.Message):
     model: builtins.str
     """A served model, or "model:adapter"; empty when the cluster serves one model."""
     n: builtins.int
-    """How many choices; default 1."""
+    """How many choices, at least 1 and at most the router's max_choices; default 1. They share the work on the prompt."""
     best_of: builtins.int
-    """How many to generate and rank for n; default n."""
+    """How many choices to generate, of which the n with the largest sums of log probabilities are the answer, the best
+    one first; default n, at most max_choices. With more than n nothing is sent before all have ended.
+    """
     max_tokens: builtins.int
     """Most tokens per choice, >= 1. Default: what the model's context leaves, at most the router's default."""
     min_tokens: builtins.int
-    """Fewest tokens per choice before a stop counts; default 0."""
+    """Fewest tokens per choice before a stop token or a stop string counts; default 0, at most max_tokens."""
     ignore_eos: builtins.bool
     """Go on after the model's end-of-sequence token."""
     logprobs: builtins.int
-    """Log probabilities of the chosen token and of this many alternatives. Absent: none."""
+    """Log probabilities of each token and of this many of the likeliest at its place, 0 to 20. Absent: none."""
     priority: builtins.int
     """Lower goes first; default 0. In [-100, 100]."""
     affinity_key: builtins.str
@@ -74,7 +76,11 @@ class GenerateRequest(google.protobuf.message.Message):
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def received_token_ids(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[octavo.v1.types_pb2.TokenIds]:
-        """Per choice, tokens that the client already has from an interrupted answer; the answer continues after them."""
+        """Tokens that the client already has from an interrupted answer, one list a choice; the answer continues after them as
+        if it had not been interrupted: max_tokens, min_tokens, token_offset, attach_offsets and usage count them, and their
+        text is not sent again. Fewer than max_tokens, and without the answer's end. Served for one choice: continue choice i
+        of several as a request of its own, with i added to the seed.
+        """
 
     @property
     def response_format(self) -> octavo.v1.types_pb2.ResponseFormat: ...
@@ -198,7 +204,8 @@ class Start(google.protobuf.message.Message):
     @property
     def attach_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Set (one number per choice) to attach again to a live request: how many tokens of each choice the client has.
-        The router replays from there. A request that the router does not know starts anew when all are 0.
+        The router replays from there. A request that the router does not know starts anew when the client has no more of
+        it than its received_token_ids.
         """
 
     def __init__(

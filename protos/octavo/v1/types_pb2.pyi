@@ -249,10 +249,12 @@ class Sampling(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     """In [-2, 2]; default 0. Subtracted once per occurrence in the answer."""
     seed: builtins.int
-    """Makes sampling repeatable: the draw depends on (seed, position) only. Absent: a random one."""
+    """Makes sampling repeatable: the draw depends on (seed, position) only; choice i draws with i added. Absent: a random
+    one.
+    """
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Added to the logits of these token ids; each in [-100, 100]."""
+        """Added to the logits of these token ids, at most 1024; each in [-100, 100]."""
 
     def __init__(
         self,
@@ -417,7 +419,9 @@ class Delta(google.protobuf.message.Message):
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
-    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]: ...
+    def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each of token_ids, if the request asks for them."""
+
     @property
     def finish(self) -> Global___Finish:
         """Set on the last delta of this choice."""
@@ -454,7 +458,7 @@ class Usage(google.protobuf.message.Message):
     cached_tokens: builtins.int
     """Prompt tokens whose keys and values were already in the replica's cache."""
     generated_tokens: builtins.int
-    """Over all choices."""
+    """Over all choices, those that best_of left out too, and with what was generated before an interruption."""
     queue_s: builtins.float
     """From acceptance by the router to the beginning of the prefill."""
     prefill_s: builtins.float

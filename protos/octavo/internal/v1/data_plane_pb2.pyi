@@ -441,15 +441,37 @@ Global___Pool: typing_extensions.TypeAlias = Pool
 class Abort(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class Choice(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        WORK_ID_FIELD_NUMBER: builtins.int
+        INDEX_FIELD_NUMBER: builtins.int
+        work_id: builtins.int
+        index: builtins.int
+        def __init__(
+            self,
+            *,
+            work_id: builtins.int = ...,
+            index: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["index", b"index", "work_id", b"work_id"]) -> None: ...
+
     WORK_IDS_FIELD_NUMBER: builtins.int
+    CHOICES_FIELD_NUMBER: builtins.int
     @property
     def work_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Abort.Choice]:
+        """Single choices of works whose others go on. A replica that does not know this field generates them to their end."""
+
     def __init__(
         self,
         *,
         work_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        choices: collections.abc.Iterable[Global___Abort.Choice] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["work_ids", b"work_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "work_ids", b"work_ids"]) -> None: ...
 
 Global___Abort: typing_extensions.TypeAlias = Abort
 
