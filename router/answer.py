@@ -104,6 +104,11 @@ class Choice:
         self.num_sent = end
         return end - start
 
+    def skip(self) -> None:
+        """Count everything that there is as sent."""
+        self.num_sent = len(self.token_ids)
+        self.is_finish_sent = True
+
 
 class Answer:
     """`on_ready(answer)` is called when there is something to take that was not there at the last `take`."""
@@ -207,6 +212,15 @@ class Answer:
             return
         self.error = error
         self._stop_work()
+        self._signal()
+
+    def cancel(self) -> None:
+        """The consumer wants nothing more but the terminal: of an answer that was closed, the one that it had."""
+        if not self._is_closed:
+            self.fail(CancelledRequestError("cancelled by the client"))
+            return
+        for choice in self._choices:
+            choice.skip()
         self._signal()
 
     def close(self) -> None:

@@ -33,7 +33,6 @@ from router.identity import Identity, identify
 from router.intake import Intake, slow_consumer
 from router.validation import MAX_ID_BYTES, Envelope, shown
 from workers.errors import (
-    CancelledRequestError,
     InvalidRequestError,
     NotFoundError,
     OctavoError,
@@ -63,7 +62,7 @@ class Entry:
         self.answer = answer
         self.session: Session | None = session
         self.is_delivered = False
-        """Its Terminal was written."""
+        """Its Terminal was written, and nobody has attached since."""
         self.num_detached = 0
         """How often it has lost its stream; tells a grace that is over from one that began later."""
 
@@ -243,7 +242,7 @@ class Session:
             for cancel in message.cancels:
                 entry = self._live.get(cancel.request_id)
                 if entry is not None:
-                    entry.answer.fail(CancelledRequestError("cancelled by the client"))
+                    entry.answer.cancel()
             for grant in message.grants:
                 entry = self._live.get(grant.request_id)
                 if entry is not None:
@@ -314,6 +313,7 @@ class Session:
         if entry.session is not None:
             entry.session.release(entry)
         entry.session = self
+        entry.is_delivered = False
         self._live[start.request_id] = entry
         answer.attach(self._is_ready, window=start.window if start.HasField("window") else None, offsets=offsets)
 

@@ -283,6 +283,26 @@ async def test_a_terminal_that_may_have_been_lost_is_told_again(rig: Rig) -> Non
     await rig.assert_nothing_left()
 
 
+async def test_a_cancel_of_an_answer_that_is_over_brings_its_terminal(rig: Rig) -> None:
+    """Attached again with a window that its rest does not fit into, it could not be ended, and held its id for good."""
+    rig.backend.script = answering("abc")
+    async with rig.open_session() as session:
+        await session.start("a", text_request())
+        await session.outcome("a")
+        await session.attach("a", window=0)
+        await session.start("a", text_request())
+        assert (await session.outcome("a")).reason == "REQUEST_ID_IN_USE"
+        session.outcomes.clear()
+        await session.cancel("a")
+        outcome = await session.outcome("a")
+        assert (outcome.code, outcome.text) == (OK, "")
+        await session.start("a", text_request())
+        session.outcomes.clear()
+        assert (await session.outcome("a")).text == "abc"
+    assert len(rig.backend.works) == 2
+    await rig.assert_nothing_left()
+
+
 async def test_a_newer_stream_takes_over(rig: Rig) -> None:
     async with rig.open_session() as old, rig.open_session() as new:
         await old.start("a", text_request())
