@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from octavo.internal.v1 import data_plane_pb2 as pb
-from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceServicer, add_DataPlaneServiceServicer_to_server
+from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceServicer
 from octavo.names import Reason
 
 from workers.errors import StartupError
@@ -35,6 +36,7 @@ from workers.types import Engine
 from workers.wire import to_hello_ack
 from workers.work_ledger import DuplicateWorkError, WorkLedger
 
+SERVICE = pb.DESCRIPTOR.services_by_name["DataPlaneService"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 STOP_GRACE_S = 1.0
 
@@ -112,7 +114,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ]
         )
-        add_DataPlaneServiceServicer_to_server(self, server)
+        server.add_generic_rpc_handlers((self._handler(),))
         try:
             self._port = server.add_insecure_port(f"{self._host}:{self._port}")
         except RuntimeError:
@@ -121,6 +123,13 @@ class DataPlaneServer(DataPlaneServiceServicer):
         self._server = server
         self._heart = self._loop.create_task(self._beat(), name="data-plane-heart")
         self._collect()
+
+    def _handler(self) -> grpc.GenericRpcHandler:
+        """As the generated code makes it, but for messages that are none: `Attach` has an answer for these, too."""
+        attach = grpc.stream_stream_rpc_method_handler(
+            self.Attach, request_deserializer=_parse, response_serializer=pb.AttachResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Attach": attach})
 
     def notify(self) -> None:
         """Say that the engine has news. From any thread; never blocks or raises; before `start` and after `stop` it
@@ -202,7 +211,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
                 first = await context.read()
         except TimeoutError:
             first = grpc.aio.EOF
-        if first is grpc.aio.EOF or not self._is_proven(first, nonce):
+        if not isinstance(first, pb.AttachRequest) or not self._is_proven(first, nonce):
             text = "the first message must be a Hello that answers the challenge"
             await _refuse(context, grpc.StatusCode.UNAUTHENTICATED, Reason.BAD_PROOF, text)
         mismatch = self._mismatch(first.hello)
@@ -296,6 +305,8 @@ class _Stream:
     async def _read(self, first: pb.AttachRequest) -> None:
         message: Any = first
         while message is not grpc.aio.EOF:
+            if message is None:
+                raise _ProtocolError("a message must be an AttachRequest")
             if message.HasField("hello") and message is not first:
                 raise _ProtocolError("only the first message of a stream may be a Hello")
             if message.HasField("dispatch"):
@@ -327,6 +338,14 @@ class _Stream:
     def _report(self) -> None:
         self._reporting = None
         self.wake.set()
+
+
+def _parse(data: bytes) -> pb.AttachRequest | None:
+    """Return a message, None for what is none; gRPC would end the stream with the exception's text."""
+    try:
+        return pb.AttachRequest.FromString(data)
+    except DecodeError:
+        return None
 
 
 async def _refuse(context: Any, code: grpc.StatusCode, reason: str, message: str) -> NoReturn:

@@ -124,6 +124,28 @@ async def test_a_stranger_who_proves_nothing_is_refused_and_nothing_runs(first: 
         assert replica.server.num_works == replica.server.num_routers == 0
 
 
+@pytest.mark.parametrize("is_router", [False, True])
+async def test_bytes_that_are_no_message(is_router: bool) -> None:
+    """gRPC told a stranger UNKNOWN and the text of the exception."""
+    async with replica_and_stream() as (replica, unused):
+        unused.cancel()
+        async with grpc.aio.insecure_channel(replica.server.address) as channel:
+            attach = channel.stream_stream(  # type: ignore[var-annotated]
+                "/octavo.internal.v1.DataPlaneService/Attach",
+                request_serializer=bytes,
+                response_deserializer=pb.AttachResponse.FromString,
+            )
+            call: Any = attach()
+            challenge = (await call.read()).challenge
+            if is_router:
+                await call.write(answer(challenge).SerializeToString())
+                assert (await call.read()).hello_ack.replica_id == "one"
+            await call.write(b"\x0a\x02\xff\xff")
+            code = grpc.StatusCode.INVALID_ARGUMENT if is_router else grpc.StatusCode.UNAUTHENTICATED
+            await assert_refused(call, code, Reason.INCOMPATIBLE_PEER if is_router else Reason.BAD_PROOF)
+        await until(lambda: replica.server.num_routers == 0)
+
+
 @pytest.mark.parametrize("changed", ["router_id", "router_epoch"])
 async def test_a_proof_is_for_one_router_and_epoch(changed: str) -> None:
     async with replica_and_stream() as (_, call):
