@@ -10,6 +10,7 @@ import pytest
 from tests.oracle.answers import Committed, generate
 from tests.oracle.bf16_rule import assert_bf16_rule
 from tests.oracle.conftest import NewEngine
+from workers.engine import PagedEngine
 from workers.models.llama import LlamaModel
 from workers.types import ModelFiles
 
@@ -24,18 +25,32 @@ def test_one_prompt(
 
 
 @pytest.mark.exact
+def test_every_prompt_alone_cold_and_warm(
+    default_model: ModelFiles, bf16_model: LlamaModel, committed: list[Committed], new_engine: NewEngine
+) -> None:
+    """Chunks of 16 and of 256 take turns: alone, every prompt has one of them, every size half of the prompts."""
+    for first, chunk_tokens in enumerate((16, 256)):
+        entries = committed[first::2]
+        engine = new_engine(bf16_model, chunk_tokens=chunk_tokens, max_num_sequences=1)
+        assert_cold_and_warm(default_model, engine, entries)
+
+
+@pytest.mark.exact
 @pytest.mark.parametrize("chunk_tokens", [16, 256])
-@pytest.mark.parametrize("batch", [1, 8])
-def test_every_prompt(
+def test_every_prompt_together_cold_and_warm(
     default_model: ModelFiles,
     bf16_model: LlamaModel,
     committed: list[Committed],
     new_engine: NewEngine,
     chunk_tokens: int,
-    batch: int,
 ) -> None:
-    engine = new_engine(bf16_model, chunk_tokens=chunk_tokens, max_num_sequences=batch)
-    prompts = [entry.prompt for entry in committed]
+    engine = new_engine(bf16_model, chunk_tokens=chunk_tokens, max_num_sequences=8)
+    assert_cold_and_warm(default_model, engine, committed)
+
+
+def assert_cold_and_warm(model: ModelFiles, engine: PagedEngine, entries: list[Committed]) -> None:
+    prompts = [entry.prompt for entry in entries]
     cold, warm = generate(engine, prompts, 16), generate(engine, prompts, 16)
+    assert sum(answer.num_cached_tokens for answer in cold) < sum(answer.num_cached_tokens for answer in warm)
     for prompt, *answers in zip(prompts, cold, warm, strict=True):
-        assert_bf16_rule(default_model.weights, prompt, [tuple(answer.tokens) for answer in answers])
+        assert_bf16_rule(model.weights, prompt, [tuple(answer.tokens) for answer in answers])
