@@ -1,7 +1,8 @@
 """From logits to next tokens, each row by its own parameters.
 
-Order and definitions are vLLM's: allowed tokens, bias, penalties, temperature, min_p, top_k, top_p; temperature 0 takes
-the largest logit of what the penalties left.
+Order and definitions are vLLM's: allowed tokens, stop tokens held back, bias, penalties, temperature, min_p, top_k,
+top_p; temperature 0 takes the largest logit of what the penalties left. Log probabilities are the model's own, before
+any of these: the log softmax of the raw logits, as vLLM's `raw_logprobs`.
 
 Randomness has no state: the token at `position` of a sequence is chosen by one number u(seed, position) in [0, 1), as
 the first token, in the order of ids, at which the cumulative probability exceeds u. So a sequence draws the same tokens
@@ -11,14 +12,15 @@ alone and in any batch, after a preemption and on another replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from workers.types import SamplingParams
+from workers.types import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
     from workers.sequence import Sequence
@@ -27,24 +29,50 @@ NUM_CANDIDATES = 256
 """How many of the largest logits are looked at for top_p before all are sorted."""
 
 
-def draw(logits: torch.Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> list[int]:
-    """Choose the token at ``positions[i]`` of ``sequences[i]`` from ``logits[i]``; `logits` [n, vocab] are overwritten.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One token to draw: that at `position` of `sequence`, as if `guesses` followed the tokens that it has."""
+
+    sequence: Sequence
+    position: int
+    guesses: tuple[int, ...] = ()
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.sequence.sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    tokens: list[int]
+    logprobs: Mapping[int, TokenLogprobs]
+    """By row, of those whose sequence has `num_logprobs`."""
+
+
+def draw(logits: torch.Tensor, places: Seq[Place]) -> Drawn:
+    """Choose the token at ``places[i]`` from ``logits[i]``; `logits` [n, vocab] are overwritten.
 
     Raises FloatingPointError if a row has NaN or infinity, or no allowed token.
     """
-    _allow(logits, sequences)
-    _add_bias(logits, sequences)
-    _penalise(logits, sequences)
+    reported = [i for i, place in enumerate(places) if place.sequence.num_logprobs is not None]
+    raw = logits[reported] if reported else logits[:0]
+    _allow(logits, places)
+    _ban(logits, places)
+    _add_bias(logits, places)
+    _penalise(logits, places)
     best, tokens = logits.max(dim=-1)
     if not best.isfinite().all():
         rows = (~best.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"rows {rows} of the logits are not finite, or allow no token")
-    drawn = [i for i, sequence in enumerate(sequences) if not sequence.sampling.is_greedy]
+    drawn = [i for i, place in enumerate(places) if not place.sampling.is_greedy]
     if drawn:
-        params = [sequences[i].sampling for i in drawn]
-        tokens[drawn] = _draw_randomly(logits[drawn] - best[drawn, None], params, [positions[i] for i in drawn])
-    chosen: list[int] = tokens.tolist()
-    return chosen
+        params = [places[i].sampling for i in drawn]
+        positions = [places[i].position for i in drawn]
+        tokens[drawn] = _draw_randomly(logits[drawn] - best[drawn, None], params, positions)
+    if not reported:
+        return Drawn(tokens.tolist(), {})
+    counts = [places[i].sequence.num_logprobs or 0 for i in reported]
+    return Drawn(tokens.tolist(), dict(zip(reported, _log_probabilities(raw, tokens[reported], counts), strict=True)))
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -107,36 +135,59 @@ def _keep_top_p(logits: torch.Tensor, params: Seq[SamplingParams]) -> None:
     logits.masked_fill_(logits < smallest, -math.inf)
 
 
-def _allow(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
-    for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.constraint is not None:
+def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, counts: Seq[int]) -> list[TokenLogprobs]:
+    """Return the log probability of ``tokens[i]`` in row i of `logits` [n, vocab] and of its ``counts[i]`` largest."""
+    total = logits.logsumexp(-1, keepdim=True)
+    chosen = (logits.gather(1, tokens[:, None]) - total).flatten().tolist()
+    values, ids = logits.topk(min(max(counts), logits.shape[-1]))
+    rows = zip(chosen, ids.tolist(), (values - total).tolist(), counts, strict=True)
+    return [
+        TokenLogprobs(logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        for logprob, row_ids, row_values, count in rows
+    ]
+
+
+def _allow(logits: torch.Tensor, places: Seq[Place]) -> None:
+    for row, place in zip(logits, places, strict=True):
+        if place.sequence.constraint is not None:
             forbidden = torch.ones(len(row), dtype=torch.bool)
-            forbidden[torch.tensor(sequence.constraint.mask(), dtype=torch.int64)] = False
+            forbidden[torch.tensor(place.sequence.constraint.mask(), dtype=torch.int64)] = False
             row.masked_fill_(forbidden, -math.inf)
 
 
-def _add_bias(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
-    for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.sampling.logit_bias:
-            row[torch.tensor(list(sequence.sampling.logit_bias))] += torch.tensor(
-                list(sequence.sampling.logit_bias.values()), dtype=torch.float32
-            )
+def _ban(logits: torch.Tensor, places: Seq[Place]) -> None:
+    pairs = [(i, token) for i, place in enumerate(places) for token in place.sequence.banned_at(place.position)]
+    if pairs:
+        rows, tokens = torch.tensor(pairs).unbind(1)
+        logits[rows, tokens] = -math.inf
 
 
-def _penalise(logits: torch.Tensor, sequences: Seq[Sequence]) -> None:
-    """Repetition counts prompt and answer; presence and frequency count the answer.
+def _add_bias(logits: torch.Tensor, places: Seq[Place]) -> None:
+    entries = [(i, *entry) for i, place in enumerate(places) for entry in place.sampling.logit_bias.items()]
+    if entries:
+        rows, tokens, biases = zip(*entries, strict=True)
+        logits[torch.tensor(rows), torch.tensor(tokens)] += torch.tensor(biases, dtype=torch.float32)
+
+
+def _penalise(logits: torch.Tensor, places: Seq[Place]) -> None:
+    """Repetition counts prompt and answer; presence and frequency count the answer; guesses belong to the answer.
 
     Works on the (row, token) pairs that occur, as numbers row * vocab + token, not on whole rows.
     """
-    rows = [i for i, sequence in enumerate(sequences) if sequence.sampling.has_penalties]
+    rows = [i for i, place in enumerate(places) if place.sampling.has_penalties]
     if not rows:
         return
+    known = [[*places[i].sequence.tokens, *places[i].guesses] for i in rows]
     vocab = logits.shape[-1]
-    pairs = np.concatenate([np.array(sequences[i].tokens, dtype=np.int64) + i * vocab for i in rows])
-    in_answer = np.concatenate([np.arange(len(sequences[i].tokens)) >= sequences[i].num_prompt_tokens for i in rows])
+    pairs = np.concatenate(
+        [np.array(tokens, dtype=np.int64) + i * vocab for i, tokens in zip(rows, known, strict=True)]
+    )
+    in_answer = np.concatenate(
+        [np.arange(len(tokens)) >= places[i].sequence.num_prompt_tokens for i, tokens in zip(rows, known, strict=True)]
+    )
     distinct, inverse = np.unique(pairs, return_inverse=True)
     counts = torch.from_numpy(np.bincount(inverse, weights=in_answer)).float()
-    params = [sequence.sampling for sequence in sequences]
+    params = [place.sampling for place in places]
     row = torch.from_numpy(distinct // vocab)
     repetition = _column(params, lambda p: p.repetition_penalty).flatten()[row]
     frequency = _column(params, lambda p: p.frequency_penalty).flatten()[row]

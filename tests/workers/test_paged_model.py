@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from workers.plan import Chunk, StepPlan
 from workers.prefix import PrefixHasher
 from workers.runner import CpuRunner
 from workers.sequence import Sequence as EngineSequence
-from workers.types import EngineInfo, FinishReason, GenerateWork, SamplingParams, WorkId
+from workers.types import EngineInfo, FinishReason, GenerateWork, SamplingParams, TokenLogprobs, WorkId
 from workers.weights.checkpoint import open_checkpoint
 
 BLOCK_SIZE = 4
@@ -43,7 +44,7 @@ def new_runner(model: LlamaModel, num_blocks: int) -> CpuRunner:
     return CpuRunner(model, cache, CpuAttention())
 
 
-def new_engine(model: LlamaModel, num_blocks: int = 64, **options: Any) -> PagedEngine:
+def new_engine(model: LlamaModel, num_blocks: int = 64, lookup_tokens: int = 0, **options: Any) -> PagedEngine:
     hasher = PrefixHasher(b"", BLOCK_SIZE)
     info = EngineInfo(
         engine="paged",
@@ -58,7 +59,8 @@ def new_engine(model: LlamaModel, num_blocks: int = 64, **options: Any) -> Paged
         hash_key_fingerprint=hasher.key_fingerprint,
     )
     runner = new_runner(model, num_blocks)
-    return PagedEngine(EngineConfig(chunk_tokens=8), info=info, runner=runner, hasher=hasher, **options)
+    config = EngineConfig(chunk_tokens=8, lookup_tokens=lookup_tokens)
+    return PagedEngine(config, info=info, runner=runner, hasher=hasher, **options)
 
 
 def work(number: int, prompt: Sequence[int], **options: Any) -> GenerateWork:
@@ -163,3 +165,86 @@ def test_nothing_is_drawn_from_a_chunk_that_does_not_sample(model: LlamaModel) -
     sequence = EngineSequence(work(0, range(8)))
     sequence.block_table = [0, 1]
     assert runner.launch(StepPlan(1, (Chunk(sequence, 0, 4, samples=False),))).output().tokens == [()]
+
+
+def repetitive(number: int, sampling: SamplingParams) -> GenerateWork:
+    """A prompt that says the same three times, so that there is something to look up."""
+    return work(number, [5, 6, 7, 8, 9 + number] * 3, sampling=sampling, max_tokens=30)
+
+
+@pytest.mark.parametrize("num_blocks", [64, 20])
+def test_answers_with_prompt_lookup_are_the_same(model: LlamaModel, num_blocks: int) -> None:
+    """Greedy and seeded, with penalties, alone and together, with preemption."""
+    works = [repetitive(number, sampling) for number, sampling in enumerate(SAMPLINGS)]
+    plain, _ = run(new_engine(model), works)
+    engine = new_engine(model, num_blocks, lookup_tokens=5)
+    looked_up, num_preemptions = run(engine, works)
+    assert looked_up == plain
+    assert (num_preemptions > 0) == (num_blocks == 20)
+    assert engine.load().num_drafted_tokens > engine.load().num_accepted_tokens > 0
+    assert [run(new_engine(model, lookup_tokens=3), [each])[0][0] for each in works] == plain
+
+
+def logprobs_of(engine: PagedEngine, works: Sequence[GenerateWork]) -> dict[tuple[int, int], list[TokenLogprobs]]:
+    """Return by work and choice what was told of its tokens; one for each of them."""
+    for each in works:
+        engine.submit(each)
+    found: dict[tuple[int, int], list[TokenLogprobs]] = {}
+    while engine.step():
+        for delta in engine.drain_outputs():
+            assert len(delta.logprobs) == len(delta.token_ids)
+            found.setdefault((delta.work_id.number, delta.index), []).extend(delta.logprobs)
+    return found
+
+
+def assert_close(found: Sequence[TokenLogprobs], expected: Sequence[TokenLogprobs]) -> None:
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [token for token, _ in one.top] == [token for token, _ in other.top]
+        assert [value for _, value in one.top] == pytest.approx([value for _, value in other.top], abs=1e-4)
+
+
+def test_log_probabilities_are_the_same_alone_batched_preempted_resumed_and_looked_up(model: LlamaModel) -> None:
+    works = [replace(repetitive(number, sampling), num_logprobs=3, n=2) for number, sampling in enumerate(SAMPLINGS)]
+    answers = [run(new_engine(model), [replace(each, n=1)])[0][0] for each in works]
+    alone: dict[tuple[int, int], list[TokenLogprobs]] = {}
+    for each in works:
+        alone |= logprobs_of(new_engine(model), [each])
+    assert all(len(each) == 30 for each in alone.values())
+
+    for engine in (new_engine(model), new_engine(model, 24), new_engine(model, lookup_tokens=4)):
+        for key, found in logprobs_of(engine, works).items():
+            assert_close(found, alone[key])
+
+    resumed = [replace(each, n=1, received=answer[:7]) for each, answer in zip(works, answers, strict=True)]
+    for (number, index), found in logprobs_of(new_engine(model), resumed).items():
+        assert_close(found, alone[number, index][7:])
+
+
+def test_seeded_choices_are_those_of_single_works(model: LlamaModel) -> None:
+    for number, sampling in enumerate(SAMPLINGS):
+        three = logprobs_of(new_engine(model), [work(number, range(9), sampling=sampling, n=3, num_logprobs=0)])
+        for index in range(3):
+            own = replace(sampling, seed=(sampling.seed + index) % 2**64)
+            single = logprobs_of(new_engine(model), [work(number, range(9), sampling=own, num_logprobs=0)])
+            assert_close(three[number, index], single[number, 0])
+
+
+def test_a_draft_is_verified_in_one_step(model: LlamaModel) -> None:
+    """By hand: a right draft brings all its tokens and one more, a wrong one what is right of it and the correction."""
+    greedy = SamplingParams(temperature=0.0)
+    (answer,), _ = run(new_engine(model), [work(0, [3, 1, 4, 1, 5], sampling=greedy)])
+    wrong = (answer[2] + 1) % VOCAB
+    for draft, expected in (
+        (tuple(answer[:4]), tuple(answer[:5])),
+        ((*answer[:2], wrong, answer[3]), tuple(answer[:3])),
+        ((), tuple(answer[:1])),
+    ):
+        runner = new_runner(model, 8)
+        sequence = EngineSequence(work(0, [3, 1, 4, 1, 5], sampling=greedy))
+        other = EngineSequence(work(1, [3, 1, 4], sampling=greedy))
+        sequence.block_table, other.block_table = [4, 2, 0], [1]
+        chunks = (Chunk(sequence, 0, 5, samples=True, draft=draft), Chunk(other, 0, 2, samples=False))
+        assert runner.launch(StepPlan(1, chunks)).output().tokens == [expected, ()]
+        assert runner.num_computed_rows == 5 + len(draft) + 2

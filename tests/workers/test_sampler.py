@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from workers.sampler import draw, uniforms
+from workers import sampler
+from workers.sampler import Place, uniforms
 from workers.sequence import Sequence as EngineSequence
 from workers.types import GenerateWork, SamplingParams, WorkId
 
@@ -19,16 +21,26 @@ NEG = -math.inf
 
 
 def sequence(
-    prompt: Sequence[int] = (0,), answer: Sequence[int] = (), allowed: Sequence[int] | None = None, **params: Any
+    prompt: Sequence[int] = (0,),
+    answer: Sequence[int] = (),
+    allowed: Sequence[int] | None = None,
+    work: Mapping[str, Any] = MappingProxyType({}),
+    **params: Any,
 ) -> EngineSequence:
-    work = GenerateWork(
+    generate = GenerateWork(
         work_id=WorkId("test", 0),
         prompt=list(prompt),
         received=list(answer),
         sampling=SamplingParams(**params),
         max_tokens=100,
+        **work,
     )
-    return EngineSequence(work, constraint=None if allowed is None else Allowed(allowed))
+    return EngineSequence(generate, constraint=None if allowed is None else Allowed(allowed))
+
+
+def draw(logits: torch.Tensor, sequences: Sequence[EngineSequence], positions: Sequence[int]) -> list[int]:
+    places = [Place(each, position) for each, position in zip(sequences, positions, strict=True)]
+    return sampler.draw(logits, places).tokens
 
 
 class Allowed:
@@ -166,3 +178,69 @@ def test_forbidden_tokens_are_never_drawn() -> None:
 def test_constraint_that_allows_nothing() -> None:
     with pytest.raises(FloatingPointError, match="allow no token"):
         draw(torch.zeros(1, 4), [sequence(allowed=[])], [1])
+
+
+def test_bias_of_a_batch_stays_in_its_rows() -> None:
+    logits = torch.zeros(3, 4)
+    rows = [sequence(logit_bias={3: 5.0, 0: 1.0}), sequence(), sequence(logit_bias={1: -100.0})]
+    draw(logits, rows, [1, 1, 1])
+    assert logits.tolist() == [[1.0, 0.0, 0.0, 5.0], [0.0] * 4, [0.0, -100.0, 0.0, 0.0]]
+
+
+def test_stop_tokens_are_held_back_before_min_tokens() -> None:
+    """The prompt has 2 tokens and the answer must have 3: positions 2, 3 and 4 take the best of the others."""
+    held = sequence((0, 0), temperature=0.0, work={"min_tokens": 3, "stop_token_ids": frozenset({1, 3})})
+    free = sequence((0, 0), temperature=0.0, work={"stop_token_ids": frozenset({1, 3})})
+    logits = torch.tensor([[0.0, 9.0, 1.0, 8.0]]).repeat(5, 1)
+    assert draw(logits, [held, held, held, held, free], [2, 3, 4, 5, 2]) == [2, 2, 2, 1, 1]
+
+
+def test_stop_tokens_held_back_are_stronger_than_bias() -> None:
+    held = sequence(temperature=0.0, logit_bias={1: 100.0}, work={"min_tokens": 1, "stop_token_ids": frozenset({1})})
+    assert draw(torch.zeros(1, 3), [held], [1]) == [0]
+
+
+def test_log_probabilities_are_the_raw_ones() -> None:
+    """Before bias, penalties, temperature and all that removes tokens."""
+    probabilities = [0.5, 0.25, 0.2, 0.05]
+    row = torch.tensor([[math.log(p) + 3.0 for p in probabilities]])
+    twisted = sequence((0,), (0,), logit_bias={3: 50.0}, temperature=0.3, top_k=1, work={"num_logprobs": 2})
+    drawn = sampler.draw(row, [Place(twisted, 2)])
+    assert drawn.tokens == [3]
+    assert drawn.logprobs[0].logprob == pytest.approx(math.log(0.05), abs=1e-6)
+    ids, values = zip(*drawn.logprobs[0].top, strict=True)
+    assert ids == (0, 1)
+    assert values == pytest.approx([math.log(0.5), math.log(0.25)], abs=1e-6)
+
+
+def test_log_probabilities_of_a_mixed_batch() -> None:
+    """Rows get as many as each asks for, more than there are tokens included; who does not ask gets none."""
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    expected = logits.log_softmax(-1)
+    counts = [None, 0, 3, 50]
+    rows = [sequence(seed=i, work={"num_logprobs": count}) for i, count in enumerate(counts)]
+    drawn = sampler.draw(logits, [Place(each, 1) for each in rows])
+    assert set(drawn.logprobs) == {1, 2, 3}
+    for i, size in ((1, 0), (2, 3), (3, 6)):
+        found = drawn.logprobs[i]
+        assert found.logprob == pytest.approx(expected[i, drawn.tokens[i]].item(), abs=1e-6)
+        best = expected[i].topk(size)
+        assert [token for token, _ in found.top] == best.indices.tolist()
+        assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_nobody_asks_for_log_probabilities() -> None:
+    assert sampler.draw(torch.zeros(2, 3), [Place(sequence(), 1)] * 2).logprobs == {}
+
+
+def test_guesses_count_like_tokens_of_the_answer() -> None:
+    """What is drawn behind guesses is what would be drawn if they were tokens: penalties, seed and held-back stops."""
+    params = {"seed": 9, "repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3}
+    work = {"min_tokens": 4, "stop_token_ids": frozenset({5})}
+    logits = torch.randn(4, 12, generator=torch.Generator().manual_seed(2)) * 2
+    guesses = (7, 7, 2)
+    guessed = [Place(sequence((1, 2), (3,), work=work, **params), 3 + n, guesses[:n]) for n in range(4)]
+    known = [Place(sequence((1, 2), (3, *guesses[:n]), work=work, **params), 3 + n) for n in range(4)]
+    behind, plain = logits.clone(), logits.clone()
+    assert sampler.draw(behind, guessed).tokens == sampler.draw(plain, known).tokens
+    assert torch.equal(behind, plain)

@@ -1,10 +1,11 @@
 """Which rows of a step belong to which sequence, and where their keys and values lie: a `StepPlan` as tensors.
 
-    rows      d0 d1 d2 | p0 p0 p0 p0 | p1 p1 ...      decodes (chunks of one token) first, then the longer chunks
+    rows      d0 d1 d2 | p0 p0 p0 p0 | p1 p1 ...      decodes (chunks of one row) first, then the longer chunks
     position  of the row's token in its sequence
     block     and offset: where its key and value are written
 
-Block tables are padded with the table's own first block, which is masked: padding never reads another sequence.
+A chunk's draft makes rows like its tokens, behind them. Block tables are padded with the table's own first block, which
+is masked: padding never reads another sequence.
 """
 
 from __future__ import annotations
@@ -58,21 +59,22 @@ class StepLayout:
     sampling_chunks: tuple[int, ...]
     """Indices into the plan's chunks that sample, in the order of the plan."""
     sampling_rows: torch.Tensor
-    """[len(sampling_chunks)] their last rows."""
+    """For each of these chunks the row of its last token, and then those of its draft."""
     adapter_rows: dict[str, torch.Tensor]
     """By adapter, the rows of the sequences that use it."""
 
 
 def lay_out(chunks: Seq[Chunk], block_size: int) -> StepLayout:
     """Turn chunks into tensors. Every chunk has tokens, and blocks for all of them."""
-    order = sorted(range(len(chunks)), key=lambda i: chunks[i].num_tokens > 1)
+    order = sorted(range(len(chunks)), key=lambda i: chunks[i].num_rows > 1)
     first_row = np.zeros(len(chunks), dtype=np.int64)
     tokens: list[int] = []
     for i in order:
         chunk = chunks[i]
         first_row[i] = len(tokens)
         tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
-    counts = np.fromiter((chunks[i].num_tokens for i in order), np.int64, len(order))
+        tokens += chunk.draft
+    counts = np.fromiter((chunks[i].num_rows for i in order), np.int64, len(order))
     starts = np.fromiter((chunks[i].start for i in order), np.int64, len(order))
     tables = [_used_blocks(chunks[i], block_size) for i in order]
     assert len(tokens) == counts.sum(), "a chunk reaches beyond the tokens that its sequence has"
@@ -85,7 +87,10 @@ def lay_out(chunks: Seq[Chunk], block_size: int) -> StepLayout:
     is_begun = (ends % block_size > 0) & (ends // block_size * block_size >= starts)
     num_decodes = int((counts == 1).sum())
     sampling = tuple(i for i, chunk in enumerate(chunks) if chunk.samples)
-    last_rows = [int(first_row[i]) + chunks[i].num_tokens - 1 for i in sampling]
+    sampling_rows: list[int] = []
+    for i in sampling:
+        end = int(first_row[i]) + chunks[i].num_rows
+        sampling_rows += range(end - len(chunks[i].draft) - 1, end)
     return StepLayout(
         tokens=torch.tensor(tokens),
         positions=torch.from_numpy(positions),
@@ -94,17 +99,17 @@ def lay_out(chunks: Seq[Chunk], block_size: int) -> StepLayout:
         begun_blocks=torch.from_numpy(last_blocks[is_begun]),
         decodes=_group_decodes(tables[:num_decodes], starts[:num_decodes] + 1),
         spans=tuple(
-            Span(int(first_row[i]), chunks[i].num_tokens, chunks[i].start, torch.from_numpy(table))
+            Span(int(first_row[i]), chunks[i].num_rows, chunks[i].start, torch.from_numpy(table))
             for i, table in zip(order[num_decodes:], tables[num_decodes:], strict=True)
         ),
         sampling_chunks=sampling,
-        sampling_rows=torch.tensor(last_rows, dtype=torch.int64),
+        sampling_rows=torch.tensor(sampling_rows, dtype=torch.int64),
         adapter_rows=_adapter_rows(chunks, first_row),
     )
 
 
 def _used_blocks(chunk: Chunk, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    used = -(-(chunk.start + chunk.num_tokens) // block_size)
+    used = -(-(chunk.start + chunk.num_rows) // block_size)
     table = np.array(chunk.sequence.block_table[:used], dtype=np.int64)
     assert len(table) == used, "a chunk has fewer blocks than tokens"
     return table
@@ -126,5 +131,5 @@ def _adapter_rows(chunks: Seq[Chunk], first_row: np.ndarray) -> dict[str, torch.
     rows: dict[str, list[int]] = {}
     for i, chunk in enumerate(chunks):
         if chunk.sequence.adapter:
-            rows.setdefault(chunk.sequence.adapter, []).extend(range(first_row[i], first_row[i] + chunk.num_tokens))
+            rows.setdefault(chunk.sequence.adapter, []).extend(range(first_row[i], first_row[i] + chunk.num_rows))
     return {name: torch.tensor(numbers) for name, numbers in rows.items()}
