@@ -19,6 +19,7 @@ from ray.serve.config import RequestRouterConfig
 from cluster.boot import ClusterBoot
 from cluster.config import ClusterConfig, load
 from cluster.secret import SecretSource, ensure_secret
+from router.model import ModelSource
 from router.serve import Router
 from workers.serve import STOP_MARGIN_S, Worker
 
@@ -73,7 +74,7 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
     return router.bind(
         boot=boot,
         config=config.router,
-        model=config.model,
+        model=ModelSource(name=config.model, max_model_len=config.engine.max_model_len),
         listen=(config.serve.host, config.serve.port),
         secret=secret,
         group=WORKER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +13,34 @@ from workers.types import CAPABILITY_GENERATE, ModelFiles, ModelManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """What a router is told of the model that it is to serve."""
+
+    name: str
+    """Under which `Boot` finds its files."""
+    max_model_len: int = 0
+    """That of the engines' configuration; 0: the manifest's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     manifest: ModelManifest
+    """The file's, but for `max_model_len`, which is what the replicas' engines are set up for."""
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None = None
     capabilities: tuple[str, ...] = (CAPABILITY_GENERATE,)
 
     @classmethod
-    def from_files(cls, files: ModelFiles) -> ServedModel:
-        """Open all but the weights, blocking. Raises ModelFileError for a file that is missing or unreadable."""
+    def from_files(cls, files: ModelFiles, *, max_model_len: int = 0) -> ServedModel:
+        """Open all but the weights, blocking; `max_model_len` as in `ModelSource`.
+
+        Raises ModelFileError for a file that is missing or unreadable.
+        """
         try:
             manifest = ModelManifest.from_json(_read(files.manifest))
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{files.manifest} is not a manifest of a model: {error}") from error
+        manifest = dataclasses.replace(manifest, max_model_len=max_model_len or manifest.max_model_len)
         tokenizer = Tokenizer.from_file(files.tokenizer_json)
         template = None
         if files.chat_template is not None:

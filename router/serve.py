@@ -21,7 +21,7 @@ from router import membership
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.hello import RouterIdentity
-from router.model import ServedModel
+from router.model import ModelSource, ServedModel
 from router.server import RouterServer
 from router.types import ReplicaAddress
 from workers.handshake import ClusterKeys
@@ -63,7 +63,7 @@ class Router:
         *,
         boot: Boot,
         config: RouterConfig,
-        model: str,
+        model: ModelSource,
         listen: tuple[str, int],
         secret: Callable[[], bytes],
         group: str,
@@ -73,8 +73,8 @@ class Router:
         self._config = config
         self._stop_process = await asyncio.to_thread(boot.start_process, "router")
         self._router_id = serve.get_replica_context().replica_id.unique_id
-        files = await asyncio.to_thread(boot.model_files, model)
-        served = await asyncio.to_thread(ServedModel.from_files, files)
+        files = await asyncio.to_thread(boot.model_files, model.name)
+        served = await asyncio.to_thread(ServedModel.from_files, files, max_model_len=model.max_model_len)
         identity = RouterIdentity(
             router_id=self._router_id,
             epoch=time.time_ns(),

@@ -47,12 +47,13 @@ def default_model() -> ModelFiles:
 
 @pytest.fixture(scope="session")
 def model_cluster(default_model: ModelFiles) -> Iterator[ClusterProcess]:
-    """A router and one replica of the default model in fp32."""
+    """A router and one replica of the default model in fp32, for sequences of 1,024 tokens at most."""
     assert default_model.weights.exists()
     with running(
         *("--model", "default", "--replicas", "1"),
         OCTAVO_ENGINE__DTYPE="fp32",
         OCTAVO_ENGINE__NUM_BLOCKS="512",
+        OCTAVO_ENGINE__MAX_MODEL_LEN="1024",
         OCTAVO_ROUTER__DRAIN_GRACE_S="5",
         OMP_NUM_THREADS="2",
     ) as cluster:

@@ -27,7 +27,7 @@ class EngineConfig:
     """How many replicas share a node's memory; 0: replicas.max_replicas, as if there were one node. The replacement
     of a draining replica is not counted: what the fraction leaves is for it, too."""
     max_model_len: int = 0
-    """0: what the model's files say."""
+    """The most tokens of prompt and answer together, for routers and replicas alike; 0: what the model's files say."""
     max_num_sequences: int = 64
     chunk_tokens: int = 256
     """The token budget of a step: decodes first, prefill chunks fill the rest."""

@@ -226,6 +226,20 @@ def test_a_model_from_files(tmp_path: Path) -> None:
     assert model.chat_template.render([{"role": "user", "content": "hi"}]) == "<|end|>hi"
 
 
+@pytest.mark.parametrize("way", ["generate", "session"])
+async def test_the_length_that_the_engines_are_set_up_for_counts(tmp_path: Path, way: str) -> None:
+    """engine.max_model_len below the manifest's: refused by the router, before and without any replica."""
+    model = ServedModel.from_files(write_files(tmp_path), max_model_len=20)
+    async with running({"toy": model}) as rig:
+        stub = ModelServiceStub(rig.channel)
+        listed: Any = await stub.ListModels(models_pb.ListModelsRequest())
+        assert [each.max_model_len for each in listed.models] == [20]
+        outcome = await rig.run(way, text_request("x" * 12, max_tokens=9))
+        assert (outcome.code, outcome.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG")
+        assert "must be <= 20, the model's context, is 9" in outcome.violations["max_tokens"]
+        assert rig.backend.works == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
