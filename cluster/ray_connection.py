@@ -31,7 +31,8 @@ ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name: with 0, Ray takes 127.0.0.1 for this node's address, and its servers bind that one only."""
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """With 0, a call that comes after the end, as from a thread that a hurried stop left behind, starts no new Ray."""
-_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", ON_LOOPBACK: "0"}
+_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", ON_LOOPBACK: "0"}
+"""Ray would run replicas at niceness 15, behind everything else on a laptop."""
 
 
 @contextmanager
