@@ -1,8 +1,9 @@
 """One request's answer: what the back delivers, kept until the client has it.
 
 An `Answer` is the back's `Sink` and the source that a Generate call or a Session takes `Delta` messages from. It keeps
-a journal of each choice since its beginning (bounded by max_tokens), so that a client that attaches again gets the rest
-from wherever it was, always cut between tokens. Its life:
+a journal of each choice since its beginning (`router/choice.py`, bounded by max_tokens), so that a client that attaches
+again gets the rest from wherever it was, always cut between tokens. With best_of it is known when all have ended which
+of the generated choices are the answer, and in which order; until then there is nothing to take. Its life:
 
     opened --begin--> running --over--> complete --close--> closed
        └──────── fail: refused, cancelled, deadline, slow consumer ───┘
@@ -15,20 +16,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from octavo.v1 import types_pb2 as pb
 
 from router import status
-from router.detokenizer import Detokenizer, StopStrings
+from router.choice import Choice
 from router.span import RequestSpan
-from router.types import Decision, Request
+from router.types import Cancel, Decision, Request
 from router.validation import Accepted, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
-from workers.types import Finish, FinishReason, TokenLogprobs
+from workers.types import Finish, TokenLogprobs
 
-_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+LOGPROBS_PER_TOKEN = 6
+"""So many log probabilities take the room of a token, in a message."""
 
 
 class AnswerOwner(Protocol):
@@ -44,72 +46,6 @@ class AnswerOwner(Protocol):
         """Nothing more happens to this answer."""
 
 
-class Choice:
-    """The journal of one choice. ``pieces[i]`` is the text that became certain with ``token_ids[i]``; `tail` is what
-    was held back to the end and belongs to `finish`."""
-
-    __slots__ = ("detokenizer", "finish", "is_finish_sent", "num_sent", "pieces", "tail", "token_ids")
-
-    def __init__(self, detokenizer: Detokenizer) -> None:
-        self.detokenizer = detokenizer
-        self.token_ids: list[int] = []
-        self.pieces: list[str] = []
-        self.tail = ""
-        self.finish: pb.Finish | None = None
-        self.num_sent = 0
-        self.is_finish_sent = False
-
-    def push(self, token_ids: Sequence[int], stop_token_ids: frozenset[int]) -> None:
-        """Take tokens; those after a stop string are dropped. A stop token has no text."""
-        detokenizer = self.detokenizer
-        for token_id in token_ids:
-            self.token_ids.append(token_id)
-            self.pieces.append("" if token_id in stop_token_ids else detokenizer.push(token_id))
-            if detokenizer.matched is not None:
-                self.finish = pb.Finish(reason=pb.FINISH_REASON_STOP, stop=detokenizer.matched)
-                return
-
-    def end(self, finish: Finish) -> None:
-        self.tail = self.detokenizer.flush()
-        if self.detokenizer.matched is not None:
-            self.finish = pb.Finish(reason=pb.FINISH_REASON_STOP, stop=self.detokenizer.matched)
-        elif finish.stop_token_id is not None:
-            self.finish = pb.Finish(reason=_REASONS[finish.reason], stop_token_id=finish.stop_token_id)
-        else:
-            self.finish = pb.Finish(reason=_REASONS[finish.reason])
-
-    def take(self, index: int, limit: int, add: Callable[[], pb.Delta]) -> int | None:
-        """Fill a delta from `add` with what follows what was sent, at most `limit` tokens of it; return how many, or
-        None if there is nothing."""
-        start = self.num_sent
-        end = min(len(self.token_ids), start + limit)
-        is_last = self.finish is not None and not self.is_finish_sent and end == len(self.token_ids)
-        if start == end and not is_last:
-            return None
-        delta = add()
-        if index:
-            delta.index = index
-        if end == start + 1:
-            delta.text = self.pieces[start]
-            delta.token_ids.append(self.token_ids[start])
-        else:
-            delta.text = "".join(self.pieces[start:end])
-            delta.token_ids.extend(self.token_ids[start:end])
-        delta.token_offset = start
-        if is_last:
-            assert self.finish is not None
-            delta.text += self.tail
-            delta.finish.CopyFrom(self.finish)
-            self.is_finish_sent = True
-        self.num_sent = end
-        return end - start
-
-    def skip(self) -> None:
-        """Count everything that there is as sent."""
-        self.num_sent = len(self.token_ids)
-        self.is_finish_sent = True
-
-
 class Answer:
     """`on_ready(answer)` is called when there is something to take that was not there at the last `take`."""
 
@@ -121,15 +57,19 @@ class Answer:
         "_dispatched_at",
         "_engine_queue_s",
         "_first_token_at",
+        "_generated",
         "_has_begun",
         "_is_closed",
         "_is_over",
         "_is_signalled",
+        "_num_choices",
         "_on_ready",
         "_owner",
         "_prefill_s",
         "_request",
+        "_sends_logprobs",
         "_timer",
+        "_token_weight",
         "decision",
         "envelope",
         "error",
@@ -160,8 +100,13 @@ class Answer:
         self._owner = owner
         self._on_ready: Callable[[Answer], None] | None = on_ready
         self._request: Request | None = None
+        self._generated: list[Choice] = []
         self._choices: list[Choice] = []
-        self._cancel: Callable[[], None] | None = None
+        """The answer: what is generated, or the best of it."""
+        self._num_choices = 0
+        self._sends_logprobs = False
+        self._token_weight = 1
+        self._cancel: Cancel | None = None
         self._has_begun = False
         self._is_over = False
         self._is_closed = False
@@ -187,15 +132,21 @@ class Answer:
 
     @property
     def num_choices(self) -> int:
-        return len(self._choices)
+        """0 before it has begun."""
+        return self._num_choices
 
-    def begin(self, accepted: Accepted, submit: Callable[[Request], Callable[[], None]]) -> None:
+    def begin(self, accepted: Accepted, submit: Callable[[Request], Cancel]) -> None:
         """Hand the valid request to the back. Raises what `submit` raises; then the answer has to `fail`."""
         assert self._request is None
         assert not self.has_failed
         self._request = accepted.request
-        stops = StopStrings(accepted.stops) if accepted.stops else None
-        self._choices = [Choice(accepted.model.tokenizer.detokenizer(stops)) for _ in range(accepted.request.n)]
+        self._generated = accepted.new_choices()
+        self._num_choices = accepted.num_choices
+        if accepted.num_choices == len(self._generated):
+            self._choices = self._generated
+        if accepted.sends_logprobs:
+            self._sends_logprobs = True
+            self._token_weight = 1 + (1 + (accepted.request.num_logprobs or 0)) // LOGPROBS_PER_TOKEN
         self.span.accepted(accepted.request)
         cancel = submit(accepted.request)
         self._has_begun = True
@@ -258,23 +209,31 @@ class Answer:
         return self.is_complete or self._has_deltas(self.window)
 
     def take(self, limit: int, add: Callable[[], pb.Delta]) -> int:
-        """Fill deltas from `add`, one a choice, with what is available within the window and at most `limit` tokens;
-        return how many tokens that is. (Filled in place: to make messages and copy them costs three times as much.)"""
+        """Fill deltas from `add`, one a choice, with what is available within the window and at most `limit`, in tokens
+        (with log probabilities a token counts as several); return how much of it that is. (Filled in place: to make
+        messages and copy them costs three times as much.)"""
         self._is_signalled = False
-        num_taken = 0
+        weight = self._token_weight
+        left = limit // weight
         has_taken = False
-        for index, choice in enumerate(self._choices):
-            allowed = limit - num_taken if self.window is None else min(limit - num_taken, self.window)
-            num_tokens = choice.take(index, allowed, add)
+        for index, choice in self._in_turn():
+            num_tokens = choice.take(index, left if self.window is None else min(left, self.window), add)
             if num_tokens is None:
                 continue
             has_taken = True
-            num_taken += num_tokens
+            left -= num_tokens
             if self.window is not None:
                 self.window -= num_tokens
         if has_taken:
             self.pending_since = time.monotonic() if self._has_deltas(None) else None
-        return num_taken
+        return (limit // weight - left) * weight
+
+    def _in_turn(self) -> Iterable[tuple[int, Choice]]:
+        """Return the choices with their indices; where a window may not let all through, the one that is furthest
+        behind first, so that none waits for the end of another."""
+        if self.window is None or len(self._choices) == 1:
+            return enumerate(self._choices)
+        return sorted(enumerate(self._choices), key=lambda each: each[1].num_sent)
 
     def grant(self, num_tokens: int) -> None:
         """Widen the window; without one there is nothing to widen."""
@@ -288,9 +247,7 @@ class Answer:
         self._on_ready = on_ready
         self.window = window
         for choice, offset in zip(self._choices, offsets, strict=False):
-            assert 0 <= offset <= len(choice.token_ids)
-            choice.num_sent = offset
-            choice.is_finish_sent = False
+            choice.resume(offset)
         self._is_signalled = False
         self.pending_since = None
         self._signal_if_output()
@@ -300,12 +257,17 @@ class Answer:
         self._on_ready = None
         self.pending_since = None
 
-    def num_tokens(self, index: int) -> int:
-        return len(self._choices[index].token_ids)
+    def offsets(self, index: int) -> range:
+        """Return what an attachment may say that it has of a choice: from the tokens that the client received before
+        this request to all there are. Only once it has begun."""
+        if not self._choices:
+            return range(1)
+        choice = self._choices[index]
+        return range(choice.num_received, len(choice.token_ids) + 1)
 
     @property
     def num_generated(self) -> int:
-        return sum(len(choice.token_ids) for choice in self._choices)
+        return sum(len(choice.token_ids) for choice in self._generated)
 
     def usage(self) -> pb.Usage:
         return pb.Usage(
@@ -334,28 +296,30 @@ class Answer:
         assert self._request is not None
         if not self._first_token_at:
             self._first_token_at = time.monotonic()
-        choice = self._choices[index]
+        choice = self._generated[index]
         if choice.finish is not None:
             return
         try:
-            choice.push(token_ids, self._request.stop_token_ids)
+            num_taken = choice.push(token_ids)
+            if self._request.num_logprobs is not None:
+                assert len(logprobs) == len(token_ids), "each token has its log probability"
+                choice.note_logprobs(logprobs[:num_taken], keeps=self._sends_logprobs)
         except Exception as error:  # a sink never raises: the other requests of this message must not suffer
             self.fail(status.unexpected(error))
             return
-        if choice.finish is not None and all(choice.finish is not None for choice in self._choices):
-            self._measure()
-            self._stop_work()
+        if choice.finish is not None:
+            self._stop_choice(index)
         self._signal_if_output()
 
     def finished(self, index: int, finish: Finish) -> None:
-        choice = self._choices[index]
-        if self._is_over or choice.finish is not None:
+        if self._is_over or self._generated[index].finish is not None:
             return
         try:
-            choice.end(finish)
+            self._generated[index].end(finish)
         except Exception as error:
             self.fail(status.unexpected(error))
             return
+        self._rank_if_whole()
         self._engine_queue_s = max(self._engine_queue_s, finish.queue_s)
         self._prefill_s = max(self._prefill_s, finish.prefill_s)
         self._decode_s = max(self._decode_s, finish.decode_s)
@@ -366,7 +330,7 @@ class Answer:
             return
         self._cancel = None
         self._set_over()
-        if error is None and any(choice.finish is None for choice in self._choices):
+        if error is None and any(choice.finish is None for choice in self._generated):
             error = status.unexpected(RuntimeError("the back ended a request without a finish for each choice"))
         if error is not None:
             self.fail(error)
@@ -377,11 +341,26 @@ class Answer:
         after_s = self.envelope.deadline - self.envelope.accepted_at
         self.fail(DeadlineError(f"the deadline passed, {max(after_s, 0):.3f} s after the request's arrival"))
 
+    def _stop_choice(self, index: int) -> None:
+        """A stop string has ended a choice, of which the engine does not know: end it there, or all of the work."""
+        if all(choice.finish is not None for choice in self._generated):
+            self._measure()
+            self._rank_if_whole()
+            self._stop_work()
+        elif self._cancel is not None:
+            self._cancel(index)
+
+    def _rank_if_whole(self) -> None:
+        """With best_of: once all have ended, the best are the answer."""
+        if not self._choices and all(choice.finish is not None for choice in self._generated):
+            ranked = sorted(self._generated, key=lambda choice: -choice.sum_logprobs)
+            self._choices = ranked[: self._num_choices]
+
     def _measure(self) -> None:
         """Fill in times that the engine will not tell, because the router ends its work."""
-        now = time.monotonic()
-        self._prefill_s = max(0.0, self._first_token_at - self._dispatched_at)
-        self._decode_s = now - self._first_token_at
+        if not self._prefill_s:
+            self._prefill_s = max(0.0, self._first_token_at - self._dispatched_at)
+        self._decode_s = max(self._decode_s, time.monotonic() - self._first_token_at)
 
     def _stop_work(self) -> None:
         """Cancel what the back still does; it calls `ended` before this returns, which then means nothing."""

@@ -25,7 +25,7 @@ class Queued:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.request.prompt)
+        return self.request.num_known_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

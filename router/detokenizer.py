@@ -171,8 +171,11 @@ class StopStrings:
                 self._fail[following] = self._next[fail].get(character, 0)
                 self._match[following] = self._match[following] or self._match[self._fail[following]]
 
-    def scan(self, state: int, text: str) -> tuple[int, int, str | None]:
-        """Return (state after `text`, end of the match in `text`, what matched), from `state` (0 at the beginning)."""
+    def scan(self, state: int, text: str, *, may_end: bool = True) -> tuple[int, int, str | None]:
+        """Return (state after `text`, end of the match in `text`, what matched), from `state` (0 at the beginning).
+
+        Without `may_end` what matches in `text` does not count, but it may begin what matches in the text to come.
+        """
         position = 0
         while position < len(text):
             if state == 0:
@@ -186,7 +189,7 @@ class StopStrings:
             state = self._next[state].get(character, 0)
             position += 1
             matched = self._match[state]
-            if matched is not None:
+            if matched is not None and may_end:
                 return state, position, matched
         return state, 0, None
 
@@ -208,23 +211,23 @@ class Detokenizer:
         self.matched: str | None = None
         """The stop string that ended the text; the text ends before it."""
 
-    def push(self, token_id: int) -> str:
-        """Return the text that became certain with this token."""
+    def push(self, token_id: int, *, may_end: bool = True) -> str:
+        """Return the text that became certain with this token. `may_end`: whether a stop string may end with it."""
         text = self._decoder.push(token_id)
-        return text if self._stops is None or not text else self._release(self._stops, text)
+        return text if self._stops is None or not text else self._release(self._stops, text, may_end)
 
-    def flush(self) -> str:
+    def flush(self, *, may_end: bool = True) -> str:
         """Return everything held back. The tokens are over."""
         text = self._decoder.flush()
         if self._stops is not None:
-            text = self._release(self._stops, text)
+            text = self._release(self._stops, text, may_end)
             if self.matched is None:
                 text += self._held
             self._held = ""
         return text
 
-    def _release(self, stops: StopStrings, text: str) -> str:
-        self._state, end, self.matched = stops.scan(self._state, text)
+    def _release(self, stops: StopStrings, text: str, may_end: bool) -> str:
+        self._state, end, self.matched = stops.scan(self._state, text, may_end=may_end)
         if self.matched is not None:
             text = (self._held + text[:end])[: -len(self.matched)]
             self._held = ""

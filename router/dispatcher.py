@@ -134,7 +134,7 @@ class Dispatcher:
         if self._is_draining:
             raise UnavailableError("this router is draining: it takes no new requests", reason=Reason.DRAINING)
         now = self._clock()
-        permit = self._admission.admit(len(request.prompt), now, num_choices=request.n)
+        permit = self._admission.admit(request.num_known_tokens, now, num_choices=request.n)
         flight = Flight(next(self._numbers), request, sink, permit)
         flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
         self._flights[flight.key] = flight
@@ -217,7 +217,7 @@ class Dispatcher:
             traceparent=traceparent,
             tracestate=tracestate,
         )
-        link.send(batch_id, work, len(request.prompt))
+        link.send(batch_id, work, request.num_known_tokens)
         flight.sink.dispatched(decision, now - request.accepted_at)
 
     # Time.

@@ -45,7 +45,8 @@ class Placeable(Protocol):
 
 
 class PromptHashes:
-    """The block hashes of one request's prompt, made when first asked for; replicas may differ in block size."""
+    """The block hashes of one request's prompt and received tokens, made when first asked for; replicas may differ in
+    block size."""
 
     __slots__ = ("_hashes", "_key", "_request")
 
@@ -59,7 +60,8 @@ class PromptHashes:
         if hashes is None:
             hasher = PrefixHasher(self._key, block_size)
             root = hasher.root(self._request.salt, self._request.adapter)
-            hashes = self._hashes[block_size] = hasher.blocks(root, self._request.prompt)
+            known = [*self._request.prompt, *self._request.received] if self._request.received else self._request.prompt
+            hashes = self._hashes[block_size] = hasher.blocks(root, known)
         return hashes
 
 
@@ -102,7 +104,7 @@ def count_matched(hashes: Sequence[bytes], resident: AbstractSet[bytes]) -> int:
 
 def _candidate(request: Request, hashes: PromptHashes, replica: Placeable) -> Candidate:
     size = replica.block_size
-    num_tokens = len(request.prompt)
+    num_tokens = request.num_known_tokens
     matched = count_matched(hashes.of(size), replica.resident) * size if replica.resident else 0
     # The last token of a prompt is always computed: its logits choose the first token of the answer.
     matched = min(matched, (num_tokens - 1) // size * size)

@@ -18,7 +18,8 @@ from router.intake import Intake
 from router.model import ServedModel
 from router.session import Sessions
 from router.types import Backend, ReplicaView
-from router.validation import Validator, Violations, check_token_ids
+from router.validation import Validator
+from router.violations import Violations, check_token_ids
 from workers.errors import OctavoError
 
 T = TypeVar("T")

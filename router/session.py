@@ -31,7 +31,8 @@ from router import status
 from router.answer import Answer, decision_message
 from router.identity import Identity, identify
 from router.intake import Intake, slow_consumer
-from router.validation import MAX_ID_BYTES, Envelope, shown
+from router.validation import MAX_ID_BYTES, Envelope
+from router.violations import shown
 from workers.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -266,7 +267,7 @@ class Session:
                 reason=Reason.REQUEST_ID_IN_USE,
                 violations=[Violation("request_id", "must be unique among live requests")],
             )
-        elif any(start.attach_offsets):
+        elif _has_more_than_received(start):
             raise NotFoundError(
                 f"this router knows no request {shown(start.request_id)} to attach to",
                 reason=Reason.REQUEST_NOT_FOUND,
@@ -306,10 +307,13 @@ class Session:
         offsets = list(start.attach_offsets)
         if answer.num_choices and len(offsets) != answer.num_choices:
             raise _invalid("attach_offsets", f"must have {answer.num_choices} numbers, has {len(offsets)}")
-        for i in range(len(offsets)):
-            known = answer.num_tokens(i) if answer.num_choices else 0
-            if offsets[i] > known:
-                raise _invalid(f"attach_offsets[{i}]", f"must be <= {known}, the tokens so far, is {offsets[i]}")
+        for i, offset in enumerate(offsets):
+            known = answer.offsets(i) if answer.num_choices else range(_num_received(start, i) + 1)
+            if offset not in known:
+                rule = (
+                    f"must be in [{known.start}, {known.stop - 1}], from the tokens of received_token_ids to all so far"
+                )
+                raise _invalid(f"attach_offsets[{i}]", f"{rule}, is {offset}")
         if entry.session is not None:
             entry.session.release(entry)
         entry.session = self
@@ -416,6 +420,17 @@ def _terminal(answer: Answer) -> Terminal:
         terminal.replica = answer.decision.replica
         terminal.decision.CopyFrom(decision_message(answer.decision))
     return terminal
+
+
+def _num_received(start: Start, index: int) -> int:
+    """Return how many tokens of a choice the client has from before this request."""
+    lists = start.request.received_token_ids
+    return len(lists[index].ids) if index < len(lists) else 0
+
+
+def _has_more_than_received(start: Start) -> bool:
+    """Whether the client has some of the answer to this very request."""
+    return any(offset > _num_received(start, i) for i, offset in enumerate(start.attach_offsets))
 
 
 def _seconds(timeout: Duration) -> float:

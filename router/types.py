@@ -22,6 +22,8 @@ class Request:
     request_id: str
     model: str
     prompt: Sequence[int]
+    received: Sequence[int] = ()
+    """What the client has of the answer from before an interruption; the answer continues after it."""
     sampling: SamplingParams
     max_tokens: int
     min_tokens: int = 0
@@ -39,6 +41,11 @@ class Request:
     accepted_at: float
     traceparent: str = ""
     tracestate: str = ""
+
+    @property
+    def num_known_tokens(self) -> int:
+        """What a replica must have computed, or cached, before the next token: prompt and received tokens."""
+        return len(self.prompt) + len(self.received)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

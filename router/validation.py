@@ -8,8 +8,6 @@ neither calls nor Sessions; what came beside the message is in its `Envelope`.
 from __future__ import annotations
 
 import asyncio
-import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,17 +16,22 @@ from octavo.names import Reason
 from octavo.v1.inference_service_pb2 import GenerateRequest
 from octavo.v1.types_pb2 import TRUNCATE_NONE, TRUNCATE_UNSPECIFIED, ChatMessage, Prompt
 
+from router.choice import Choice
 from router.config import RouterConfig
+from router.detokenizer import StopStrings
 from router.identity import ANYBODY, Identity
 from router.model import ServedModel
+from router.sampling import check_sampling, make_sampling
 from router.tokenizer import MAX_INLINE_CHARACTERS
 from router.types import Request
-from workers.errors import CapabilityError, InvalidRequestError, NotFoundError, NotServedError, OctavoError, Violation
-from workers.types import SamplingParams
+from router.violations import Violations, check_token_ids, shown
+from workers.errors import CapabilityError, InvalidRequestError, NotFoundError, NotServedError, Violation
 
 MAX_ID_BYTES = 128
 MAX_STOP_TOKEN_IDS = 256
 MAX_PRIORITY = 100
+MAX_LOGPROBS = 20
+"""Alternatives of each token."""
 MAX_MESSAGES = 4_096
 """In one conversation, and parts of messages in it; looking at more would hold up everybody else's requests."""
 
@@ -48,47 +51,27 @@ class Envelope:
 
 
 class Accepted(NamedTuple):
+    """A valid request, and what of it is the front's business alone."""
+
     request: Request
     model: ServedModel
     stops: tuple[str, ...]
+    num_choices: int
+    """How many of those that are generated are the answer."""
+    sends_logprobs: bool
 
-
-class Violations:
-    """Collects what is wrong with one request."""
-
-    def __init__(self) -> None:
-        self._invalid: list[Violation] = []
-        self._not_served: list[Violation] = []
-        self._reasons: set[str] = set()
-
-    def require(self, holds: bool, field: str, rule: str, value: object, *, reason: str = Reason.INVALID_FIELD) -> None:
-        if not holds:
-            self._invalid.append(Violation(field, f"{rule}, is {shown(value)}"))
-            self._reasons.add(reason)
-
-    def serve(self, is_served: bool, field: str, what: str = "") -> None:
-        if not is_served:
-            self._not_served.append(Violation(field, f"{what or 'this field'} is not served by this release"))
-
-    @property
-    def count(self) -> int:
-        return len(self._invalid) + len(self._not_served)
-
-    def error(self) -> OctavoError | None:
-        """Return what to raise. A broken rule weighs more than a field that is not served; all are listed."""
-        violations = [*self._invalid, *self._not_served]
-        if not violations:
-            return None
-        message = "; ".join(f"{field}: {description}" for field, description in violations)
-        if not self._invalid:
-            return NotServedError(message, violations=violations)
-        reason = self._reasons.pop() if len(self._reasons) == 1 else Reason.INVALID_FIELD
-        return InvalidRequestError(message, reason=reason, violations=violations)
-
-    def raise_if_any(self) -> None:
-        error = self.error()
-        if error is not None:
-            raise error
+    def new_choices(self) -> list[Choice]:
+        """Return what the choices that are generated begin as."""
+        request, stops = self.request, StopStrings(self.stops) if self.stops else None
+        return [
+            Choice(
+                self.model.tokenizer.detokenizer(stops),
+                stop_token_ids=request.stop_token_ids,
+                min_tokens=request.min_tokens,
+                received=request.received,
+            )
+            for _ in range(request.n)
+        ]
 
 
 class Validator:
@@ -111,18 +94,27 @@ class Validator:
         name, model = self.model(message.model)
         violations = Violations()
         self._check_fields(message, envelope, model, violations)
-        check_sampling(message, violations)
+        check_sampling(message.sampling, model, violations)
         _check_not_served(message, violations)
+        num_choices, num_generated = self._check_choices(message, violations)
         prompt = await self.prompt_ids(model, message.prompt, violations)
         max_tokens = self._check_length(message, prompt, model, violations)
+        received = _check_received(message, num_generated, max_tokens, model, violations)
         violations.raise_if_any()
+        num_logprobs = message.logprobs if message.HasField("logprobs") else None
+        if num_generated > num_choices and num_logprobs is None:
+            num_logprobs = 0
         eos_token_ids = () if message.ignore_eos else model.manifest.eos_token_ids
         request = Request(
             request_id=envelope.request_id,
             model=name,
             prompt=prompt,
-            sampling=_sampling(message),
+            received=received,
+            sampling=make_sampling(message.sampling),
             max_tokens=max_tokens,
+            min_tokens=message.min_tokens,
+            n=num_generated,
+            num_logprobs=num_logprobs,
             stop_token_ids=frozenset((*eos_token_ids, *message.stop_token_ids)),
             priority=message.priority,
             affinity_key=message.affinity_key,
@@ -133,7 +125,10 @@ class Validator:
             traceparent=traceparent,
             tracestate=envelope.tracestate,
         )
-        return Accepted(request, model, tuple(message.stop))
+        accepted = Accepted(request, model, tuple(message.stop), num_choices, message.HasField("logprobs"))
+        if received:
+            _refuse_if_ended(accepted)
+        return accepted
 
     def model(self, name: str) -> tuple[str, ServedModel]:
         """Return a served model. Raises NotFoundError, or NotServedError for an adapter."""
@@ -199,6 +194,9 @@ class Validator:
         check = violations.require
         if message.HasField("max_tokens"):
             check(message.max_tokens >= 1, "max_tokens", "must be >= 1", message.max_tokens)
+        if message.HasField("logprobs"):
+            in_range = 0 <= message.logprobs <= MAX_LOGPROBS
+            check(in_range, "logprobs", f"must be in [0, {MAX_LOGPROBS}]", message.logprobs)
         check(
             len(message.stop) <= config.max_stop_strings,
             "stop",
@@ -228,10 +226,28 @@ class Validator:
             rule = f"must be empty or equal to Start.request_id ({shown(envelope.request_id)})"
             check(False, "client_request_id", rule, own_id)
 
+    def _check_choices(self, message: GenerateRequest, violations: Violations) -> tuple[int, int]:
+        """Return how many choices are the answer, and how many are generated for it."""
+        limit = self._config.max_choices
+        n = message.n if message.HasField("n") else 1
+        violations.require(1 <= n <= limit, "n", f"must be in [1, {limit}]", n)
+        best_of = message.best_of if message.HasField("best_of") else n
+        if message.HasField("best_of"):
+            violations.require(n <= best_of <= limit, "best_of", f"must be in [n = {n}, {limit}]", best_of)
+        return n, best_of
+
     def _check_length(
         self, message: GenerateRequest, prompt: list[int], model: ServedModel, violations: Violations
     ) -> int:
-        """Return max_tokens with its default filled in."""
+        """Return max_tokens with its default filled in; min_tokens goes by it."""
+        max_tokens = self._check_max_tokens(message, prompt, model, violations)
+        rule = f"must be in [0, {max_tokens}], max_tokens"
+        violations.require(0 <= message.min_tokens <= max(max_tokens, 0), "min_tokens", rule, message.min_tokens)
+        return max_tokens
+
+    def _check_max_tokens(
+        self, message: GenerateRequest, prompt: list[int], model: ServedModel, violations: Violations
+    ) -> int:
         limit = model.manifest.max_model_len
         left = limit - len(prompt)
         rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
@@ -246,61 +262,46 @@ class Validator:
         return message.max_tokens
 
 
-def check_sampling(message: GenerateRequest, violations: Violations) -> None:
-    sampling = message.sampling
-    rules = (
-        ("temperature", 0.0, math.inf, "must be finite and >= 0"),
-        ("top_p", math.ulp(0.0), 1.0, "must be in (0, 1]"),
-        ("min_p", 0.0, 1.0, "must be in [0, 1]"),
-        ("repetition_penalty", math.ulp(0.0), math.inf, "must be finite and > 0"),
-        ("presence_penalty", -2.0, 2.0, "must be in [-2, 2]"),
-        ("frequency_penalty", -2.0, 2.0, "must be in [-2, 2]"),
-    )
-    for name, lowest, highest, rule in rules:
-        if sampling.HasField(name):  # type: ignore[arg-type]  # one of the names above
-            value: float = getattr(sampling, name)
-            holds = math.isfinite(value) and lowest <= value <= highest
-            violations.require(holds, f"sampling.{name}", rule, value)
-    violations.require(sampling.top_k >= 0, "sampling.top_k", "must be >= 0", sampling.top_k)
-
-
-def _sampling(message: GenerateRequest) -> SamplingParams:
-    sampling = message.sampling
-    return SamplingParams(
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
-    )
-
-
 def _check_not_served(message: GenerateRequest, violations: Violations) -> None:
-    for field in ("n", "best_of"):
-        if message.HasField(field):
-            value: int = getattr(message, field)
-            violations.require(value >= 1, field, "must be >= 1", value)
-            violations.serve(value <= 1, field, f"{field} > 1 (is {value})")
-    violations.require(message.min_tokens >= 0, "min_tokens", "must be >= 0", message.min_tokens)
-    violations.serve(message.min_tokens <= 0, "min_tokens")
-    violations.serve(not message.HasField("logprobs"), "logprobs")
-    violations.serve(not message.sampling.logit_bias, "sampling.logit_bias")
-    violations.serve(not message.received_token_ids, "received_token_ids")
     violations.serve(
         message.truncate in (TRUNCATE_UNSPECIFIED, TRUNCATE_NONE), "truncate", "any value other than TRUNCATE_NONE"
     )
     violations.serve(not message.HasField("response_format"), "response_format")
 
 
-def check_token_ids(token_ids: Sequence[int], field: str, model: ServedModel, violations: Violations) -> None:
-    vocab_size = model.manifest.vocab_size
-    if token_ids and max(token_ids) >= vocab_size:
-        i, value = next((i, value) for i, value in enumerate(token_ids) if value >= vocab_size)
-        rule = f"must be in [0, {vocab_size}), the model's vocabulary"
-        violations.require(False, f"{field}[{i}]", rule, value, reason=Reason.TOKEN_ID_OUT_OF_RANGE)
+def _check_received(
+    message: GenerateRequest, num_generated: int, max_tokens: int, model: ServedModel, violations: Violations
+) -> Sequence[int]:
+    """Return the tokens of the one choice that the answer continues after; none: it begins."""
+    lists = message.received_token_ids
+    if not lists:
+        return ()
+    if num_generated > 1:
+        what = f"continuing {num_generated} choices at once (send each as a request of its own, seed + its index)"
+        violations.serve(False, "received_token_ids", what)
+        return ()
+    violations.require(
+        len(lists) == 1, "received_token_ids", "must have one list for each choice, of which there is 1", len(lists)
+    )
+    field, received = "received_token_ids[0]", lists[0].ids
+    rule = f"must have fewer tokens than max_tokens = {max_tokens}, with which the answer has ended"
+    violations.require(len(received) < max(max_tokens, 1), field, rule, len(received))
+    check_token_ids(received, f"{field}.ids", model, violations)
+    return tuple(received)
+
+
+def _refuse_if_ended(accepted: Accepted) -> None:
+    """Raise InvalidRequestError if what was received has the answer's end in it."""
+    request, [choice] = accepted.request, accepted.new_choices()
+    rule, field = "must not have the answer's end in it", "received_token_ids[0]"
+    violations = Violations()
+    for i, token_id in enumerate(request.received[request.min_tokens :], start=request.min_tokens):
+        if token_id in request.stop_token_ids:
+            violations.require(False, f"{field}.ids[{i}]", rule, f"stop token {token_id}")
+            break
+    if choice.finish is not None:
+        violations.require(False, field, rule, f"stop string {choice.finish.stop!r}")
+    violations.raise_if_any()
 
 
 def _is_surely_too_long(text: str, model: ServedModel, field: str, violations: Violations) -> bool:
@@ -350,9 +351,3 @@ def _render(model: ServedModel, messages: list[dict[str, str]], violations: Viol
     if _is_surely_too_long(text, model, "prompt.messages", violations):
         return []
     return model.tokenizer.encode(text, add_special_tokens=False)
-
-
-def shown(value: object) -> str:
-    """Return a value for a message: short, and in ASCII."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."

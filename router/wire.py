@@ -24,6 +24,7 @@ def to_work(request: Request, *, work_id: int, attempt: int, now: float, tracepa
         salt=request.salt,
         generate=pb.Generate(
             prompt_token_ids=request.prompt,
+            received_token_ids=request.received,
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
             stop_token_ids=sorted(request.stop_token_ids),

@@ -74,8 +74,8 @@ async def test_refusals_name_field_rule_and_value(client: Client) -> None:
         await client.complete("Hi", top_p=2.0)
     assert invalid.value.field_violations[0].field == "sampling.top_p"
     with pytest.raises(UnimplementedError) as unserved:
-        await client.complete("Hi", n=2)
-    assert unserved.value.field_violations[0].field == "n"
+        await client.complete("Hi", model="toy:french")
+    assert unserved.value.field_violations[0].field == "model"
     with pytest.raises(InvalidArgumentError) as empty:
         await client.complete("")
     assert empty.value.reason == Reason.EMPTY_PROMPT

@@ -26,9 +26,9 @@ from router.config import RouterConfig
 from router.model import ServedModel
 from router.server import RouterServer
 from router.tokenizer import Tokenizer
-from router.types import Backlog, Candidate, Decision, ReplicaView, Request, Sink
+from router.types import Backlog, Cancel, Candidate, Decision, ReplicaView, Request, Sink
 from workers.errors import CancelledRequestError, OctavoError
-from workers.types import Finish, FinishReason, ModelManifest
+from workers.types import Finish, FinishReason, ModelManifest, TokenLogprobs
 
 END, USER = 256, 257
 VOCAB_SIZE = 260
@@ -84,34 +84,50 @@ class Work:
     sink: Sink
     is_over: bool = False
     is_cancelled: bool = False
+    cancelled_choices: list[int] = field(default_factory=list)
+    num_finished: int = 0
 
     def dispatch(self, replica: str = "r1", num_cached: int = 0) -> None:
         candidates = (Candidate(replica=replica, owed_tokens=3.0),)
         self.sink.dispatched(Decision(replica=replica, rule="only", candidates=candidates), 0.25)
         self.sink.cached(num_cached)
 
-    def emit(self, tokens: str | bytes | Sequence[int]) -> None:
-        """Deliver tokens, unless the request is over: a real back would not either."""
+    def emit(self, tokens: str | bytes | Sequence[int], index: int = 0, *, logprob: float | None = None) -> None:
+        """Deliver tokens, unless the request is over: a real back would not either. Each has `logprob`, the likeliest
+        at its place are itself and 0."""
         ids = list(tokens.encode()) if isinstance(tokens, str) else list(tokens)
-        if not self.is_over:
-            self.sink.tokens(0, ids, ())
+        logprobs = [] if logprob is None else [TokenLogprobs(logprob, ((i, logprob), (0, -9.0))) for i in ids]
+        if not self.is_over and index not in self.cancelled_choices:
+            self.sink.tokens(index, ids, logprobs)
 
-    def finish(self, reason: FinishReason = FinishReason.LENGTH, stop_token_id: int | None = None) -> None:
-        if self.is_over:
+    def finish(
+        self, reason: FinishReason = FinishReason.LENGTH, stop_token_id: int | None = None, *, index: int = 0
+    ) -> None:
+        """Finish a choice, and with the last one the request."""
+        if self.is_over or index in self.cancelled_choices:
             return
+        self.num_finished += 1
         self.sink.finished(
-            0, Finish(reason=reason, stop_token_id=stop_token_id, queue_s=0.5, prefill_s=1.0, decode_s=2.0)
+            index, Finish(reason=reason, stop_token_id=stop_token_id, queue_s=0.5, prefill_s=1.0, decode_s=2.0)
         )
-        self.end(None)
+        self._end_if_whole()
 
     def end(self, error: OctavoError | None) -> None:
         if not self.is_over:
             self.is_over = True
             self.sink.ended(error)
 
-    def cancel(self) -> None:
-        self.is_cancelled = True
-        self.end(CancelledRequestError("cancelled"))
+    def cancel(self, index: int | None = None) -> None:
+        if index is None:
+            self.is_cancelled = True
+            self.end(CancelledRequestError("cancelled"))
+        else:
+            self.cancelled_choices.append(index)
+            self._end_if_whole()
+
+    def _end_if_whole(self) -> None:
+        if self.num_finished + len(self.cancelled_choices) == self.request.n:
+            self.end(None)
 
 
 Script = Callable[[Work], None]
@@ -126,7 +142,7 @@ class FakeBackend:
         self.refusal: OctavoError | None = None
         self._arrival = asyncio.Event()
 
-    def submit(self, request: Request, sink: Sink) -> Callable[[], None]:
+    def submit(self, request: Request, sink: Sink) -> Cancel:
         if self.refusal is not None:
             raise self.refusal
         work = Work(request, sink)
@@ -178,15 +194,32 @@ class Outcome:
     decision: types.Decision | None = None
     num_terminals: int = 1
     trailers: Mapping[str, Any] = field(default_factory=dict)
+    logprobs: list[types.TokenLogprobs] = field(default_factory=list)
+    num_received: int = 0
+    """Tokens that the request says are there already."""
+    others: dict[int, Outcome] = field(default_factory=dict)
+    """Text, tokens and finish of the choices after the first."""
 
     def add(self, deltas: Sequence[types.Delta]) -> None:
         for delta in deltas:
-            assert self.finish is None, "a delta after the finish"
-            assert delta.token_offset == len(self.token_ids)
-            self.text += delta.text
-            self.token_ids.extend(delta.token_ids)
+            choice = self if not delta.index else self.choice(delta.index)
+            assert choice.finish is None, "a delta after the finish"
+            assert delta.token_offset == choice.num_received + len(choice.token_ids)
+            assert len(delta.logprobs) in (0, len(delta.token_ids))
+            assert [each.chosen.token_id for each in delta.logprobs] in ([], list(delta.token_ids))
+            choice.text += delta.text
+            choice.token_ids.extend(delta.token_ids)
+            choice.logprobs.extend(delta.logprobs)
             if delta.HasField("finish"):
-                self.finish = delta.finish
+                choice.finish = delta.finish
+
+    def choice(self, index: int) -> Outcome:
+        return self.others.setdefault(index, Outcome(grpc.StatusCode.UNKNOWN)) if index else self
+
+    @property
+    def texts(self) -> list[str]:
+        """Of all choices."""
+        return [self.choice(index).text for index in range(1 + max(self.others, default=0))]
 
 
 class Rig:
@@ -203,7 +236,7 @@ class Rig:
 
     async def generate(self, request: pb.GenerateRequest, **options: Any) -> Outcome:
         call = self.stub.Generate(request, **{"timeout": 10, **options})
-        return await read_generate(call)
+        return await read_generate(call, num_received=num_received(request))
 
     async def session(self, request: pb.GenerateRequest, **start: Any) -> Outcome:
         async with self.open_session() as session:
@@ -229,8 +262,13 @@ class Rig:
         assert all(work.is_over for work in self.backend.works)
 
 
-async def read_generate(call: Any) -> Outcome:
-    outcome = Outcome(grpc.StatusCode.OK)
+def num_received(request: pb.GenerateRequest | None) -> int:
+    lists = request.received_token_ids if request is not None else ()
+    return len(lists[0].ids) if lists else 0
+
+
+async def read_generate(call: Any, *, num_received: int = 0) -> Outcome:
+    outcome = Outcome(grpc.StatusCode.OK, num_received=num_received)
     try:
         while (message := await call.read()) is not grpc.aio.EOF:
             assert outcome.usage is None, "a message after the last"
@@ -281,6 +319,9 @@ class ClientSession:
         await self.call.write(pb.SessionRequest(**lists))
 
     async def start(self, request_id: str, request: pb.GenerateRequest | None = None, **fields: Any) -> None:
+        if received := num_received(request):
+            new = Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0, num_received=received)
+            self.outcomes.setdefault(request_id, new)
         await self.send(starts=[pb.Start(request_id=request_id, request=request, **fields)])
 
     async def attach(self, request_id: str, have: bytes | Sequence[int] = b"", **fields: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -37,6 +38,12 @@ def str_id(value: object) -> str:
     return " ".join(str(value).split())[:40]
 
 
+def received(*lists: Sequence[int]) -> list[types.TokenIds]:
+    return [types.TokenIds(ids=token_ids) for token_ids in lists]
+
+
+RECEIVED = "received_token_ids[0]"
+
 INVALID_FIELDS = [
     (sampling(temperature=-0.5), "sampling.temperature", "is -0.5"),
     (sampling(temperature=math.nan), "sampling.temperature", "is nan"),
@@ -53,9 +60,23 @@ INVALID_FIELDS = [
     (sampling(frequency_penalty=-2.5), "sampling.frequency_penalty", "is -2.5"),
     (text_request(max_tokens=0), "max_tokens", "must be >= 1, is 0"),
     (text_request(max_tokens=-1), "max_tokens", "is -1"),
-    (text_request(n=0), "n", "is 0"),
-    (text_request(best_of=-3), "best_of", "is -3"),
+    (text_request(n=0), "n", "must be in [1, 16], is 0"),
+    (text_request(n=17), "n", "must be in [1, 16], is 17"),
+    (text_request(best_of=-3), "best_of", "must be in [n = 1, 16], is -3"),
+    (text_request(n=3, best_of=2), "best_of", "must be in [n = 3, 16], is 2"),
     (text_request(min_tokens=-1), "min_tokens", "is -1"),
+    (text_request(min_tokens=8, max_tokens=7), "min_tokens", "must be in [0, 7], max_tokens, is 8"),
+    (text_request(min_tokens=MAX_MODEL_LEN), "min_tokens", f"must be in [0, {MAX_MODEL_LEN - 2}], max_tokens"),
+    (text_request(logprobs=-1), "logprobs", "must be in [0, 20], is -1"),
+    (text_request(logprobs=21), "logprobs", "must be in [0, 20], is 21"),
+    (sampling(logit_bias={5: 100.5}), "sampling.logit_bias[5]", "must be in [-100, 100], is 100.5"),
+    (sampling(logit_bias={5: 1.0, 6: math.nan}), "sampling.logit_bias[6]", "is nan"),
+    (sampling(logit_bias=dict.fromkeys(range(1_025), 1.0)), "sampling.logit_bias", "at most 1024 entries, is 1025"),
+    (text_request(received_token_ids=received([1], [2])), "received_token_ids", "one list for each choice"),
+    (text_request(received_token_ids=received([1] * 5), max_tokens=5), RECEIVED, "fewer tokens than max_tokens = 5"),
+    (text_request(received_token_ids=received([1, 256, 3])), f"{RECEIVED}.ids[1]", "the answer's end in it, is 'stop"),
+    (text_request(received_token_ids=received([9]), stop_token_ids=[9]), f"{RECEIVED}.ids[0]", "is 'stop token 9'"),
+    (text_request(received_token_ids=received(b"aENDb"), stop=["END"]), RECEIVED, "stop string 'END'"),
     (text_request(stop=["a"] * 17), "stop", "at most 16 strings, is 17"),
     (text_request(stop=["ok", ""]), "stop[1]", "1 to 256 bytes, is 0"),
     (text_request(stop=["é" * 129]), "stop[0]", "1 to 256 bytes, is 258"),
@@ -89,6 +110,8 @@ NAMED_REASONS = [
     (text_request("x" * 60, max_tokens=5), "PROMPT_TOO_LONG", "max_tokens"),
     (ids(1, 2, VOCAB_SIZE), "TOKEN_ID_OUT_OF_RANGE", "prompt.token_ids[2]"),
     (text_request(stop_token_ids=[2**32 - 1]), "TOKEN_ID_OUT_OF_RANGE", "stop_token_ids[0]"),
+    (sampling(logit_bias={VOCAB_SIZE: 1.0}), "TOKEN_ID_OUT_OF_RANGE", f"sampling.logit_bias[{VOCAB_SIZE}]"),
+    (text_request(received_token_ids=received([1, VOCAB_SIZE])), "TOKEN_ID_OUT_OF_RANGE", f"{RECEIVED}.ids[1]"),
 ]
 
 
@@ -102,12 +125,8 @@ async def test_invalid_with_a_reason_of_its_own(
 
 
 NOT_SERVED = [
-    (text_request(n=2), "n"),
-    (text_request(best_of=2), "best_of"),
-    (text_request(min_tokens=1), "min_tokens"),
-    (text_request(logprobs=0), "logprobs"),
-    (sampling(logit_bias={5: 1.0}), "sampling.logit_bias"),
-    (text_request(received_token_ids=[types.TokenIds(ids=[1])]), "received_token_ids"),
+    (text_request(received_token_ids=received([1], [2]), n=2), "received_token_ids"),
+    (text_request(received_token_ids=received([1]), best_of=2), "received_token_ids"),
     (text_request(truncate=types.TRUNCATE_LEFT), "truncate"),
     (text_request(truncate=99), "truncate"),
     (text_request(response_format=types.ResponseFormat(regex="a+")), "response_format"),
@@ -171,12 +190,12 @@ async def test_messages_that_the_template_refuses(way: str) -> None:
 
 async def test_all_violations_are_told_at_once(rig: Rig, way: str) -> None:
     request = text_request(
-        "", n=3, priority=1_000, stop=[""], max_tokens=0, logprobs=1, sampling=types.Sampling(top_p=2, top_k=-1)
+        "", n=-1, priority=1_000, stop=[""], max_tokens=0, truncate=99, sampling=types.Sampling(top_p=2, top_k=-1)
     )
     outcome = await rig.run(way, request)
     assert (outcome.code, outcome.reason) == (INVALID, "INVALID_FIELD")
     assert set(outcome.violations) == {
-        "prompt", "n", "priority", "stop[0]", "max_tokens", "logprobs", "sampling.top_p", "sampling.top_k",
+        "prompt", "n", "priority", "stop[0]", "max_tokens", "truncate", "sampling.top_p", "sampling.top_k",
     }  # fmt: skip
 
 

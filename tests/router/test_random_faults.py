@@ -40,7 +40,7 @@ async def play(work: Work, rng: random.Random) -> None:
 
 
 def check(outcome: Outcome, *, is_cancelled: bool = False) -> None:
-    """`is_cancelled`: the client wanted no more, so that of an answer that had ended only the terminal may have come."""
+    """`is_cancelled`: the client wanted no more; of an answer that had ended then, only the terminal may have come."""
     assert outcome.token_ids == TOKENS[: len(outcome.token_ids)]
     if outcome.code is grpc.StatusCode.OK:
         assert is_cancelled or (outcome.text == TEXT and outcome.finish is not None)
