@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -37,11 +38,22 @@ from router.placement import Placement, PromptHashes
 from router.removable_heap import RemovableHeap
 from router.types import Backlog, Cancel, Decision, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, to_work
-from workers.errors import CancelledRequestError, DeadlineError, OctavoError, UnavailableError
-from workers.types import Finish, FinishReason
+from workers.errors import (
+    CancelledRequestError,
+    CapabilityError,
+    DeadlineError,
+    OctavoError,
+    UnavailableError,
+    Violation,
+)
+from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, Finish, FinishReason
 
 MAX_LOSSES: Final = 3
 """A request that was on so many replicas when they were lost is not tried again: it may be what kills them."""
+
+
+_FIELDS: Final = {CAPABILITY_LOGPROBS: "logprobs", CAPABILITY_LOGIT_BIAS: "sampling.logit_bias"}
+"""Of a request, by the capability that they need; best_of needs that of logprobs."""
 
 
 class Dispatcher:
@@ -133,6 +145,8 @@ class Dispatcher:
     def submit(self, request: Request, sink: Sink) -> Cancel:
         if self._is_draining:
             raise UnavailableError("this router is draining: it takes no new requests", reason=Reason.DRAINING)
+        if missing := self._fleet.lacks(request.needed_capabilities):
+            raise _capability_error(missing)
         now = self._clock()
         permit = self._admission.admit(request.num_known_tokens, now, num_choices=request.n)
         flight = Flight(next(self._numbers), request, sink, permit)
@@ -168,8 +182,12 @@ class Dispatcher:
         ready = self._fleet.ready()
         if ready:
             self._without_replica_since = None
+            left: list[Queued] = []
             while (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
-                self._dispatch(batch, ready, now)
+                left += self._dispatch(batch, ready, now)
+            for queued in left:
+                if queued.key in self._flights:
+                    self._batcher.add(replace(queued, since=now))
         else:
             self._give_up(now)
         self._arm(now, _credit(ready))
@@ -185,18 +203,26 @@ class Dispatcher:
             message = f"no replica was ready within {self._config.no_replica_wait_s:g} s"
             self._end_queued(queued, UnavailableError(message, reason=Reason.NO_REPLICA))
 
-    def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> None:
-        states = [link.state for link in ready]
+    def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> list[Queued]:
+        """Send a batch; return what has to wait on, because the replicas that can do it have no credit or are not
+        ready. (Where all replicas can do the same there is none: somebody has credit for each request of a batch.)"""
+        left: list[Queued] = []
         for queued in itertools.chain.from_iterable(batch.groups):
             flight = self._flights.get(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
                 continue
             if flight.hashes is None:
                 flight.hashes = PromptHashes(self._identity.keys.prefix_hash, flight.request)
+            needed = flight.request.needed_capabilities
+            states = [link.state for link in ready if not needed or needed <= link.capabilities]
             decision = self._placement.place(flight.request, flight.hashes, states, attempt=flight.attempt)
-            # A batch exceeds the credit by less than its last request, so somebody has credit for each of them.
-            assert decision is not None
-            self._send(flight, decision, batch.batch_id, now)
+            if decision is not None:
+                self._send(flight, decision, batch.batch_id, now)
+            elif missing := self._fleet.lacks(needed):
+                self._end(flight, _capability_error(missing))
+            else:
+                left.append(queued)
+        return left
 
     def _send(self, flight: Flight, decision: Decision, batch_id: int, now: float) -> None:
         request = flight.request
@@ -375,6 +401,14 @@ class Dispatcher:
 
 def _credit(ready: Sequence[ReplicaLink]) -> int:
     return sum(max(link.state.credit_tokens, 0) for link in ready)
+
+
+def _capability_error(missing: frozenset[str]) -> CapabilityError:
+    violations = [
+        Violation(_FIELDS.get(name, name), f"no replica of this model has an engine with the capability {name!r}")
+        for name in sorted(missing)
+    ]
+    return CapabilityError("; ".join(f"{field}: {rule}" for field, rule in violations), violations=violations)
 
 
 def _deadline_error(request: Request, now: float) -> DeadlineError:

@@ -37,6 +37,12 @@ class Fleet:
                 self._aboard[link] = set()
                 link.start()
 
+    def lacks(self, needed: frozenset[str]) -> frozenset[str]:
+        """Return which of the `needed` capabilities are missing: none if some replica has them all, or if no replica
+        has said yet what it can do."""
+        known = [link.capabilities for link in self._present.values() if link.capabilities]
+        return min((needed - each for each in known), key=len, default=frozenset())
+
     def ready(self) -> list[ReplicaLink]:
         """Return the links that may be sent work, credit or not."""
         return [link for link in self._present.values() if link.can_send]

@@ -99,6 +99,11 @@ class ReplicaLink:
         return self.address.replica_id
 
     @property
+    def capabilities(self) -> frozenset[str]:
+        """What the replica's engine can do; empty before the first handshake."""
+        return frozenset(self._ack.capabilities)
+
+    @property
     def can_send(self) -> bool:
         return self.status == "ready" and not self._is_retired
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.errors import OctavoError
-from workers.types import Finish, Load, SamplingParams, TokenLogprobs
+from workers.types import Finish, Load, SamplingParams, TokenLogprobs, needed_capabilities
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,11 @@ class Request:
     accepted_at: float
     traceparent: str = ""
     tracestate: str = ""
+
+    @property
+    def needed_capabilities(self) -> frozenset[str]:
+        """What a replica's engine must be able to do for it, beyond generating."""
+        return needed_capabilities(self.sampling, self.num_logprobs)
 
     @property
     def num_known_tokens(self) -> int:
@@ -148,8 +153,8 @@ class Backend(Protocol):
     """The router's back as its front sees it. Everything is called on the event loop's thread and returns at once."""
 
     def submit(self, request: Request, sink: Sink) -> Cancel:
-        """Take `request` on, or raise OverloadedError or UnavailableError. After a return, `sink.ended` is called
-        exactly once, also at the deadline."""
+        """Take `request` on, or raise OverloadedError, UnavailableError or CapabilityError. After a return,
+        `sink.ended` is called exactly once, also at the deadline."""
 
     def replicas(self) -> Sequence[ReplicaView]: ...
 

@@ -19,7 +19,13 @@ from workers.models.llama import LlamaModel
 from workers.prefix import PrefixHasher
 from workers.runner import CpuRunner
 from workers.threads import set_threads
-from workers.types import EngineInfo, ModelManifest
+from workers.types import (
+    CAPABILITY_GENERATE,
+    CAPABILITY_LOGIT_BIAS,
+    CAPABILITY_LOGPROBS,
+    EngineInfo,
+    ModelManifest,
+)
 from workers.weights.checkpoint import open_checkpoint
 from workers.weights.shape import ModelShape
 
@@ -78,6 +84,7 @@ def assemble(
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         weights_fingerprint=manifest.weights_fingerprint,
         hash_key_fingerprint=hasher.key_fingerprint,
+        capabilities=frozenset({CAPABILITY_GENERATE, CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS}),
         dtype=DTYPE_NAMES[model.dtype],
         kernels=kernels.kernel_for(model.dtype),
         memory=memory_sum,

@@ -168,6 +168,17 @@ class Load:
 
 CAPABILITY_GENERATE = "generate"
 CAPABILITY_POOL = "pool"
+CAPABILITY_LOGPROBS = "logprobs"
+"""Log probabilities of the tokens drawn and of the likeliest ones; the router needs them for best_of as well."""
+CAPABILITY_LOGIT_BIAS = "logit_bias"
+
+
+def needed_capabilities(sampling: SamplingParams, num_logprobs: int | None) -> frozenset[str]:
+    """Return what an engine must be able to do for this, beyond `CAPABILITY_GENERATE`."""
+    needed = {CAPABILITY_LOGPROBS} if num_logprobs is not None else set()
+    if sampling.logit_bias:
+        needed.add(CAPABILITY_LOGIT_BIAS)
+    return frozenset(needed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

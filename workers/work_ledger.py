@@ -14,7 +14,20 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
 from workers.outbox import Outbox
-from workers.types import Engine, Finish, FinishReason, GenerateWork, KvEvent, KvEventKind, TokenDelta, Work, WorkId
+from workers.types import (
+    CAPABILITY_GENERATE,
+    CAPABILITY_POOL,
+    Engine,
+    Finish,
+    FinishReason,
+    GenerateWork,
+    KvEvent,
+    KvEventKind,
+    TokenDelta,
+    Work,
+    WorkId,
+    needed_capabilities,
+)
 from workers.wire import from_work
 from workers.work_spans import WorkSpans
 
@@ -70,8 +83,9 @@ class WorkLedger:
             except ValueError as error:
                 self._turn_down(router, WorkId(router.owner, message.work_id), 1, Reason.ENGINE_CAPABILITY, str(error))
                 continue
-            if self.is_draining:
-                self._turn_down(router, work.work_id, _num_choices(work), Reason.DRAINING, "this replica is draining")
+            refusal = self._refusal(work)
+            if refusal is not None:
+                self._turn_down(router, work.work_id, _num_choices(work), *refusal)
                 continue
             if work.work_id in self._works:
                 raise DuplicateWorkError(f"work {work.work_id.number} is running already")
@@ -109,6 +123,16 @@ class WorkLedger:
         if not work.is_aborted:
             work.is_aborted = True
             self._engine.abort(work_id)
+
+    def _refusal(self, work: Work) -> tuple[str, str] | None:
+        """Return the reason why this replica takes `work` not on, and that in words; None if it does."""
+        if self.is_draining:
+            return Reason.DRAINING, "this replica is draining"
+        info = self._engine.info
+        missing = _needed_capabilities(work) - info.capabilities
+        if missing:
+            return Reason.ENGINE_CAPABILITY, f"engine {info.engine} lacks the capability {', '.join(sorted(missing))}"
+        return None
 
     def _turn_down(self, router: AttachedRouter, work_id: WorkId, num_choices: int, reason: str, message: str) -> None:
         """End a work that the engine never saw."""
@@ -217,6 +241,12 @@ class _LiveWork:
 
 def _num_choices(work: Work) -> int:
     return work.n if isinstance(work, GenerateWork) else 1
+
+
+def _needed_capabilities(work: Work) -> frozenset[str]:
+    if isinstance(work, GenerateWork):
+        return needed_capabilities(work.sampling, work.num_logprobs) | {CAPABILITY_GENERATE}
+    return frozenset({CAPABILITY_POOL})
 
 
 def _lost(finish: Finish, message: str) -> Finish:

@@ -7,6 +7,7 @@ import pytest
 from octavo.v1 import types_pb2 as types
 
 from tests.router.rig import Rig, Script, Work, answering, eventually, running, text_request
+from workers.errors import CapabilityError, Violation
 from workers.types import FinishReason, TokenLogprobs
 
 OK = grpc.StatusCode.OK
@@ -74,6 +75,14 @@ async def test_an_engine_that_forgets_them_is_our_failure(rig: Rig, way: str) ->
     rig.backend.script = answering("abc")
     assert (await rig.run(way, text_request(logprobs=1))).code == grpc.StatusCode.INTERNAL
     await rig.assert_nothing_left()
+
+
+async def test_an_engine_that_has_none(rig: Rig, way: str) -> None:
+    violations = [Violation("logprobs", "no replica of this model has an engine with the capability 'logprobs'")]
+    rig.backend.refusal = CapabilityError("no", violations=violations)
+    outcome = await rig.run(way, text_request(logprobs=1))
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ENGINE_CAPABILITY")
+    assert outcome.violations == dict(violations)
 
 
 async def test_long_answers_with_many_come_in_messages_that_a_client_takes(way: str) -> None:

@@ -1,0 +1,153 @@
+"""What only some engines can do: refused by name where none can, and sent to those that can."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from octavo.names import Reason
+
+from router.dispatcher import Dispatcher
+from router.types import Request
+from tests.data_plane.rig import (
+    RecordingSink,
+    Replica,
+    assert_answers,
+    assert_idle,
+    make_dispatcher,
+    make_prompt,
+    make_request,
+    until,
+)
+from workers.errors import CapabilityError
+from workers.fake import FakeRunner, FakeTicket
+from workers.plan import StepPlan
+from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, SamplingParams, TokenLogprobs
+
+
+class TellingRunner(FakeRunner):
+    """Says of each token that its log probability is its id, negated."""
+
+    def launch(self, plan: StepPlan) -> FakeTicket:
+        ticket = super().launch(plan)
+        logprobs = [
+            tuple(TokenLogprobs(-float(t), ((t, -float(t)),)) for t in tokens) for tokens in ticket.result.tokens
+        ]
+        return replace(ticket, result=replace(ticket.result, logprobs=logprobs))
+
+
+def able_replica(replica_id: str, **engine: object) -> Replica:
+    """A replica with all capabilities."""
+    replica = Replica(replica_id, **engine)  # type: ignore[arg-type]
+    engine_ = replica.engine
+    able = engine_.info.capabilities | {CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS}
+    engine_._info = replace(engine_.info, capabilities=able)
+    engine_._runner = TellingRunner(engine_.info.vocab_size)
+    return replica
+
+
+@asynccontextmanager
+async def started(*replicas: Replica) -> AsyncIterator[Dispatcher]:
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    for replica in replicas:
+        await replica.start()
+    dispatcher.update_replicas([replica.address for replica in replicas])
+    try:
+        await until(lambda: all(view.state == "ready" for view in dispatcher.replicas()))
+        yield dispatcher
+        await assert_idle(dispatcher, *replicas)
+    finally:
+        await dispatcher.stop()
+        for replica in replicas:
+            await replica.stop()
+
+
+NEEDY = [
+    ({"num_logprobs": 0}, "logprobs"),
+    ({"sampling": SamplingParams(temperature=0.0, logit_bias={1: 1.0})}, "sampling.logit_bias"),
+]
+
+
+@pytest.mark.parametrize(("fields", "field"), NEEDY)
+async def test_what_no_engine_can_do_is_refused_at_once(fields: dict[str, object], field: str) -> None:
+    async with started(Replica("one")) as dispatcher:
+        with pytest.raises(CapabilityError) as refusal:
+            dispatcher.submit(make_request(range(9), **fields), RecordingSink())  # type: ignore[arg-type]
+        [violation] = refusal.value.violations
+        assert violation.field == field
+        assert repr(field.rpartition(".")[2]) in violation.description
+        assert refusal.value.reason == Reason.ENGINE_CAPABILITY
+
+
+async def test_it_is_refused_as_soon_as_the_first_replica_has_said_what_it_can_do() -> None:
+    replica = Replica("one")
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    needy, plain = RecordingSink(), RecordingSink()
+    dispatcher.submit(make_request(range(9), num_logprobs=1), needy)
+    dispatcher.submit(plain_request := make_request(range(9)), plain)
+    await replica.start()
+    dispatcher.update_replicas([replica.address])
+    assert isinstance((await needy.wait()).error, CapabilityError)
+    assert needy.decisions == []
+    assert_answers(await plain.wait(), plain_request)
+    await assert_idle(dispatcher, replica)
+    await dispatcher.stop()
+    await replica.stop()
+
+
+async def test_a_replica_refuses_by_itself_what_its_engine_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a router knows less of capabilities than the replica."""
+    monkeypatch.setattr(Request, "needed_capabilities", frozenset())
+    async with started(Replica("one")) as dispatcher:
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(9), num_logprobs=1, n=2), sink)
+        error = (await sink.wait()).error
+        assert isinstance(error, CapabilityError)
+        assert str(error) == "engine fake lacks the capability logprobs"
+
+
+async def test_it_goes_to_the_replicas_that_can_and_waits_for_them() -> None:
+    """More than the one that can has credit for; meanwhile the other one is not held up."""
+    able, other = able_replica("able", max_num_sequences=2), Replica("other")
+    async with started(able, other) as dispatcher:
+        requests = [make_request(range(i, i + 40), num_logprobs=None if i % 2 else 1) for i in range(20)]
+        sinks = [RecordingSink() for _ in requests]
+        for request, sink in zip(requests, sinks, strict=True):
+            dispatcher.submit(request, sink)
+        for request, sink in zip(requests, sinks, strict=True):
+            assert_answers(await sink.wait(), request)
+            if request.num_logprobs is not None:
+                assert sink.decisions[-1].replica == "able"
+                assert [each.logprob for each in sink.logprobs] == [-float(token) for token in sink.token_ids]
+                assert [each.top[0][0] for each in sink.logprobs] == sink.token_ids
+
+
+async def test_each_token_of_each_choice_has_its_log_probability() -> None:
+    able = able_replica("able")
+    async with started(able) as dispatcher:
+        request, sink = make_request(make_prompt(dispatcher._rng, 30), 200, n=3, num_logprobs=1), RecordingSink()
+        dispatcher.submit(request, sink)
+        await sink.wait()
+        tokens = [token for answer in sink.answers.values() for token in answer]
+        assert len(sink.logprobs) == len(tokens) == 600
+        assert sorted(each.logprob for each in sink.logprobs) == sorted(-float(token) for token in tokens)
+
+
+async def test_an_answer_goes_on_after_what_was_received() -> None:
+    """Computed once more, or found in the cache where it was generated; never sent again."""
+    replica = Replica("one")
+    async with started(replica) as dispatcher:
+        whole, first = make_request(range(30), 40), RecordingSink()
+        dispatcher.submit(whole, first)
+        await first.wait()
+        for cut in (1, 17, 39):
+            request, sink = replace(whole, received=first.token_ids[:cut]), RecordingSink()
+            dispatcher.submit(request, sink)
+            await sink.wait()
+            assert first.token_ids[:cut] + sink.token_ids == first.token_ids
+            assert sink.finish is not None
+            assert sink.decisions[0].matched_tokens == (30 + cut - 1) // 4 * 4
