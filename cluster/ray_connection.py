@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cluster.config import RayConfig, is_loopback
@@ -29,6 +29,8 @@ MAX_TEMP_DIR = 40
 CONNECT_TIMEOUT_S = 5.0
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name: with 0, Ray takes 127.0.0.1 for this node's address, and its servers bind that one only."""
+_PROC = Path("/proc")
+_GCS = "--gcs-address="
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """With 0, a call that comes after the end, as from a thread that a hurried stop left behind, starts no new Ray."""
 _OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", ON_LOOPBACK: "0"}
@@ -49,6 +51,8 @@ def connected(config: RayConfig, note: Callable[[str], None]) -> Iterator[str]:
 
 @contextmanager
 def _attached(address: str) -> Iterator[str]:
+    if address == "auto":
+        address = _only_one(running_rays(_PROC)) or address
     if address != "auto":
         _look_for(address)
     import ray
@@ -61,6 +65,29 @@ def _attached(address: str) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         _disconnect()
+
+
+def running_rays(proc: Path) -> set[str]:
+    """Return the addresses of the Rays that have a node on this machine, for all that `proc` tells; Linux only."""
+    found = set()
+    for directory in proc.glob("[0-9]*"):
+        with suppress(OSError):
+            program, *arguments = (directory / "cmdline").read_text(errors="replace").split("\0")
+            if Path(program).name == "raylet":
+                found |= {each.removeprefix(_GCS) for each in arguments if each.startswith(_GCS)}
+    return found
+
+
+def _only_one(addresses: set[str]) -> str:
+    """Return the Ray that "auto" means; "" leaves the search to Ray, as RAY_ADDRESS does. Raises StartupError.
+
+    Ray's own search takes a loopback address for this node's outer one, and tries that for minutes.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return ""
+    if len(addresses) > 1:
+        raise StartupError(f"several Rays run here ({', '.join(sorted(addresses))}): name one, not auto")
+    return "".join(addresses)
 
 
 def _look_for(address: str) -> None:

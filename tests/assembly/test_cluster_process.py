@@ -19,6 +19,7 @@ from cluster.config import LogConfig
 from cluster.model_cache import ModelCache
 from cluster.model_fake import VOCAB_SIZE, fake_files
 from cluster.processes import await_end, descendants
+from cluster.ray_connection import running_rays
 from cluster.secret import SecretSource, read_secret
 from router import membership
 from router.model import ServedModel
@@ -51,6 +52,20 @@ def test_a_secret_is_32_bytes_or_their_digits(tmp_path: Path, monkeypatch: pytes
 def test_an_exporter_that_is_not_there_is_refused(variables: dict[str, str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         telemetry.start("router", variables, LogConfig())
+
+
+def test_the_rays_of_this_machine_are_found_by_their_raylets(tmp_path: Path) -> None:
+    commands = {
+        "7": "/ray/raylet\0--node_ip_address=127.0.0.1\0--gcs-address=127.0.0.1:6379\0",
+        "8": "/ray/raylet\0--gcs-address=10.0.0.7:6379\0",
+        "9": "/usr/bin/python\0/ray/worker.py\0--gcs-address=10.0.0.8:6379\0",
+        "10": "",
+    }
+    for pid, command in commands.items():
+        (tmp_path / pid).mkdir()
+        (tmp_path / pid / "cmdline").write_text(command)
+    (tmp_path / "11").mkdir()
+    assert running_rays(tmp_path) == {"127.0.0.1:6379", "10.0.0.7:6379"}
 
 
 @pytest.fixture
