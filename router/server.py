@@ -186,6 +186,8 @@ def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),
+        # A keepalive ping that waits for the answer to one of another kind has that one's limit, else a minute.
+        ("grpc.http2.ping_timeout_ms", max(1_000, keepalive_ms // 2)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", int(MIN_CLIENT_PING_S * 1000)),
     ]

@@ -49,6 +49,8 @@ class DataPlaneTimes:
     """How long load and KV events wait for tokens that they could travel with."""
     heartbeat_s: float = 1.0
     """How often a router hears of a replica on which nothing happens."""
+    silence_s: float = 10.0
+    """A router of which nothing is heard for this long, not even the answer to a ping, is gone."""
 
 
 class DataPlaneServer(DataPlaneServiceServicer):
@@ -111,6 +113,11 @@ class DataPlaneServer(DataPlaneServiceServicer):
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 # Routers ping to notice a silent replica, also while nothing is on the way.
                 ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.keepalive_time_ms", round(self._times.silence_s * 500)),
+                ("grpc.keepalive_timeout_ms", round(self._times.silence_s * 500)),
+                # A keepalive ping that waits for the answer to one of another kind has that one's limit, else a minute.
+                ("grpc.http2.ping_timeout_ms", round(self._times.silence_s * 500)),
+                ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),
             ]
         )

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback whose connections a test can cut, as a network does: without a word to either side."""
+"""A TCP proxy on loopback whose connections a test can cut or freeze as a network does, without a word to anybody."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class CuttableProxy:
         self._target_port = int(port)
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
+        self._flow = asyncio.Event()
+        self._flow.set()
         self.num_connections = 0
         self.port = 0
 
@@ -26,6 +28,10 @@ class CuttableProxy:
         """Reset every connection."""
         for writer in self._writers:
             writer.transport.abort()
+
+    def freeze(self) -> None:
+        """Forward nothing more, and close nothing: as when one end's machine is gone."""
+        self._flow.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
@@ -39,6 +45,7 @@ class CuttableProxy:
         self._writers.add(sink)
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
+                await self._flow.wait()
                 sink.write(data)
                 await sink.drain()
         self._writers.discard(sink)
@@ -54,6 +61,7 @@ async def cuttable_proxy(target: str) -> AsyncIterator[CuttableProxy]:
         yield proxy
     finally:
         server.close()
+        proxy._flow.set()
         proxy.cut()
         if proxy._pumps:
             await asyncio.wait(proxy._pumps)

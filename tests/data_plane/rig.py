@@ -24,6 +24,7 @@ from workers.types import Finish, FinishReason, SamplingParams, TokenLogprobs
 SECRET = bytes(range(32))
 KEYS = ClusterKeys.derive(SECRET)
 VOCAB = 1_000
+TIMES = DataPlaneTimes(heartbeat_s=0.1)
 FAST = LinkTimes(attach_s=2.0, min_backoff_s=0.01, max_backoff_s=0.1)
 ROUTER = RouterIdentity(router_id="router-1", epoch=7, keys=KEYS)
 
@@ -33,7 +34,9 @@ _numbers = itertools.count(1)
 class Replica:
     """A fake engine on its thread behind a data port. `await start()`; later `stop()` or `kill()`."""
 
-    def __init__(self, replica_id: str, *, keys: ClusterKeys = KEYS, hello_s: float = 5.0, **engine: object) -> None:
+    def __init__(
+        self, replica_id: str, *, keys: ClusterKeys = KEYS, times: DataPlaneTimes = TIMES, **engine: object
+    ) -> None:
         settings = {"engine": "fake", "block_size": 4, "num_blocks": 256, "chunk_tokens": 64, "max_num_sequences": 32}
         self.replica_id = replica_id
         self.engine = FakeEngine(
@@ -41,9 +44,7 @@ class Replica:
             manifest=fake_manifest(vocab_size=VOCAB, max_model_len=1_000),
             hash_key=keys.prefix_hash,
         )
-        self.server = DataPlaneServer(
-            replica_id=replica_id, key=keys.data_plane, times=DataPlaneTimes(hello_s=hello_s, heartbeat_s=0.1)
-        )
+        self.server = DataPlaneServer(replica_id=replica_id, key=keys.data_plane, times=times)
         self.thread = EngineThread(self.engine, self.server.notify)
 
     @property

@@ -14,8 +14,9 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 from octavo.names import Reason
 
+from tests.client.cuttable_proxy import cuttable_proxy
 from tests.data_plane.rig import KEYS, VOCAB, Replica, until
-from workers.data_plane import DataPlaneServer
+from workers.data_plane import DataPlaneServer, DataPlaneTimes
 from workers.errors import StartupError
 from workers.fake import fake_continuation
 from workers.handshake import PROTOCOL, prove
@@ -100,7 +101,7 @@ async def test_a_good_router_learns_all_about_the_replica() -> None:
 
 
 async def test_a_stranger_who_says_nothing_is_shown_out() -> None:
-    async with replica_and_stream(hello_s=0.05) as (replica, call):
+    async with replica_and_stream(times=DataPlaneTimes(hello_s=0.05)) as (replica, call):
         challenge = (await call.read()).challenge
         assert len(challenge.nonce) == 32
         await assert_refused(call, grpc.StatusCode.UNAUTHENTICATED, Reason.BAD_PROOF)
@@ -298,6 +299,23 @@ async def test_a_disconnected_router_loses_its_works() -> None:
         call.cancel()
         await until(lambda: replica.server.num_routers == replica.server.num_works == 0)
         await until(lambda: replica.thread.load().num_free_blocks == 256)
+
+
+async def test_a_router_whose_machine_is_gone_loses_its_works() -> None:
+    """Nothing closes such a connection: its works went on to their end, and the stream for hours."""
+    replica = await Replica("one", times=DataPlaneTimes(silence_s=0.4), fake_step_s=0.05).start()
+    async with (
+        cuttable_proxy(replica.server.address) as proxy,
+        grpc.aio.insecure_channel(proxy.address) as channel,
+    ):
+        call: Any = DataPlaneServiceStub(channel).Attach()
+        await attach(call)
+        await call.write(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=1, work=[work(1, [5] * 8, 900)])))
+        await read_until(call, lambda batches: tokens_of(batches, 1))
+        proxy.freeze()
+        await until(lambda: replica.server.num_routers == replica.server.num_works == 0)
+        call.cancel()
+    await replica.stop()
 
 
 async def test_each_attachment_hears_of_its_own_works_only() -> None:

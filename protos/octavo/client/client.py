@@ -27,6 +27,8 @@ from octavo.v1 import model_service_pb2, model_service_pb2_grpc, status_service_
 
 _T = TypeVar("_T")
 
+_PING_TIMEOUT_MS = 10_000
+
 
 class Client:
     """A cluster's client, used as ``async with Client("host:port") as client``, on one event loop.
@@ -232,7 +234,9 @@ class Client:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
             ("grpc.keepalive_time_ms", round(options.keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+            # A keepalive ping that waits for the answer to one of another kind has that one's limit, else a minute.
+            ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
             ("grpc.max_send_message_length", options.max_message_bytes),
             ("grpc.max_receive_message_length", options.max_message_bytes),
             ("grpc.enable_retries", 0),
