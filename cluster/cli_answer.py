@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import typer
-from octavo.client import CallError, Completion, ConnectionFailedError
+from octavo.client import CallError, Choice, Completion, ConnectionFailedError
 
 EXIT_FAILED = 1
 EXIT_UNREACHABLE = 4
@@ -21,13 +21,24 @@ def printable(text: str) -> str:
 
 
 def answer_record(request_id: str, answer: Completion) -> dict[str, Any]:
+    """Return the first choice, and all of them as "choices" if there are several; "logprobs" if they were asked for."""
+    several = {"choices": [_choice_record(choice) for choice in answer.choices]} if len(answer.choices) > 1 else {}
     return {
         "id": request_id,
-        "text": answer.text,
-        "token_ids": list(answer.token_ids),
-        "finish": dataclasses.asdict(answer.finish) if answer.finish else None,
+        **_choice_record(answer.choices[0]),
+        **several,
         "usage": dataclasses.asdict(answer.usage) if answer.usage else None,
         "trace_id": answer.trace_id,
+    }
+
+
+def _choice_record(choice: Choice) -> dict[str, Any]:
+    logprobs = {"logprobs": [dataclasses.asdict(each) for each in choice.logprobs]} if choice.logprobs else {}
+    return {
+        "text": choice.text,
+        "token_ids": list(choice.token_ids),
+        "finish": dataclasses.asdict(choice.finish) if choice.finish else None,
+        **logprobs,
     }
 
 

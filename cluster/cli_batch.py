@@ -63,6 +63,8 @@ def read_tasks(
             raise ConfigError(f"line {number} of the input must have an id of its own, {name!r} stands above")
         seen.add(name)
         own: Any = {key: value for key, value in record.items() if key in _OPTION_NAMES}
+        if isinstance(own.get("logit_bias"), dict):
+            own["logit_bias"] = _bias(own["logit_bias"], number)
         yield Task(
             name,
             record["prompt"],
@@ -70,6 +72,14 @@ def read_tasks(
             record.get("timeout", timeout_s),
             {**options, **own},
         )
+
+
+def _bias(record: dict[str, float], number: int) -> dict[int, float]:
+    """Return a bias with its token ids as numbers, which they cannot be in JSON. Raises ConfigError."""
+    try:
+        return {int(token_id): bias for token_id, bias in record.items()}
+    except ValueError:
+        raise ConfigError(f'line {number} of the input has a "logit_bias" with a key that is no token id') from None
 
 
 def repair_output(path: Path) -> set[str]:
@@ -188,6 +198,6 @@ class _Batch:
                     raise
                 await asyncio.sleep(error.retry_delay or 1.0)
             else:
-                self._num_tokens += len(answer.token_ids)
+                self._num_tokens += sum(len(choice.token_ids) for choice in answer.choices)
                 return answer_record(task.id, answer)
         raise AssertionError("the last try returns or raises")

@@ -19,6 +19,7 @@ from cluster.cli import app
 from cluster.cli_batch import read_tasks, repair_output, run_batch
 from tests.client.scripted_router import ScriptedRouter, expected_text, pb
 from tests.client.waiting import until
+from tests.router.rig import Work, running
 from workers.errors import ConfigError
 
 
@@ -219,6 +220,35 @@ async def test_a_batch_answers_every_line(
     assert "23 of 23 answered, 0 of them before; 0 failed" in capsys.readouterr().err
 
 
+async def test_a_batch_takes_every_option_and_gives_every_choice(
+    make_client: Callable[..., Client], tmp_path: Path
+) -> None:
+    def script(work: Work) -> None:
+        for index in range(work.request.n):
+            work.emit("ab"[index], index, logprob=-1.0 - index if work.request.num_logprobs is not None else None)
+            work.finish(index=index)
+
+    tasks = write_lines(
+        tmp_path / "in.jsonl",
+        {"prompt": "p", "id": "two", "n": 2, "logprobs": 1, "min_tokens": 1, "logit_bias": {"5": 1.5}},
+        {"prompt": "p", "id": "best", "best_of": 2},
+        {"prompt": "p", "id": "more", "received_token_ids": [[104, 105]]},
+    )
+    async with running() as rig:
+        rig.backend.script = script
+        assert await batch(make_client(rig.address), tasks, tmp_path / "out.jsonl") == 0
+        requests = {len(work.request.received): work.request for work in rig.backend.works}
+        assert any(dict(work.request.sampling.logit_bias) == {5: 1.5} for work in rig.backend.works)
+        assert list(requests[2].received) == [104, 105]
+    answers = read_lines(tmp_path / "out.jsonl")
+    assert [choice["text"] for choice in answers["two"]["choices"]] == ["a", "b"]
+    assert answers["two"]["logprobs"] == [{"token_id": 97, "logprob": -1.0, "top": [[97, -1.0], [0, -9.0]]}]
+    assert (answers["best"]["text"], answers["more"]["text"]) == ("a", "a")
+    assert (
+        answers["best"].keys() == answers["more"].keys() == {"id", "text", "token_ids", "finish", "usage", "trace_id"}
+    )
+
+
 async def test_a_batch_resumes_where_it_stopped(
     router: ScriptedRouter, make_client: Callable[..., Client], tmp_path: Path
 ) -> None:
@@ -269,6 +299,7 @@ async def test_a_batch_without_a_router_leaves_its_tasks_unanswered(
         (['{"prompt": "a"}', "[]"], "line 2 of the input must be an object"),
         (['{"prompt": "a", "max_token": 1}'], "line 1 of the input has unknown keys: max_token"),
         (['{"prompt": "a", "id": "x"}', "", '{"prompt": "b", "id": "x"}'], "line 3 of the input must have an id"),
+        (['{"prompt": "a", "logit_bias": {"the": 1}}'], 'line 1 of the input has a "logit_bias" with a key'),
         (['{"prompt": "a", "timeout": "soon"}'], """line 1 of the input has "timeout" of the wrong type, is 'soon'"""),
     ],
 )

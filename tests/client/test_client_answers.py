@@ -76,6 +76,10 @@ async def test_every_option_reaches_the_router(client: Client, router: ScriptedR
         ignore_eos=True,
         priority=-3,
         affinity_key="k",
+        n=2,
+        best_of=3,
+        logprobs=0,
+        received_token_ids=[[5, 6], []],
     )
     [start] = router.starts
     request = start.request
@@ -86,6 +90,8 @@ async def test_every_option_reaches_the_router(client: Client, router: ScriptedR
     assert (sampling.seed, dict(sampling.logit_bias)) == (9, {3: 1.5})
     assert (list(request.stop), list(request.stop_token_ids), request.ignore_eos) == (["END"], [1, 2], True)
     assert (request.priority, request.affinity_key) == (-3, "k")
+    assert (request.n, request.best_of, request.HasField("logprobs"), request.logprobs) == (2, 3, True, 0)
+    assert [list(each.ids) for each in request.received_token_ids] == [[5, 6], []]
     assert 59 < start.timeout.seconds + start.timeout.nanos / 1e9 <= 60
     assert start.window == 1024
     assert not start.attach_offsets
@@ -122,6 +128,11 @@ async def test_prompts_as_ids_and_as_messages(client: Client, router: ScriptedRo
         ("p", {"temperature": "hot"}, "sampling.temperature"),
         ("p", {"stop": [3]}, "stop"),
         ("p", {"seed": -1}, "sampling.seed"),
+        ("p", {"logit_bias": {-1: 1.0}}, "sampling.logit_bias"),
+        ("p", {"logit_bias": {"1": 1.0}}, "sampling.logit_bias"),
+        ("p", {"received_token_ids": [[1], [-1]]}, "received_token_ids"),
+        ("p", {"received_token_ids": [1, 2]}, "received_token_ids"),
+        ("p", {"n": 2**31}, "n"),
         ("lone \ud800 surrogate", {}, "prompt.text"),
         ([{"role": "user", "content": "\ud800"}], {}, "prompt.messages[0]"),
         ("p", {"model": 3}, "model"),

@@ -58,6 +58,25 @@ def test_any_breaks_give_the_same_answer_within_the_window(seed: int) -> None:
     assert read == [list(range(30))] * 2
 
 
+def test_what_was_there_before_counts_as_here() -> None:
+    """A second Start before any token is for a router that may know the request, or not."""
+    received = [types_pb2.TokenIds(ids=[1, 2, 3])]
+    request = pb.GenerateRequest(received_token_ids=received)
+    exchange = Exchange("r", request, window=9, deadline=None, changed=lambda: None)
+    assert not exchange.start(0.0).attach_offsets
+    assert list(exchange.start(0.0).attach_offsets) == [3]
+    assert not exchange.has_tokens
+    exchange.deliver(types_pb2.Delta(token_ids=[4, 5], token_offset=3))
+    assert exchange.has_tokens
+    assert list(exchange.start(0.0).attach_offsets) == [5]
+    with pytest.raises(InternalError):
+        exchange.deliver(types_pb2.Delta(token_ids=[7], token_offset=6))
+
+
+def test_nothing_is_kept_for_an_absurd_number_of_choices() -> None:
+    assert len(make_exchange(n=2**31 - 1).finishes) == 1024
+
+
 def test_what_cannot_be_is_refused() -> None:
     exchange = make_exchange()
     exchange.deliver(types_pb2.Delta(token_ids=[1, 2]))

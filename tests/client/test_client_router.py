@@ -81,6 +81,64 @@ async def test_refusals_name_field_rule_and_value(client: Client) -> None:
     assert empty.value.reason == Reason.EMPTY_PROMPT
 
 
+async def test_choices_and_their_log_probabilities_over_a_network_that_breaks(
+    client: Client, rig: Rig, proxy: CuttableProxy
+) -> None:
+    asked = client.complete("Hi", n=3, logprobs=1, logit_bias={65: -1.5}, min_tokens=2)
+    reading = asyncio.create_task(asked)
+    work = await rig.backend.work()
+    assert (work.request.n, dict(work.request.sampling.logit_bias), work.request.min_tokens) == (3, {65: -1.5}, 2)
+    work.dispatch()
+    for position in range(0, len(TEXT), 7):
+        for index in range(3):
+            work.emit(TEXT[position : position + 7 - index], index, logprob=-1.0 - index)
+        if position % 2:
+            await asyncio.sleep(0.01)
+        proxy.cut()
+    for index in range(3):
+        work.finish(index=index)
+    answer = await reading
+    assert answer.text == answer.choices[0].text == TEXT
+    for index, choice in enumerate(answer.choices):
+        assert len(choice.text) == len(choice.token_ids) == len(choice.logprobs)
+        assert [each.token_id for each in choice.logprobs] == list(choice.token_ids)
+        assert {each.logprob for each in choice.logprobs} == {-1.0 - index}
+        assert choice.logprobs[0].top[1] == (0, -9.0)
+        assert choice.finish is not None
+    await rig.assert_nothing_left()
+
+
+async def test_the_best_come_first(client: Client, rig: Rig) -> None:
+    def script(work: Work) -> None:
+        for index, logprob in enumerate((-3.0, -1.0, -2.0)):
+            work.emit("abc"[index], index, logprob=logprob)
+            work.finish(index=index)
+
+    rig.backend.script = script
+    answer = await client.complete("Hi", n=2, best_of=3)
+    assert [choice.text for choice in answer.choices] == ["b", "c"]
+    assert answer.choices[0].logprobs == ()
+
+
+async def test_an_answer_goes_on_after_received_tokens_over_a_cut(
+    client: Client, rig: Rig, proxy: CuttableProxy
+) -> None:
+    """The cut may lose the Start, or come after it: the client says that it has what it said before."""
+    for number, delay in enumerate((0.0, 0.02)):
+        reading = asyncio.create_task(client.complete("Hi", received_token_ids=[list(TEXT[:10].encode())]))
+        await asyncio.sleep(delay)
+        proxy.cut()
+        work = await rig.backend.work(number)
+        work.dispatch()
+        work.emit(TEXT[10:20])
+        await asyncio.sleep(0.01)
+        proxy.cut()
+        work.emit(TEXT[20:])
+        work.finish()
+        assert (await reading).text == TEXT[10:]
+    await rig.assert_nothing_left()
+
+
 async def test_cuts_in_the_middle_change_nothing(client: Client, rig: Rig, proxy: CuttableProxy) -> None:
     reading = asyncio.create_task(client.complete("Hi"))
     work = await rig.backend.work()

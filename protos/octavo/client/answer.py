@@ -153,7 +153,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One whole answer; `finish` is None only while it is incomplete."""
+    """One whole answer, or what follows the request's `received_token_ids` of it; `finish` is None only while it is
+    incomplete. `logprobs`, if they were asked for, has one entry for each of `token_ids`."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -163,7 +164,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A request's whole answer. `text`, `token_ids` and `finish` are those of the first choice."""
+    """A request's whole answer: `n` choices, with `best_of` the best one first. `text`, `token_ids` and `finish` are
+    those of the first."""
 
     choices: tuple[Choice, ...]
     usage: Usage | None

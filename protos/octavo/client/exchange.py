@@ -21,6 +21,9 @@ from octavo.names import Reason
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2
 
+_MAX_CHOICES = 1024
+"""More than any router gives; a request for more is refused, and nothing is kept for what it asks."""
+
 
 class Exchange:
     """`changed` is called after each arrival and at the end; it must not raise. `deadline` is on the clock whose `now`
@@ -49,11 +52,14 @@ class Exchange:
         self.error: CallError | None = None
         self.usage: Usage | None = None
         self.decision: Decision | None = None
-        num_choices = max(1, request.n)
+        num_choices = min(max(1, request.n), _MAX_CHOICES)
         self.finishes: list[Finish | None] = [None] * num_choices
         self._window = window
         self._changed = changed
-        self._received = [0] * num_choices
+        before = [len(each.ids) for each in request.received_token_ids[:num_choices]]
+        self._before = [*before, *[0] * (num_choices - len(before))]
+        """Tokens of each choice that were there before this request; the router counts them too."""
+        self._received = list(self._before)
         self._buffer: deque[Delta] = deque()
         self._num_buffered = 0
         self._num_ungranted = 0
@@ -61,7 +67,7 @@ class Exchange:
     @property
     def has_tokens(self) -> bool:
         """Whether any of the answer has come: from then on only the router that has its journal can go on."""
-        return any(self._received) or any(self.finishes)
+        return self._received != self._before or any(self.finishes)
 
     @property
     def is_whole(self) -> bool:

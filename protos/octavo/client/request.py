@@ -48,6 +48,8 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int
     priority: int
     affinity_key: str
+    received_token_ids: Sequence[Sequence[int]]
+    """Per choice, tokens of an interrupted answer: the answer continues after them, and brings what follows only."""
 
 
 MAX_TIMEOUT_S = 10**9
@@ -73,7 +75,9 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
         path = f"sampling.{name}" if name in _SAMPLING_FIELDS else name
         try:
             field = getattr(owner, name)
-            if hasattr(field, "update"):
+            if name == "received_token_ids":
+                field.extend(types_pb2.TokenIds(ids=token_ids) for token_ids in value)  # type: ignore[attr-defined]
+            elif hasattr(field, "update"):
                 field.update(value)
             elif hasattr(field, "extend"):
                 field.extend([value] if isinstance(value, str) else value)
