@@ -1,6 +1,7 @@
 """A Ray that somebody else runs: started here, told to end by SIGTERM, and looked at before it does.
 
-Run as a script. Prints a "ready" line with its address, and at its end one with the Serve applications that it has.
+Run as a script. Prints a "ready" line with its address and that of its dashboard, and at its end one with the Serve
+applications that it has.
 """
 
 from __future__ import annotations
@@ -39,12 +40,22 @@ def say(**line: object) -> None:
 
 def main() -> None:
     stop = threading.Event()
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=f"{os.getcwd()}/r"
+    context = ray.init(
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        dashboard_port=int(sys.argv[2]),
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=f"{os.getcwd()}/r",
     )
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     check_builder(sys.argv[1])
-    say(event="ready", address=ray.get_runtime_context().gcs_address)
+    say(
+        event="ready",
+        address=ray.get_runtime_context().gcs_address,
+        dashboard=f"http://{context.address_info['webui_url']}",
+    )
     stop.wait()
     say(event="end", nodes=len(ray.nodes()), applications=sorted(serve.status().applications))
     ray.shutdown()

@@ -7,16 +7,18 @@ import json
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.model_fake import VOCAB_SIZE
 from tests.cluster import ClusterProcess
-from tests.integration.calls import connected, generate, request
+from tests.integration.calls import await_status, connected, generate, has_ready, request
 from workers.fake import fake_continuation
 
 ROOT = Path(__file__).parents[2]
@@ -55,14 +57,28 @@ def test_listening_beyond_loopback_must_be_asked_for() -> None:
     assert "--insecure" in ended.stderr
 
 
-@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
 def other_ray() -> Iterator[ClusterProcess]:
+    """A Ray of others, which is theirs alone again when the tests are over."""
     ray = ClusterProcess(
-        [str(ROOT / "tests/integration/other_ray.py"), str(ROOT / "deploy/octavo.yaml")],
+        [str(ROOT / "tests/integration/other_ray.py"), str(ROOT / "deploy/octavo.yaml"), str(free_port())],
         {"PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"},
     )
     try:
         yield ray.await_ready()
+        assert ray.process.poll() is None
+        ray.signal()
+        assert ray.await_exit() == 0
+        end = json.loads((ray.directory / "stdout").read_text().splitlines()[-1])
+        assert end == {"event": "end", "nodes": 1, "applications": []}
+        assert ray.left() == {}
     finally:
         ray.clean_up()
 
@@ -93,9 +109,24 @@ async def test_attached_to_a_ray_of_others_it_drains_and_takes_only_itself_away(
         assert await asyncio.to_thread(cluster.stop) == 0
     finally:
         cluster.clean_up()
-    assert other_ray.process.poll() is None
-    other_ray.signal()
-    assert other_ray.await_exit() == 0
-    end = json.loads((other_ray.directory / "stdout").read_text().splitlines()[-1])
-    assert end == {"event": "end", "nodes": 1, "applications": []}
-    assert other_ray.left() == {}
+
+
+@pytest.mark.cluster
+async def test_serve_deploy_takes_the_file_in_deploy(other_ray: ClusterProcess, tmp_path: Path) -> None:
+    """The file as it is, but for the model and the port; deployed by Ray's own command, and taken away again."""
+    port = free_port()
+    file = yaml.safe_load((ROOT / "deploy/octavo.yaml").read_text())
+    (application,) = file["applications"]
+    application["args"] |= {"model": "fake", "engine": {"engine": "fake"}}
+    application["args"]["serve"]["port"] = port
+    (tmp_path / "octavo.yaml").write_text(yaml.safe_dump(file))
+    dashboard = other_ray.ready["dashboard"]
+    command = [Path(sys.executable).with_name("serve"), "deploy", tmp_path / "octavo.yaml", "--address", dashboard]
+    await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60, check=True)
+    async with connected(f"127.0.0.1:{port}") as channel:
+        await asyncio.wait_for(channel.channel_ready(), 60)
+        await await_status(channel, has_ready(2))
+        answer = await generate(channel, request([5, 6, 7], 20))
+    assert (answer.code, answer.tokens) == (grpc.StatusCode.OK, fake_continuation([5, 6, 7], 20, VOCAB_SIZE))
+    delete = urllib.request.Request(f"{dashboard}/api/serve/applications/", method="DELETE")
+    (await asyncio.to_thread(urllib.request.urlopen, delete, timeout=60)).close()

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cluster
 
 BLOCK_SIZE = 16
 ALONE = ("korean", "table")
+EIGHT = ("one-token", "short", "capital", "shared-list", "shared-poem", "chinese", "code", "long")
 SHARING = ("capital", "shared-list", "shared-poem")
 """Prompts that begin with the same system prompt: when they come together one may find the blocks of another."""
 
@@ -63,8 +64,7 @@ async def test_fp32_alone_cold_and_warm(model_cluster: ClusterProcess) -> None:
 
 
 async def test_fp32_eight_at_once_cold_and_warm(model_cluster: ClusterProcess) -> None:
-    eight = [entry for entry in committed_answers() if entry.name not in ALONE]
-    assert len(eight) == 8
+    eight = entries(*EIGHT)
     async with Client(model_cluster.address) as client:
         cold = await asyncio.gather(*(ask(client, entry.prompt, len(entry.answer)) for entry in eight))
         warm = await asyncio.gather(*(ask(client, entry.prompt, len(entry.answer)) for entry in eight))
@@ -73,13 +73,13 @@ async def test_fp32_eight_at_once_cold_and_warm(model_cluster: ClusterProcess) -
         assert_answer(second, entry, cached_tokens=warm_tokens(entry))
 
 
-async def test_bf16_by_its_rule(default_model: ModelFiles) -> None:
+async def test_bf16_by_its_rule(default_model: ModelFiles, model_cluster: ClusterProcess) -> None:
+    """By a second application on the same Ray."""
     (entry,) = entries("code")
     with running(
-        *("--model", "default", "--replicas", "1"),
+        *("--model", "default", "--ray-address", model_cluster.ready["ray_address"], "--app", "bf16"),
         OCTAVO_ENGINE__DTYPE="bf16",
         OCTAVO_ENGINE__NUM_BLOCKS="512",
-        OMP_NUM_THREADS="2",
     ) as cluster:
         async with Client(cluster.address) as client:
             (replica,) = (await client.status()).replicas
