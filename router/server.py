@@ -66,6 +66,7 @@ class RouterServer:
     ) -> None:
         self._intake = Intake(config, models, backend, router_id=router_id)
         self._sessions = Sessions(self._intake)
+        self._max_message_bytes = config.max_message_bytes
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
         self._is_bound = False
@@ -139,28 +140,32 @@ class RouterServer:
         await self._intake.stop()
 
     def _add(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> None:
-        add_to_server(servicer, _Registrar(self._server))
+        add_to_server(servicer, _Registrar(self._server, self._max_message_bytes))
 
 
 class _Registrar:
     """Stands in for the server while generated code adds a service to it: a message that is no protobuf of its type
-    becomes INVALID_ARGUMENT, where gRPC would answer UNKNOWN with the exception's text."""
+    becomes INVALID_ARGUMENT, where gRPC would answer UNKNOWN with the exception's text, and one that is too large
+    RESOURCE_EXHAUSTED with a reason, which gRPC's own answer lacks."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
+    def __init__(self, server: grpc.aio.Server, max_message_bytes: int) -> None:
         self._server = server
+        self._max_message_bytes = max_message_bytes
 
     def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
         """The generated code gives the same handlers once more, by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        tolerant = {name: _tolerant(handler) for name, handler in handlers.items()}
+        tolerant = {name: _tolerant(handler, self._max_message_bytes) for name, handler in handlers.items()}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
 
 
-def _tolerant(handler: Any) -> Any:
+def _tolerant(handler: Any, max_message_bytes: int) -> Any:
     parse = handler.request_deserializer
 
     def parse_or_tell(data: bytes) -> object:
+        if len(data) > max_message_bytes:
+            return status.too_large(len(data), max_message_bytes)
         try:
             return parse(data)
         except DecodeError:
@@ -182,7 +187,8 @@ def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
     keepalive_ms = int(config.keepalive_s * 1000)
     return [
         ("grpc.so_reuseport", int(so_reuseport)),
-        ("grpc.max_receive_message_length", config.max_message_bytes),
+        # Somewhat larger ones are still taken in, so that they can be refused with a reason.
+        ("grpc.max_receive_message_length", 2 * config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),

@@ -21,7 +21,7 @@ from octavo.names import ERROR_DOMAIN, Reason
 from octavo.v1.inference_service_pb2 import Terminal
 from octavo.v1.types_pb2 import FieldViolation
 
-from workers.errors import InvalidRequestError, OctavoError
+from workers.errors import InvalidRequestError, OctavoError, OverloadedError
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,12 @@ async def abort(
 def undecodable() -> OctavoError:
     """What a message that is no protobuf of its type gets."""
     return InvalidRequestError("the message is not a valid protobuf of its type", reason=Reason.INVALID_FIELD)
+
+
+def too_large(num_bytes: int, max_bytes: int) -> OctavoError:
+    """What a message of more than `max_bytes` gets, which is not parsed."""
+    message = f"a message must have at most {max_bytes} bytes (the router's max_message_bytes), has {num_bytes}"
+    return OverloadedError(message, reason=Reason.MESSAGE_TOO_LARGE)
 
 
 def duration(seconds: float) -> Duration:
