@@ -282,7 +282,7 @@ async def test_a_request_without_tokens_moves_to_another_address(
 async def test_a_bug_in_the_writer_ends_requests_and_hangs_none(
     router: ScriptedRouter, make_client: Callable[..., Client], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with make_client(router.address, retry_timeout_s=0.2) as client:
+    async with make_client(router.address, retry_timeout_s=0.6) as client:
         generation = client.generate("p")
         generation._exchange.deadline = float("inf")  # no Duration holds it
         with pytest.raises(UnavailableError):
