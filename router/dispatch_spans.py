@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 
-from octavo.names import Attribute
+from octavo.names import Attribute, Reason
 from octavo.names import Span as SpanName
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -100,7 +100,9 @@ class DispatchSpans:
 
 def _fail(span: Span, reason: str) -> None:
     span.set_attribute(Attribute.ERROR_TYPE, reason)
-    span.set_status(Status(StatusCode.ERROR))
+    # A cancel is nobody's error: a stop string that ends an answer is one, too.
+    if reason != Reason.CANCELLED:
+        span.set_status(Status(StatusCode.ERROR))
 
 
 def _candidates(decision: Decision) -> str:

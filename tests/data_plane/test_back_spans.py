@@ -150,7 +150,9 @@ async def test_a_cancelled_request_shows_what_its_replica_did(exporter: InMemory
     await until(lambda: replica.server.num_works == 0)
     await dispatcher.stop()
     await replica.stop()
-    assert attributes(one(exporter, "octavo.dispatch"))[Attribute.ERROR_TYPE] == Reason.CANCELLED
+    dispatch = one(exporter, "octavo.dispatch")
+    assert attributes(dispatch)[Attribute.ERROR_TYPE] == Reason.CANCELLED
+    assert dispatch.status.status_code is StatusCode.UNSET, "an answer that ends with a stop string is cancelled, too"
     decode = attributes(one(exporter, "octavo.decode"))
     assert decode[Attribute.ERROR_TYPE] == "cancelled"
     assert int(str(decode[Attribute.OUTPUT_TOKENS])) >= len(sink.token_ids)
