@@ -244,6 +244,8 @@ class Dispatcher:
             tracestate=tracestate,
         )
         link.send(batch_id, work, request.num_known_tokens)
+        for index in flight.cancelled_choices:
+            link.abort(flight.work_id, index)
         flight.sink.dispatched(decision, now - request.accepted_at)
 
     # Time.
@@ -335,7 +337,7 @@ class Dispatcher:
             self._end(flight, UnavailableError(message, reason=Reason.REPLICA_LOST))
             return
         flight.attempt += 1
-        flight.open_choices = set(range(flight.request.n))
+        flight.open_choices = set(range(flight.request.n)) - flight.cancelled_choices
         flight.permit.requeued()
         if flight.spans is not None:
             flight.spans.requeued(reason)
@@ -348,6 +350,7 @@ class Dispatcher:
             self._end(flight, CancelledRequestError("the request was cancelled"))
         elif not flight.is_ended and index in flight.open_choices:
             flight.open_choices.remove(index)
+            flight.cancelled_choices.add(index)
             if flight.link is not None:
                 flight.link.abort(flight.work_id, index)
             self._end_if_whole(flight)

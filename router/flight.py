@@ -14,6 +14,7 @@ class Flight:
 
     __slots__ = (
         "attempt",
+        "cancelled_choices",
         "hashes",
         "is_ended",
         "is_untouched",
@@ -37,6 +38,8 @@ class Flight:
         self.num_losses = 0
         self.open_choices = set(range(request.n))
         """Those that have not ended in the present attempt. A delta of any other is late."""
+        self.cancelled_choices: set[int] = set()
+        """Those that nobody wants, in any attempt."""
         self.hashes: PromptHashes | None = None
         self.spans: DispatchSpans | None = None
         self.link: ReplicaLink | None = None

@@ -12,6 +12,7 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
 from router.dispatcher import Dispatcher
+from router.types import Cancel
 from tests.data_plane.rig import (
     KEYS,
     VOCAB,
@@ -34,6 +35,7 @@ from workers.errors import (
     UnavailableError,
 )
 from workers.fake import fake_continuation
+from workers.types import FinishReason
 
 
 @asynccontextmanager
@@ -149,6 +151,21 @@ async def test_a_choice_that_nobody_wants_ends_alone() -> None:
         assert (sink.error, set(sink.finishes)) == (None, {0, 2})
         cancel(0)
         await assert_idle(dispatcher, replica)
+
+
+async def test_a_choice_that_is_cancelled_in_the_queue_never_comes() -> None:
+    replica = Replica("one", fake_step_s=0.002)
+    async with cluster() as dispatcher:
+        request, sink = make_request(range(30), 30, n=2), RecordingSink()
+        cancel = dispatcher.submit(request, sink)
+        sink.not_wanted.add(0)
+        cancel(0)
+        await replica.start()
+        dispatcher.update_replicas([replica.address])
+        await sink.wait()
+        assert sink.answers == {0: [], 1: fake_continuation(request.prompt, 30, VOCAB)}
+        await assert_idle(dispatcher, replica)
+    await replica.stop()
 
 
 async def test_choices_that_are_cancelled_one_by_one_end_the_request_well() -> None:
@@ -526,13 +543,19 @@ class Cancelling(RecordingSink):
 
 
 async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> None:
-    """500 requests over three replicas, of which one is killed and replaced, one drained: each ends once, right or
-    with the error that its fate explains, and every count returns to zero."""
+    """500 requests, some for several choices, over three replicas, of which one is killed and replaced, one drained:
+    each ends once, right or with the error that its fate explains, and every count returns to zero."""
     rng = random.Random(5)
     replicas = {name: Replica(name, fake_step_s=0.001) for name in ("one", "two", "three", "four")}
     async with cluster(replicas["one"], replicas["two"], replicas["three"]) as dispatcher:
         requests, sinks, cancelled = [], [], set()
         loop = asyncio.get_running_loop()
+
+        def drop(cancel: Cancel, sink: RecordingSink, index: int) -> None:
+            if not sink.num_ends and index not in sink.finishes:
+                sink.not_wanted.add(index)
+                cancel(index)
+
         for number in range(500):
             hurried = rng.random() < 0.2
             request = make_request(
@@ -540,9 +563,12 @@ async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> No
                 rng.randrange(1, 30),
                 timeout_s=rng.uniform(0.0, 0.3) if hurried else 30.0,
                 priority=rng.randrange(3),
+                n=rng.choice((1, 1, 1, 2, 3)),
             )
             sink = RecordingSink()
             cancel = dispatcher.submit(request, sink)
+            if request.n > 1 and rng.random() < 0.5:
+                loop.call_later(rng.expovariate(50), drop, cancel, sink, rng.randrange(request.n))
             if rng.random() < 0.3:
                 cancelled.add(number)
                 loop.call_later(rng.expovariate(20), cancel)
@@ -560,16 +586,18 @@ async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> No
                 dispatcher.check_integrity()
         for number, (request, sink) in enumerate(zip(requests, sinks, strict=True)):
             await sink.wait(20.0)
-            if sink.error is None:
-                assert_answers(sink, request)
-            else:
-                full = fake_continuation(request.prompt, request.max_tokens, VOCAB)
-                assert sink.token_ids == full[: len(sink.token_ids)]
+            full = fake_continuation(request.prompt, request.max_tokens, VOCAB)
+            for index in range(request.n):
+                tokens = sink.answers.get(index, [])
+                assert tokens == full[: len(tokens)]
+                if sink.error is None and index not in sink.not_wanted:
+                    assert tokens == full
+                    assert sink.finishes[index].reason is FinishReason.LENGTH
             if isinstance(sink.error, CancelledRequestError):
                 assert number in cancelled
             elif isinstance(sink.error, UnavailableError):
                 assert sink.error.reason == Reason.REPLICA_LOST
-                assert sink.token_ids
+                assert any(sink.answers.values())
                 assert sink.decisions[-1].replica == "two"
             elif sink.error is not None:
                 assert isinstance(sink.error, DeadlineError)
