@@ -39,7 +39,7 @@ class Judgement:
 def judge(weights: Path, prompt: tuple[int, ...]) -> Judgement:
     answer = next(entry.answer for entry in committed_answers() if entry.prompt == list(prompt))
     tokens = (*prompt, *answer)
-    expected = reference_logits(loaded.reference(weights, torch.float32), list(tokens))
+    expected = loaded.expected(weights, tokens)
     error = reference_logits(loaded.reference(weights, torch.bfloat16), list(tokens)) - expected
     return Judgement(tokens, expected, rms(error), TAU * error.abs().max().item())
 

@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from tests.oracle import loaded
 from tests.oracle.answers import Committed, committed_answers
-from tests.oracle.reference import reference_logits
 from workers.build import read_manifest
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
@@ -19,11 +17,7 @@ from workers.paged import assemble
 from workers.types import ModelFiles
 
 NewEngine = Callable[..., PagedEngine]
-
-
-@pytest.fixture(scope="session")
-def reference(default_model: ModelFiles) -> LlamaForCausalLM:
-    return loaded.reference(default_model.weights, torch.float32)
+ExpectedLogits = Callable[[Committed], torch.Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +36,9 @@ def committed() -> list[Committed]:
 
 
 @pytest.fixture(scope="session")
-def expected_logits(reference: LlamaForCausalLM, committed: list[Committed]) -> dict[str, torch.Tensor]:
-    """By prompt: the reference's logits at every position of prompt and answer."""
-    return {entry.name: reference_logits(reference, entry.prompt + entry.answer) for entry in committed}
+def expected_logits(default_model: ModelFiles) -> ExpectedLogits:
+    """Returns the reference's logits at every position of prompt and answer; computed once."""
+    return lambda entry: loaded.expected(default_model.weights, (*entry.prompt, *entry.answer))
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +46,21 @@ def new_engine(default_model: ModelFiles) -> NewEngine:
     """Makes an engine with an empty cache over a loaded model."""
     manifest = read_manifest(default_model.manifest)
 
-    def make(model: LlamaModel, *, chunk_tokens: int, max_num_sequences: int, num_blocks: int = 256) -> PagedEngine:
+    def make(
+        model: LlamaModel,
+        *,
+        chunk_tokens: int,
+        max_num_sequences: int,
+        num_blocks: int = 512,
+        max_model_len: int = 2048,
+        lookup_tokens: int = 0,
+    ) -> PagedEngine:
         config = EngineConfig(
             chunk_tokens=chunk_tokens,
             max_num_sequences=max_num_sequences,
             num_blocks=num_blocks,
-            max_model_len=min(num_blocks * 16, 1024),
+            max_model_len=max_model_len,
+            lookup_tokens=lookup_tokens,
         )
         return assemble(config, model, manifest, hash_key=b"oracle")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.oracle.reference import RememberedCheckpoint, load_reference
+from tests.oracle.reference import RememberedCheckpoint, load_reference, reference_logits
 from workers.models.llama import LlamaModel
 from workers.weights.checkpoint import open_checkpoint
 
@@ -26,3 +26,9 @@ def reference(weights: Path, dtype: torch.dtype) -> LlamaForCausalLM:
 @functools.cache
 def model(weights: Path, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(checkpoint(weights), dtype)
+
+
+@functools.cache
+def expected(weights: Path, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Return the fp32 reference's logits [tokens, vocab]. Shared: not to be written to."""
+    return reference_logits(reference(weights, torch.float32), list(tokens))

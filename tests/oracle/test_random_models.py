@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,22 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.oracle.answers import generate
+from tests.oracle.answers import Committed, generate
+from tests.oracle.cases import NewEngine, num_prompts, run_case, seeded_choices
+from tests.oracle.covering import Case, product
 from tests.oracle.reference import gaps, reference_logits
 from workers.config import EngineConfig
+from workers.engine import PagedEngine
 from workers.fake import fake_manifest
 from workers.models.llama import LlamaModel
 from workers.paged import assemble
+from workers.types import SamplingParams
 from workers.weights.checkpoint import open_checkpoint
 
 VOCAB_SIZE = 97
 NUM_TOKENS = 12
+NUM_PRODUCT_TOKENS = 4
+BLOCK_SIZE = 4
 GAP = 1e-4
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -67,6 +74,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
 }
+ARCHITECTURES = ("llama3-rope", "mistral-wide-heads", "qwen2", "qwen3-tied")
 
 
 def save_random(name: str, directory: Path, **options: Any) -> PreTrainedModel:
@@ -90,29 +98,35 @@ def random_prompts() -> list[list[int]]:
     return prompts
 
 
-def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int = NUM_TOKENS) -> list[int]:
     """Return transformers' greedy answer, whose gaps are ten times larger than what the order of sums changes."""
     tokens = list(prompt)
-    for _ in range(NUM_TOKENS):
+    for _ in range(num_tokens):
         last = reference_logits(model, tokens)[-1:]
         assert gaps(last) >= GAP
         tokens.append(int(last.argmax()))
     return tokens[len(prompt) :]
 
 
-def load(directory: Path, chunk_tokens: int) -> Any:
+def engines(directory: Path) -> NewEngine:
+    """Return what makes engines with an empty cache over the model in `directory`."""
     model = LlamaModel(open_checkpoint(directory), torch.float32)
-    config = EngineConfig(chunk_tokens=chunk_tokens, num_blocks=128, block_size=4, max_num_sequences=5)
     manifest = fake_manifest(vocab_size=VOCAB_SIZE, max_model_len=128)
-    return assemble(config, model, manifest, hash_key=b"random")
+
+    def make(**options: int) -> PagedEngine:
+        config = EngineConfig(block_size=BLOCK_SIZE, **options)  # type: ignore[arg-type]
+        return assemble(config, model, manifest, hash_key=b"random")
+
+    return make
 
 
 def assert_equal_answers(model: PreTrainedModel, directory: Path) -> None:
     """In chunks of 16 and whole, each prompt alone and all 5 at once, with a cold and a warm cache."""
     prompts = random_prompts()
     expected = [greedy(model, prompt) for prompt in prompts]
+    new_engine = engines(directory)
     for chunk_tokens in (16, 256):
-        engine = load(directory, chunk_tokens)
+        engine = new_engine(chunk_tokens=chunk_tokens, num_blocks=128, max_num_sequences=5)
         together = generate(engine, prompts, NUM_TOKENS)
         alone = [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in prompts]
         for answers in (together, alone):
@@ -131,3 +145,51 @@ def test_shards(tmp_path: Path) -> None:
     model = save_random("llama", tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert_equal_answers(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_conditions(name: str, tmp_path: Path) -> None:
+    """Every case of the full product on one of the architectures: they take turns."""
+    assert_conditions(name, tmp_path, full_product()[ARCHITECTURES.index(name) :: len(ARCHITECTURES)])
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_condition(name: str, tmp_path: Path) -> None:
+    assert_conditions(name, tmp_path, full_product())
+
+
+def full_product() -> list[Case]:
+    """Return the product of all conditions but lookup, which is on in a random half, in a random order."""
+    cases, numbers = product(), random.Random(0)
+    chosen = [numbers.choice(pair) for pair in zip(cases[::2], cases[1::2], strict=True)]
+    return numbers.sample(chosen, len(chosen))
+
+
+def assert_conditions(name: str, directory: Path, cases: list[Case]) -> None:
+    """Prompts are of 6 different tokens, so that there is something to look up."""
+    model = save_random(name, directory)
+    new_engine = engines(directory)
+    generator = torch.Generator().manual_seed(5)
+    shared = torch.randint(6, (19,), generator=generator).tolist()
+    entries = []
+    for number in range(16):
+        own = torch.randint(6, (1 + 2 * number,), generator=generator).tolist()
+        prompt = shared + own if number % 3 == 0 else own
+        entries.append(Committed(str(number), prompt, greedy(model, prompt, NUM_PRODUCT_TOKENS), GAP))
+    num_preemptions = num_drafted = 0
+    for number, case in enumerate(cases):
+        first, size = number * 5 % 16, num_prompts(case)
+        chosen = (entries + entries)[first : first + size]
+        load = run_case(case, chosen, NUM_PRODUCT_TOKENS, new_engine, block_size=BLOCK_SIZE, seed=number)
+        num_preemptions += load.num_preemptions
+        num_drafted += load.num_drafted_tokens
+        assert case.is_starved or not load.num_preemptions
+    assert num_preemptions > 0
+    assert num_drafted > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_seeded_choices_are_those_of_single_works(name: str, tmp_path: Path) -> None:
+    save_random(name, tmp_path)
+    seeded_choices(engines(tmp_path), random_prompts()[3], NUM_TOKENS, SamplingParams(seed=7, temperature=0.9))

@@ -45,21 +45,24 @@ def new_runner(model: LlamaModel, num_blocks: int) -> CpuRunner:
 
 
 def new_engine(model: LlamaModel, num_blocks: int = 64, lookup_tokens: int = 0, **options: Any) -> PagedEngine:
+    config = EngineConfig(chunk_tokens=8, lookup_tokens=lookup_tokens)
+    return engine_over(new_runner(model, num_blocks), num_blocks, config, **options)
+
+
+def engine_over(runner: CpuRunner, num_blocks: int, config: EngineConfig, **options: Any) -> PagedEngine:
     hasher = PrefixHasher(b"", BLOCK_SIZE)
     info = EngineInfo(
         engine="paged",
         model="tiny",
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
-        max_model_len=64,
+        max_model_len=num_blocks * BLOCK_SIZE,
         vocab_size=VOCAB,
         model_fingerprint="",
         tokenizer_fingerprint="",
         weights_fingerprint="",
         hash_key_fingerprint=hasher.key_fingerprint,
     )
-    runner = new_runner(model, num_blocks)
-    config = EngineConfig(chunk_tokens=8, lookup_tokens=lookup_tokens)
     return PagedEngine(config, info=info, runner=runner, hasher=hasher, **options)
 
 
@@ -248,3 +251,21 @@ def test_a_draft_is_verified_in_one_step(model: LlamaModel) -> None:
         chunks = (Chunk(sequence, 0, 5, samples=True, draft=draft), Chunk(other, 0, 2, samples=False))
         assert runner.launch(StepPlan(1, chunks)).output().tokens == [expected, ()]
         assert runner.num_computed_rows == 5 + len(draft) + 2
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 4096])
+@pytest.mark.parametrize("is_in_turn", [False, True])
+def test_a_shared_prefix_is_computed_once(model: LlamaModel, chunk_tokens: int, *, is_in_turn: bool) -> None:
+    """16 requests share 512 tokens and differ in 9 more. Cold, whether they arrive in one step or one after the other,
+    the rows that go through the model are the 512, the own tokens of each, and one for each token after the first."""
+    generator = torch.Generator().manual_seed(6)
+    shared = torch.randint(VOCAB, (512,), generator=generator).tolist()
+    own = [[number, *torch.randint(VOCAB, (8,), generator=generator).tolist()] for number in range(16)]
+    works = [work(number, [*shared, *tokens], max_tokens=4) for number, tokens in enumerate(own)]
+    runner = new_runner(model, 256)
+    engine = engine_over(runner, 256, EngineConfig(chunk_tokens=chunk_tokens))
+    for group in [[each] for each in works] if is_in_turn else [works]:
+        run(engine, group)
+    assert runner.num_computed_rows == 512 + 16 * (9 + 3)
+    assert engine.load().num_computed_tokens == runner.num_computed_rows
+    assert engine.load().prefix_cache_hits == 15 * 512
