@@ -95,8 +95,8 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
 ) -> None:
     """Run a cluster until Ctrl-C or SIGTERM; then let running requests finish. A second Ctrl-C hurries.
 
-    Killed with SIGKILL it drains nothing; a Ray of its own then ends by itself, but for two of Ray's agents at once, and
-    these within about a minute (Ray waits that long to report its own end). Its temporary directory stays.
+    Killed with SIGKILL it drains nothing. A Ray of its own then ends by itself: at once, but for two of Ray's agents,
+    which go within about a minute. Its temporary directory stays.
 
     When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "pid", "ray_address", "models",
     "replicas", "version"}.
