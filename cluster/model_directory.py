@@ -1,7 +1,7 @@
 """Describes a model in a directory as transformers writes it: config.json, safetensors, tokenizer.json.
 
-The directory is only read. Weights are not opened beyond their headers, which tell whether a file was cut; pickled
-weights are not read at all.
+The directory is only read. Of safetensors the headers are read, which tell whether a file was cut; of pickled weights,
+which count only where there are no safetensors, nothing is: the worker opens them with torch's restricted loader.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from cluster.model_manifest import (
 )
 from workers.errors import ModelFileError
 from workers.types import ModelManifest
+from workers.weights.directory import PICKLES, SAFETENSORS, weight_format
+from workers.weights.directory import weight_files as named_files
 from workers.weights.shape import ModelShape, from_config
 
 CONFIG = "config.json"
@@ -30,8 +32,6 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CARD = "README.md"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 DESCRIBING_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, CARD)
 
@@ -55,7 +55,8 @@ def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
     config = _read_object(folder / CONFIG)
     shape = _shape(folder / CONFIG, config)
     weights = weight_files(folder)
-    for path in weights:
+    form = weight_format(folder)
+    for path in weights if form is SAFETENSORS else ():
         _check_extent(path)
     tokenizer_text, token_ids = _tokenizer(folder, shape.vocab_size)
     settings = _read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
@@ -66,7 +67,7 @@ def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
         max_model_len=servable_length(shape),
         eos_token_ids=_ends(folder, config, settings, token_ids),
         bos_token_id=_beginning(config, settings, token_ids),
-        weights_format="safetensors",
+        weights_format=form.name,
         model_fingerprint=model_fingerprint(shape),
         tokenizer_fingerprint=text_fingerprint(tokenizer_text),
         weights_fingerprint=weights_fingerprint(weights),
@@ -76,24 +77,14 @@ def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model, in a fixed order. Raises ModelFileError."""
-    if (folder / INDEX).exists():
-        path = folder / INDEX
-        index = _read_object(path).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise ModelFileError(f"{path}: weight_map must name the file of each tensor, is {index!r}")
-        names = sorted({str(name) for name in index.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise ModelFileError(f"{path}: a file of weight_map must lie in the same directory, is {name!r}")
-            if not (folder / name).is_file():
-                raise ModelFileError(f"{folder / name}: is missing; {INDEX} names it as one of {len(names)} files")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+    """Return the files that make up the model, in a fixed order. Raises ModelFileError."""
+    form = weight_format(folder)
+    if form.is_in(folder):
+        return named_files(folder, form)
     found = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
     hint = f"; found {', '.join(found)}, which is not read from a directory by this release" if found else ""
-    raise ModelFileError(f"{folder}: must have {SINGLE} or {INDEX}{hint}")
+    known = " or ".join((SAFETENSORS.single, SAFETENSORS.index, PICKLES.single, PICKLES.index))
+    raise ModelFileError(f"{folder}: must have {known}{hint}")
 
 
 def _read(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Fetches a model from the Hugging Face hub, or from whatever HF_ENDPOINT names.
 
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere; the files lie in the hub's own cache,
-which other tools share. Only safetensors and JSON, Jinja and the model card are taken: nothing that would be executed.
+which other tools share. Only weights, JSON, Jinja and the model card are taken: nothing that would be executed. Pickled
+weights, which are opened with a restricted loader, are taken only from a repository that has no safetensors.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.model_directory import DESCRIBING_FILES, INDEX
+from cluster.model_directory import DESCRIBING_FILES
 from cluster.model_progress import Progress
 from workers.errors import ModelFileError
+from workers.weights.directory import PICKLES, SAFETENSORS
 
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
-WANTED = ["*.safetensors", INDEX, *DESCRIBING_FILES]
+WANTED = ["*.safetensors", SAFETENSORS.index, *DESCRIBING_FILES]
+PICKLED = ["pytorch_model*.bin", PICKLES.index]
 UNWANTED = ["*/*", "consolidated*"]
 """Sub-directories, and Mistral's second copy of the weights."""
 
@@ -38,7 +41,7 @@ def parse(name: str) -> HubName | None:
 
 def snapshot(name: HubName, progress: Progress) -> Path:
     """Return the directory of `name` in the hub's cache, fetched or completed first. Raises ModelFileError."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
     from huggingface_hub.utils import disable_progress_bars
 
@@ -47,9 +50,8 @@ def snapshot(name: HubName, progress: Progress) -> Path:
     where = f"{name} at {constants.ENDPOINT}"
     progress.note(f"looking for {where}")
     try:
-        return Path(
-            snapshot_download(name.repository, revision=name.revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-        )
+        folder = _download(name, WANTED)
+        return folder if SAFETENSORS.is_in(folder) else _download(name, [*WANTED, *PICKLED])
     except hub.GatedRepoError as error:
         raise ModelFileError(
             f"{where}: is gated: accept the model's terms on its page, and set HF_TOKEN to a token of that account"
@@ -68,6 +70,14 @@ def snapshot(name: HubName, progress: Progress) -> Path:
         raise ModelFileError(f"{name} is not a name of a repository: {error}") from error
     except Exception as error:  # whatever its HTTP library raises: another one in each of its releases
         raise ModelFileError(f"{where}: cannot be fetched: {_first_line(error)}") from error
+
+
+def _download(name: HubName, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(name.repository, revision=name.revision, allow_patterns=wanted, ignore_patterns=UNWANTED)
+    )
 
 
 def _unreachable(error: Exception, is_offline: bool, cache: str) -> str:

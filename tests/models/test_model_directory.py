@@ -143,7 +143,11 @@ def test_a_broken_value_is_named(folder: Path, cache_dir: Path, name: str, chang
         ("config.json", "{", r"config\.json: is not JSON"),
         ("config.json", "[]", r"config\.json: must be a JSON object, is a list"),
         ("tokenizer.json", None, r"tokenizer\.json: is missing: a model needs its tokenizer$"),
-        ("model.safetensors", None, r"tiny-llama: must have model\.safetensors or model\.safetensors\.index\.json$"),
+        (
+            "model.safetensors",
+            None,
+            r"tiny-llama: must have model\.safetensors or .* or pytorch_model\.bin\.index\.json$",
+        ),
         ("model.safetensors", "cut", r"model\.safetensors: is truncated or corrupt: the header's length is 0"),
         ("model.safetensors", "\x04" + "\0" * 7 + "null", r"is corrupt: the header is not that of a safetensors file"),
         ("model.safetensors.index.json", "{}", "weight_map must name the file of each tensor, is None"),
@@ -171,6 +175,13 @@ def test_other_forms_of_tokenizer_and_weights_are_named(folder: Path, cache_dir:
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(ModelFileError, match=r"found tokenizer\.model; AutoTokenizer"):
         manifest_of(folder, cache_dir)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelFileError, match=r"found pytorch_model\.bin, which is not read from a directory"):
+    (folder / "model.safetensors").rename(folder / "consolidated.pth")
+    with pytest.raises(ModelFileError, match=r"found consolidated\.pth, which is not read from a directory"):
         manifest_of(folder, cache_dir)
+
+
+def test_pickled_weights_are_read_where_there_are_no_safetensors(folder: Path, cache_dir: Path):
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert manifest_of(folder, cache_dir).weights_format == "safetensors"
+    (folder / "model.safetensors").unlink()
+    assert manifest_of(folder, cache_dir).weights_format == "pickles"

@@ -30,11 +30,14 @@ def hub(tmp_path: Path):
         "remote_code.py": b"raise SystemExit",
         "README.md": b"---\nlicense: apache-2.0\n---\n",
     }
+    pickled = {name: data for name, data in files.items() if name != "model.safetensors"}
+    pickled |= {"pytorch_model.bin": b"a pickle", "training_args.bin": b"another one"}
     repositories = {
         "org/public": Repository({**files, **extra}, revisions=("main", "v1")),
         "org/private": Repository(files, token="secret"),
         "org/gated": Repository(files, token="secret", is_gated=True),
-        "org/pickles": Repository({"config.json": files["config.json"], "pytorch_model.bin": b"a pickle"}),
+        "org/pickles": Repository(pickled),
+        "org/empty": Repository({"config.json": files["config.json"]}),
     }
     with running(Hub(repositories)) as hub:
         yield hub
@@ -108,7 +111,13 @@ def test_a_gated_model_says_what_to_do(node: Node):
 def test_what_does_not_exist_is_named(node: Node):
     assert "org/missing at http" in node.refusal("org/missing")
     assert "the repository has no revision 'v9'" in node.refusal("org/public@v9")
-    assert "must have model.safetensors or model.safetensors.index.json" in node.refusal("org/pickles")
+    assert "must have model.safetensors or model.safetensors.index.json" in node.refusal("org/empty")
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_safetensors(hub: Hub, node: Node):
+    assert node.fetch("org/pickles").weights_format == "pickles"
+    assert hub.downloaded == {"config.json", "tokenizer.json", "pytorch_model.bin"}
+    assert node.fetch("org/pickles", is_offline=True).weights_format == "pickles"
 
 
 def test_without_the_hub_only_what_is_cached_is_served(node: Node):

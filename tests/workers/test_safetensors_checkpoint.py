@@ -162,9 +162,9 @@ def test_broken_indices(tmp_path: Path) -> None:
     write_model(tmp_path, {"a": torch.zeros(2)})
     index = tmp_path / "model.safetensors.index.json"
     for content, message in (
-        ({}, "has no weight_map"),
-        ({"weight_map": {"a": "../a.safetensors"}}, "is not a file of this directory"),
-        ({"weight_map": {"a": "other.safetensors"}}, r"shard other\.safetensors is missing"),
+        ({}, "weight_map must name the file of each tensor, is None"),
+        ({"weight_map": {"a": "../a.safetensors"}}, "must lie in the same directory"),
+        ({"weight_map": {"a": "other.safetensors"}}, r"other\.safetensors: is missing"),
     ):
         index.write_text(json.dumps(content))
         with pytest.raises(ModelFileError, match=message):

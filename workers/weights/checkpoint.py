@@ -1,7 +1,8 @@
 """A model's weights on disk, as named fp32 tensors and a shape; names are those of Hugging Face's Llama.
 
     open_checkpoint(path) -> GgufCheckpoint         a .gguf file
-                          -> SafetensorsCheckpoint  a directory with config.json and *.safetensors
+                          -> SafetensorsCheckpoint  a directory with config.json and model*.safetensors
+                          -> PickleCheckpoint       one with config.json and pytorch_model*.bin only
 
 Tensors are read one at a time, so that a loader which packs as it goes never holds two copies of a model.
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from workers.errors import ModelFileError
+from workers.weights.directory import PICKLES, weight_format
 from workers.weights.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ class Checkpoint(Protocol):
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model file or directory: headers are checked now, tensors when they are read. Raises ModelFileError."""
+    if path.is_dir() and weight_format(path) is PICKLES:
+        from workers.weights.pickle_checkpoint import PickleCheckpoint
+
+        return PickleCheckpoint(path)
     if path.is_dir():
         from workers.weights.safetensors_checkpoint import SafetensorsCheckpoint
 

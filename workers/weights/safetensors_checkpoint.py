@@ -5,7 +5,6 @@ Knows nothing of hubs; `cluster` fetched the directory. Quantised checkpoints ar
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from workers.errors import ModelFileError
 from workers.weights.checkpoint import checked
+from workers.weights.directory import SAFETENSORS, read_config, weight_files
 from workers.weights.shape import ModelShape, from_config
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 class SafetensorsCheckpoint:
@@ -25,9 +22,8 @@ class SafetensorsCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        config = _read_json(directory / "config.json")
-        self.shape: ModelShape = from_config(config)
-        self._handles = {path.name: _open(path) for path in self._files()}
+        self.shape: ModelShape = from_config(read_config(directory))
+        self._handles = {path.name: _open(path) for path in weight_files(directory, SAFETENSORS)}
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
@@ -43,39 +39,9 @@ class SafetensorsCheckpoint:
             raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
         return checked(tensor, where, size)
 
-    def _files(self) -> list[Path]:
-        """The index decides if there is one: a directory may hold the same weights in both forms."""
-        if not (self._directory / INDEX).exists():
-            if (self._directory / SINGLE).exists():
-                return [self._directory / SINGLE]
-            raise ModelFileError(f"{self._directory}: has neither {SINGLE} nor {INDEX}")
-        index = _read_json(self._directory / INDEX)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFileError(f"{INDEX}: has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise ModelFileError(f"{INDEX}: {name!r} is not a file of this directory")
-            if not (self._directory / name).exists():
-                raise ModelFileError(f"{INDEX}: shard {name} is missing")
-        return [self._directory / name for name in names]
-
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{path.name}: corrupt or truncated: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelFileError(f"{path.name}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelFileError(f"{path.name}: is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path.name}: must be a JSON object")
-    return content
