@@ -1,8 +1,8 @@
 """A directory of pytorch_model.bin as a `Checkpoint`: one file or shards with an index, config.json beside them.
 
 The files are pickles. They are read by torch's restricted loader (`weights_only`), which builds tensors and containers
-and refuses everything else by name, so that nothing in them is executed. Tensors are mapped, and read when they are asked
-for; only files from before torch 1.6 are read at once.
+and refuses everything else by name, so that nothing in them is executed. Tensors are mapped, and read when asked for;
+only files from before torch 1.6 are read at once.
 """
 
 from __future__ import annotations
