@@ -148,11 +148,11 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor, counts: Seq[i
 
 
 def _allow(logits: torch.Tensor, places: Seq[Place]) -> None:
-    for row, place in zip(logits, places, strict=True):
+    for i, place in enumerate(places):
         if place.sequence.constraint is not None:
-            forbidden = torch.ones(len(row), dtype=torch.bool)
+            forbidden = torch.ones(logits.shape[-1], dtype=torch.bool)
             forbidden[torch.tensor(place.sequence.constraint.mask(), dtype=torch.int64)] = False
-            row.masked_fill_(forbidden, -math.inf)
+            logits[i].masked_fill_(forbidden, -math.inf)
 
 
 def _ban(logits: torch.Tensor, places: Seq[Place]) -> None:
