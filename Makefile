@@ -21,7 +21,7 @@ test: setup  ## all tests but the long ones
 	@.venv/bin/python -m pytest -m "not exact" $(ARGS)
 
 exact: setup  ## the long form of the oracle: engine against plain transformers, reference tokens made anew
-	@.venv/bin/python -m pytest -m exact $(ARGS)
+	@.venv/bin/python -m pytest -m exact --timeout 1800 -o faulthandler_timeout=0 $(ARGS)
 
 bench: setup  ## measure this machine; writes load_tests/results/
 	@.venv/bin/python -m load_tests.bench $(ARGS)
