@@ -73,8 +73,9 @@ async def test_fp32_eight_at_once_cold_and_warm(model_cluster: ClusterProcess) -
         assert_answer(second, entry, cached_tokens=warm_tokens(entry))
 
 
+@pytest.mark.exact
 async def test_bf16_by_its_rule(default_model: ModelFiles, model_cluster: ClusterProcess) -> None:
-    """By a second application on the same Ray."""
+    """By a second application on the same Ray. Part of `make exact`: it takes 50 s where bf16 is widened."""
     (entry,) = entries("code")
     with running(
         *("--model", "default", "--ray-address", model_cluster.ready["ray_address"], "--app", "bf16"),
