@@ -58,8 +58,7 @@ class LinesView:
 
     def done(self, answers: Sequence[Answer], total_s: float) -> None:
         self._line("")
-        width = self.out.width if self.out.is_terminal else LINES_WIDTH
-        self.out.print(table(answers, width), width=width, soft_wrap=False, markup=False, highlight=False)
+        self.out.print(table(answers, self.out.width), soft_wrap=False, markup=False, highlight=False)
         self._line(summary(answers, total_s))
 
     def _line(self, text: str) -> None:
@@ -147,6 +146,12 @@ class JsonView:
     def _write(self, value: object) -> None:
         self._out.file.write(json.dumps(value) + "\n")
         self._out.file.flush()
+
+
+def output() -> Console:
+    """Return stdout, as wide as the table wants where no terminal has a width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LINES_WIDTH)
 
 
 def wave_title(wave: int, count: int) -> str:
