@@ -28,14 +28,14 @@ def demo(
     from rich.console import Console
 
     from cluster.demo import DemoOptions, run
-    from cluster.demo_view import JsonView, LinesView, TerminalView, output
+    from cluster.demo_view import JsonView, LinesView, TerminalView
     from cluster.model_progress import TerminalProgress
     from cluster.models import fetch_model
     from cluster.served import ServeFailedError
 
     if engine != "fake":  # here, where a progress bar is seen; the cluster finds the model in the cache
         fetch_model(model, progress=TerminalProgress())
-    out, errors = output(), Console(stderr=True)
+    out, errors = Console(), Console(stderr=True)
     kind = JsonView if as_json else TerminalView if out.is_terminal else LinesView
     view = kind(out, errors)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the cluster is a process of its own and must be stopped

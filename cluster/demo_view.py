@@ -58,6 +58,8 @@ class LinesView:
 
     def done(self, answers: Sequence[Answer], total_s: float) -> None:
         self._line("")
+        if not self.out.is_terminal:
+            self.out.width = LINES_WIDTH
         self.out.print(table(answers, self.out.width), soft_wrap=False, markup=False, highlight=False)
         self._line(summary(answers, total_s))
 
@@ -146,12 +148,6 @@ class JsonView:
     def _write(self, value: object) -> None:
         self._out.file.write(json.dumps(value) + "\n")
         self._out.file.flush()
-
-
-def output() -> Console:
-    """Return stdout, as wide as the table wants where no terminal has a width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LINES_WIDTH)
 
 
 def wave_title(wave: int, count: int) -> str:
