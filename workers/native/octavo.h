@@ -10,7 +10,8 @@
 
      F32    inputs x 16 float                                            element i of all 16 outputs, then i + 1
      BF16   inputs x 16 bf16
-     Q8     per group of 32 inputs:  scale[16] fp16 | 8 quads x 16 outputs x 4 int8                   544 bytes
+     Q8     per group of 32 inputs:  scale[16] fp16 | 8 quads x 16 outputs x 4 B                      544 bytes
+            byte b of quad j of an output: input 4 j + b; weight = scale * (byte - 128)
      Q4     per group of 32 inputs:  scale[16] fp16 | minimum[16] fp16 | 4 octets x 16 outputs x 4 B       320 bytes
             byte b of octet j of an output: input 8 j + b in its low nibble, input 8 j + 4 + b in its high one
             weight = scale * nibble + minimum
@@ -94,14 +95,24 @@ int32_t octavo_run(octavo_context *context, const octavo_step *step);
 
 void octavo_close(octavo_context *context);
 
-/* Single operations, in the calling thread, as tests and ablations take them. */
+/* Single operations in the calling thread, as tests and ablations take them. `portable` takes the kernels for any CPU. */
 
-/* y [rows, outputs] = x [rows, inputs] * weight + bias. */
-void octavo_linear(const octavo_matrix *weight, int32_t arithmetic, const float *x, int32_t rows, float *y);
+/* y [rows, outputs] = x [rows, inputs] * weight + bias; added to y with `add`. Returns 0, or -1 without memory. */
+int32_t octavo_linear(int32_t portable, const octavo_matrix *weight, int32_t arithmetic, const float *x, int32_t rows,
+                      int32_t add, float *y);
 
-/* Rotate, normalise where a norm is given, and store keys and values; attend; out [num_rows, num_heads * head_dim].
-   qkv [num_rows, (num_heads + 2 num_kv_heads) * head_dim] is overwritten. One layer's part: model->layers[layer]. */
-void octavo_attention(const octavo_model *model, const octavo_cache *cache, const octavo_step *step, int32_t layer,
-                      float *qkv, float *out);
+/* Normalise where the layer has norms, rotate, store keys and values, attend: layer `layer` of a step.
+   qkv [num_rows, (num_heads + 2 num_kv_heads) * head_dim] is overwritten; out is [num_rows, num_heads * head_dim].
+   Returns 0, or -1 without memory. */
+int32_t octavo_attention(int32_t portable, const octavo_model *model, const octavo_cache *cache, const octavo_step *step,
+                         int32_t layer, float *qkv, float *out);
+
+/* What is the same for every row or element: `operation` 0 rms_norm (x, weight, eps), 1 silu_product (x, weight as up). */
+void octavo_elementwise(int32_t portable, int32_t operation, const float *x, const float *weight, float eps, int32_t size,
+                        float *out);
+
+/* See kernels.h. */
+void octavo_round_row(int32_t portable, const float *x, int32_t size, int8_t *values, float *scales, float *sums);
+int32_t octavo_argmax(int32_t portable, const float *x, int32_t size);
 
 #endif
