@@ -2,7 +2,7 @@
 
    kernels_<set>.c defines one table by including linear.inc, attention.inc and elementwise.inc below a
    `#pragma GCC target`; dispatch.c chooses. All functions are called by several threads at once on disjoint outputs, and
-   allocate nothing: `scratch` has SCRATCH_BYTES(of the widest matrix) bytes, 64-byte aligned, the caller's own. */
+   allocate nothing: `scratch` has octavo_scratch_bytes(of the widest input) bytes, 64-byte aligned, the caller's own. */
 
 #ifndef OCTAVO_KERNELS_H
 #define OCTAVO_KERNELS_H
@@ -73,11 +73,15 @@ typedef struct {
 extern const octavo_kernels octavo_kernels_portable;
 extern const octavo_kernels octavo_kernels_avx2;
 
-/* The best table for this CPU. */
-const octavo_kernels *octavo_choose_kernels(void);
+/* The best table for this CPU, or the one for any. */
+const octavo_kernels *octavo_choose_kernels(int32_t portable);
 
-/* Enough for any kernel of this model, in bytes. */
-size_t octavo_scratch_bytes(const octavo_model *model, const octavo_cache *cache);
+/* Bytes of scratch that any kernel may use for products with up to `inputs` inputs: four panels in fp32, and as much
+   again as attention needs, which does not grow with the context. */
+static inline size_t octavo_scratch_bytes(int32_t inputs)
+{
+    return (size_t)inputs * OCTAVO_PANEL * 4 * 4 + ((size_t)256 << 10);
+}
 
 static inline int32_t octavo_num_panels(const octavo_matrix *weight)
 {
