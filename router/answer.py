@@ -140,7 +140,7 @@ class Answer:
         assert self._request is None
         assert not self.has_failed
         self._request = accepted.request
-        self._generated = accepted.new_choices()
+        self._generated = accepted.choices
         self._num_choices = accepted.num_choices
         if accepted.num_choices == len(self._generated):
             self._choices = self._generated
@@ -154,8 +154,12 @@ class Answer:
         if self._is_over:
             self._owner.over(self)
             cancel()
-        else:
-            self._cancel = cancel
+            return
+        self._cancel = cancel
+        for index, choice in enumerate(self._generated):
+            if choice.finish is not None:  # in what was received, and the engine does not know of each such end
+                cancel(index)
+        self._signal_if_output()
 
     def fail(self, error: OctavoError) -> None:
         """End with `error` unless the terminal was sent or an error came before; the engine's work ends with it."""

@@ -20,7 +20,7 @@ class Choice:
     """``pieces[i]`` is the text that became certain with ``token_ids[i]``; `tail` is what was held back to the end and
     belongs to `finish`.
 
-    The first `min_tokens` tokens end nothing. `received` is what the client has already: it counts as sent.
+    The first `min_tokens` tokens end nothing.
     """
 
     __slots__ = (
@@ -44,7 +44,6 @@ class Choice:
         *,
         stop_token_ids: frozenset[int] = frozenset(),
         min_tokens: int = 0,
-        received: Sequence[int] = (),
     ) -> None:
         self.detokenizer = detokenizer
         self.token_ids: list[int] = []
@@ -57,8 +56,24 @@ class Choice:
         self.is_finish_sent = False
         self._stop_token_ids = stop_token_ids
         self._min_tokens = min_tokens
-        self.push(received)
+        self.num_received = 0
+        """Tokens that the client had before this request; they count as sent."""
+        self.num_sent = 0
+
+    def receive(self, token_ids: Sequence[int], max_tokens: int) -> int:
+        """Begin with what the client has already; return how many of these tokens are the choice's: not those behind
+        its end. If it has ended, its finish is still to be sent."""
+        for token_id in token_ids:
+            self.push((token_id,))
+            is_stop = token_id in self._stop_token_ids and len(self.token_ids) > self._min_tokens
+            if self.finish is None and is_stop:
+                self.end(Finish(reason=FinishReason.STOP, stop_token_id=token_id))
+            elif self.finish is None and len(self.token_ids) == max_tokens:
+                self.end(Finish(reason=FinishReason.LENGTH))
+            if self.finish is not None:
+                break
         self.num_received = self.num_sent = len(self.token_ids)
+        return self.num_received
 
     def push(self, token_ids: Sequence[int]) -> int:
         """Take tokens and return how many: those after a stop string are dropped. A token that stops has no text."""

@@ -46,13 +46,23 @@ from workers.errors import (
     UnavailableError,
     Violation,
 )
-from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, Finish, FinishReason
+from workers.types import (
+    CAPABILITY_LOGIT_BIAS,
+    CAPABILITY_LOGPROBS,
+    CAPABILITY_RECEIVED_CHOICES,
+    Finish,
+    FinishReason,
+)
 
 MAX_LOSSES: Final = 3
 """A request that was on so many replicas when they were lost is not tried again: it may be what kills them."""
 
 
-_FIELDS: Final = {CAPABILITY_LOGPROBS: "logprobs", CAPABILITY_LOGIT_BIAS: "sampling.logit_bias"}
+_FIELDS: Final = {
+    CAPABILITY_LOGPROBS: "logprobs",
+    CAPABILITY_LOGIT_BIAS: "sampling.logit_bias",
+    CAPABILITY_RECEIVED_CHOICES: "received_token_ids",
+}
 """Of a request, by the capability that they need; best_of needs that of logprobs."""
 
 

@@ -45,8 +45,8 @@ class Placeable(Protocol):
 
 
 class PromptHashes:
-    """The block hashes of one request's prompt and received tokens, made when first asked for; replicas may differ in
-    block size."""
+    """The block hashes of one request's prompt, and of the received tokens of an only choice, made when first asked
+    for; replicas may differ in block size."""
 
     __slots__ = ("_hashes", "_key", "_request")
 
@@ -60,7 +60,8 @@ class PromptHashes:
         if hashes is None:
             hasher = PrefixHasher(self._key, block_size)
             root = hasher.root(self._request.salt, self._request.adapter)
-            known = [*self._request.prompt, *self._request.received] if self._request.received else self._request.prompt
+            received = self._request.received
+            known = [*self._request.prompt, *received[0]] if len(received) == 1 else self._request.prompt
             hashes = self._hashes[block_size] = hasher.blocks(root, known)
         return hashes
 

@@ -22,8 +22,8 @@ class Request:
     request_id: str
     model: str
     prompt: Sequence[int]
-    received: Sequence[int] = ()
-    """What the client has of the answer from before an interruption; the answer continues after it."""
+    received: Sequence[Sequence[int]] = ()
+    """What the client has of each choice from before an interruption; the answer continues after it. Or none at all."""
     sampling: SamplingParams
     max_tokens: int
     min_tokens: int = 0
@@ -45,12 +45,12 @@ class Request:
     @property
     def needed_capabilities(self) -> frozenset[str]:
         """What a replica's engine must be able to do for it, beyond generating."""
-        return needed_capabilities(self.sampling, self.num_logprobs)
+        return needed_capabilities(self.sampling, self.num_logprobs, self.received)
 
     @property
     def num_known_tokens(self) -> int:
-        """What a replica must have computed, or cached, before the next token: prompt and received tokens."""
-        return len(self.prompt) + len(self.received)
+        """What a replica must have computed, or cached, before the next tokens: prompt and received tokens."""
+        return len(self.prompt) + sum(map(len, self.received))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ from octavo.v1.types_pb2 import TRUNCATE_NONE, TRUNCATE_UNSPECIFIED, ChatMessage
 
 from router.choice import Choice
 from router.config import RouterConfig
-from router.detokenizer import StopStrings
 from router.identity import ANYBODY, Identity
 from router.model import ServedModel
+from router.received import MAX_INLINE_RECEIVED, check_received, new_choices, num_received
 from router.sampling import check_sampling, make_sampling
 from router.tokenizer import MAX_INLINE_CHARACTERS
 from router.types import Request
@@ -54,24 +54,11 @@ class Accepted(NamedTuple):
     """A valid request, and what of it is the front's business alone."""
 
     request: Request
-    model: ServedModel
-    stops: tuple[str, ...]
+    choices: list[Choice]
+    """All that are generated, as they begin."""
     num_choices: int
-    """How many of those that are generated are the answer."""
+    """How many of them are the answer."""
     sends_logprobs: bool
-
-    def new_choices(self) -> list[Choice]:
-        """Return what the choices that are generated begin as."""
-        request, stops = self.request, StopStrings(self.stops) if self.stops else None
-        return [
-            Choice(
-                self.model.tokenizer.detokenizer(stops),
-                stop_token_ids=request.stop_token_ids,
-                min_tokens=request.min_tokens,
-                received=request.received,
-            )
-            for _ in range(request.n)
-        ]
 
 
 class Validator:
@@ -84,7 +71,9 @@ class Validator:
     def is_quick(self, message: GenerateRequest) -> bool:
         """Whether `accept` will do without suspending."""
         prompt = message.prompt
-        return not prompt.HasField("messages") and len(prompt.text) <= MAX_INLINE_CHARACTERS
+        if prompt.HasField("messages") or len(prompt.text) > MAX_INLINE_CHARACTERS:
+            return False
+        return num_received(message) <= MAX_INLINE_RECEIVED
 
     async def accept(self, message: GenerateRequest, envelope: Envelope, *, traceparent: str) -> Accepted:
         """Return the valid request. `traceparent`: of the span that the back's spans shall belong to.
@@ -99,7 +88,7 @@ class Validator:
         num_choices, num_generated = self._check_choices(message, violations)
         prompt = await self.prompt_ids(model, message.prompt, violations)
         max_tokens = self._check_length(message, prompt, model, violations)
-        received = _check_received(message, num_generated, max_tokens, model, violations)
+        received = check_received(message, num_choices, num_generated, model, violations)
         violations.raise_if_any()
         num_logprobs = message.logprobs if message.HasField("logprobs") else None
         if num_generated > num_choices and num_logprobs is None:
@@ -125,10 +114,9 @@ class Validator:
             traceparent=traceparent,
             tracestate=envelope.tracestate,
         )
-        accepted = Accepted(request, model, tuple(message.stop), num_choices, message.HasField("logprobs"))
-        if received:
-            _refuse_if_ended(accepted)
-        return accepted
+        choices = await new_choices(request, message.stop, model, violations)
+        violations.raise_if_any()
+        return Accepted(request, choices, num_choices, message.HasField("logprobs"))
 
     def model(self, name: str) -> tuple[str, ServedModel]:
         """Return a served model. Raises NotFoundError, or NotServedError for an adapter."""
@@ -267,41 +255,6 @@ def _check_not_served(message: GenerateRequest, violations: Violations) -> None:
         message.truncate in (TRUNCATE_UNSPECIFIED, TRUNCATE_NONE), "truncate", "any value other than TRUNCATE_NONE"
     )
     violations.serve(not message.HasField("response_format"), "response_format")
-
-
-def _check_received(
-    message: GenerateRequest, num_generated: int, max_tokens: int, model: ServedModel, violations: Violations
-) -> Sequence[int]:
-    """Return the tokens of the one choice that the answer continues after; none: it begins."""
-    lists = message.received_token_ids
-    if not lists:
-        return ()
-    if num_generated > 1:
-        what = f"continuing {num_generated} choices at once (send each as a request of its own, seed + its index)"
-        violations.serve(False, "received_token_ids", what)
-        return ()
-    violations.require(
-        len(lists) == 1, "received_token_ids", "must have one list for each choice, of which there is 1", len(lists)
-    )
-    field, received = "received_token_ids[0]", lists[0].ids
-    rule = f"must have fewer tokens than max_tokens = {max_tokens}, with which the answer has ended"
-    violations.require(len(received) < max(max_tokens, 1), field, rule, len(received))
-    check_token_ids(received, f"{field}.ids", model, violations)
-    return tuple(received)
-
-
-def _refuse_if_ended(accepted: Accepted) -> None:
-    """Raise InvalidRequestError if what was received has the answer's end in it."""
-    request, [choice] = accepted.request, accepted.new_choices()
-    rule, field = "must not have the answer's end in it", "received_token_ids[0]"
-    violations = Violations()
-    for i, token_id in enumerate(request.received[request.min_tokens :], start=request.min_tokens):
-        if token_id in request.stop_token_ids:
-            violations.require(False, f"{field}.ids[{i}]", rule, f"stop token {token_id}")
-            break
-    if choice.finish is not None:
-        violations.require(False, field, rule, f"stop string {choice.finish.stop!r}")
-    violations.raise_if_any()
 
 
 def _is_surely_too_long(text: str, model: ServedModel, field: str, violations: Violations) -> bool:

@@ -24,7 +24,6 @@ def to_work(request: Request, *, work_id: int, attempt: int, now: float, tracepa
         salt=request.salt,
         generate=pb.Generate(
             prompt_token_ids=request.prompt,
-            received_token_ids=request.received,
             max_tokens=request.max_tokens,
             min_tokens=request.min_tokens,
             stop_token_ids=sorted(request.stop_token_ids),
@@ -32,6 +31,10 @@ def to_work(request: Request, *, work_id: int, attempt: int, now: float, tracepa
             sampling=_to_sampling(request.sampling),
         ),
     )
+    if len(request.received) == 1:
+        work.generate.received_token_ids.extend(request.received[0])
+    else:
+        work.generate.received_choices.extend(pb.TokenIds(ids=token_ids) for token_ids in request.received)
     if request.num_logprobs is not None:
         work.generate.num_logprobs = request.num_logprobs
     return work
@@ -94,4 +97,6 @@ def from_load(message: pb.Load, num_steps: int = 0) -> Load:
         prefix_cache_hits=message.prefix_cache_hits,
         num_computed_tokens=message.num_computed_tokens,
         num_steps=num_steps,
+        num_drafted_tokens=message.num_drafted_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )

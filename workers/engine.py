@@ -176,7 +176,8 @@ class PagedEngine:
                     arrival=self._num_arrivals,
                     arrived_at=now,
                     constraint=constraint,
-                    leader=sequences[0] if sequences else None,
+                    # Choices that go on after tokens of their own share what the cache has, and no block in part.
+                    leader=sequences[0] if sequences and not work.received else None,
                     proposer=self._proposer() if constraint is None else None,
                 )
             )

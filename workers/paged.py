@@ -23,6 +23,7 @@ from workers.types import (
     CAPABILITY_GENERATE,
     CAPABILITY_LOGIT_BIAS,
     CAPABILITY_LOGPROBS,
+    CAPABILITY_RECEIVED_CHOICES,
     EngineInfo,
     ModelManifest,
 )
@@ -84,7 +85,9 @@ def assemble(
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         weights_fingerprint=manifest.weights_fingerprint,
         hash_key_fingerprint=hasher.key_fingerprint,
-        capabilities=frozenset({CAPABILITY_GENERATE, CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS}),
+        capabilities=frozenset(
+            {CAPABILITY_GENERATE, CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS, CAPABILITY_RECEIVED_CHOICES}
+        ),
         dtype=DTYPE_NAMES[model.dtype],
         kernels=kernels.kernel_for(model.dtype),
         memory=memory_sum,

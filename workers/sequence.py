@@ -63,7 +63,8 @@ class Sequence:
         self.work = work
         self.index = index
         self.arrival = arrival
-        self.tokens: list[int] = [*work.prompt, *work.received]
+        received = work.received[index] if work.received else ()
+        self.tokens: list[int] = [*work.prompt, *received]
         self.block_table: list[int] = []
         self.sampling: SamplingParams = (
             replace(work.sampling, seed=(work.sampling.seed + index) % 2**64) if index else work.sampling
@@ -74,7 +75,7 @@ class Sequence:
         self.proposer = proposer
         self.constraint = constraint
         if constraint is not None:
-            for token in work.received:
+            for token in received:
                 constraint.advance(token)
         self.num_computed = 0
         self.num_scheduled = 0

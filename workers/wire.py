@@ -7,6 +7,7 @@ taken as they are; what an engine cannot do, it says itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
@@ -22,49 +23,45 @@ from workers.types import (
     WorkId,
 )
 
+SHARED_FIELDS = ("request_id", "attempt", "priority", "traceparent", "tracestate", "adapter", "salt")
+"""Of every kind of work, called the same on the wire."""
+
 
 def from_work(message: pb.Work, owner: str, now: float) -> Work:
-    """Return the work for the engine; its deadline counts from `now`. Raises ValueError for a kind that is unknown."""
-    deadline = now + message.timeout_us / 1e6 if message.timeout_us else None
-    work_id = WorkId(owner, message.work_id)
+    """Return the work for the engine; its deadline counts from `now`. Raises ValueError for what no engine knows."""
+    shared: dict[str, Any] = {name: getattr(message, name) for name in SHARED_FIELDS}
+    shared["work_id"] = WorkId(owner, message.work_id)
+    shared["deadline"] = now + message.timeout_us / 1e6 if message.timeout_us else None
     kind = message.WhichOneof("work")
     if kind == "generate":
-        generate = message.generate
-        return GenerateWork(
-            work_id=work_id,
-            request_id=message.request_id,
-            attempt=message.attempt,
-            priority=message.priority,
-            deadline=deadline,
-            traceparent=message.traceparent,
-            tracestate=message.tracestate,
-            adapter=message.adapter,
-            salt=message.salt,
-            prompt=list(generate.prompt_token_ids),
-            received=list(generate.received_token_ids),
-            sampling=_from_sampling(generate.sampling),
-            max_tokens=generate.max_tokens,
-            min_tokens=generate.min_tokens,
-            stop_token_ids=frozenset(generate.stop_token_ids),
-            n=generate.n or 1,
-            num_logprobs=generate.num_logprobs if generate.HasField("num_logprobs") else None,
-        )
+        return _from_generate(message.generate, shared)
     if kind == "pool":
-        return PoolWork(
-            work_id=work_id,
-            request_id=message.request_id,
-            attempt=message.attempt,
-            priority=message.priority,
-            deadline=deadline,
-            traceparent=message.traceparent,
-            tracestate=message.tracestate,
-            adapter=message.adapter,
-            salt=message.salt,
-            tokens=list(message.pool.token_ids),
-            method=message.pool.method,
-            normalize=message.pool.normalize,
-        )
+        pool = message.pool
+        return PoolWork(tokens=list(pool.token_ids), method=pool.method, normalize=pool.normalize, **shared)
     raise ValueError("this release knows works of kind generate and pool only")
+
+
+def _from_generate(generate: pb.Generate, shared: dict[str, Any]) -> GenerateWork:
+    n, received = generate.n or 1, _received(generate)
+    if received and len(received) != n:
+        raise ValueError(f"received_choices must have a list for each of {n} choices, has {len(received)}")
+    return GenerateWork(
+        prompt=list(generate.prompt_token_ids),
+        received=received,
+        sampling=_from_sampling(generate.sampling),
+        max_tokens=generate.max_tokens,
+        min_tokens=generate.min_tokens,
+        stop_token_ids=frozenset(generate.stop_token_ids),
+        n=n,
+        num_logprobs=generate.num_logprobs if generate.HasField("num_logprobs") else None,
+        **shared,
+    )
+
+
+def _received(generate: pb.Generate) -> list[list[int]]:
+    if generate.received_token_ids:
+        return [list(generate.received_token_ids)]
+    return [list(choice.ids) for choice in generate.received_choices]
 
 
 def _from_sampling(message: pb.SamplingParams) -> SamplingParams:
@@ -123,6 +120,8 @@ def to_load(load: Load) -> pb.Load:
         prefix_cache_hits=load.prefix_cache_hits,
         num_preemptions=load.num_preemptions,
         num_computed_tokens=load.num_computed_tokens,
+        num_drafted_tokens=load.num_drafted_tokens,
+        num_accepted_tokens=load.num_accepted_tokens,
     )
 
 

@@ -245,7 +245,7 @@ def _num_choices(work: Work) -> int:
 
 def _needed_capabilities(work: Work) -> frozenset[str]:
     if isinstance(work, GenerateWork):
-        return needed_capabilities(work.sampling, work.num_logprobs) | {CAPABILITY_GENERATE}
+        return needed_capabilities(work.sampling, work.num_logprobs, work.received) | {CAPABILITY_GENERATE}
     return frozenset({CAPABILITY_POOL})
 
 

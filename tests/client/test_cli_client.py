@@ -237,9 +237,9 @@ async def test_a_batch_takes_every_option_and_gives_every_choice(
     async with running() as rig:
         rig.backend.script = script
         assert await batch(make_client(rig.address), tasks, tmp_path / "out.jsonl") == 0
-        requests = {len(work.request.received): work.request for work in rig.backend.works}
+        requests = {sum(map(len, work.request.received)): work.request for work in rig.backend.works}
         assert any(dict(work.request.sampling.logit_bias) == {5: 1.5} for work in rig.backend.works)
-        assert list(requests[2].received) == [104, 105]
+        assert requests[2].received == ((104, 105),)
     answers = read_lines(tmp_path / "out.jsonl")
     assert [choice["text"] for choice in answers["two"]["choices"]] == ["a", "b"]
     assert answers["two"]["logprobs"] == [{"token_id": 97, "logprob": -1.0, "top": [[97, -1.0], [0, -9.0]]}]

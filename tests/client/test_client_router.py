@@ -10,6 +10,7 @@ import pytest
 from octavo.client import (
     Client,
     DeadlineExceededError,
+    Finish,
     FinishReason,
     InvalidArgumentError,
     NotFoundError,
@@ -136,6 +137,28 @@ async def test_an_answer_goes_on_after_received_tokens_over_a_cut(
         work.emit(TEXT[20:])
         work.finish()
         assert (await reading).text == TEXT[10:]
+    await rig.assert_nothing_left()
+
+
+async def test_each_choice_goes_on_after_its_received_tokens_over_a_cut(
+    client: Client, rig: Rig, proxy: CuttableProxy
+) -> None:
+    """As a client asks another router after the death of one: two choices in the middle, one at its end."""
+    received = [list(TEXT[:cut].encode()) for cut in (4, 9, 15)]
+    reading = asyncio.create_task(client.complete("Hi", n=3, received_token_ids=received, stop=TEXT[10:15]))
+    work = await rig.backend.work()
+    assert [list(each) for each in work.request.received] == received
+    work.dispatch()
+    work.emit(TEXT[4:7], 0)
+    work.emit(TEXT[9:14], 1)
+    await asyncio.sleep(0.01)
+    proxy.cut()
+    work.emit(TEXT[7:], 0)
+    work.emit(TEXT[14:], 1)
+    answer = await reading
+    assert [choice.text for choice in answer.choices] == [TEXT[4:10], TEXT[9:10], ""]
+    assert [bytes(choice.token_ids).decode() for choice in answer.choices] == [TEXT[4:15], TEXT[9:15], ""]
+    assert {choice.finish for choice in answer.choices} == {Finish(FinishReason.STOP, stop=TEXT[10:15])}
     await rig.assert_nothing_left()
 
 

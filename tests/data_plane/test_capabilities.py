@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
 from router.dispatcher import Dispatcher
@@ -24,7 +25,15 @@ from tests.data_plane.rig import (
 from workers.errors import CapabilityError
 from workers.fake import FakeRunner, FakeTicket
 from workers.plan import StepPlan
-from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, SamplingParams, TokenLogprobs
+from workers.types import (
+    CAPABILITY_GENERATE,
+    CAPABILITY_LOGIT_BIAS,
+    CAPABILITY_LOGPROBS,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+)
+from workers.wire import from_work
 
 
 class TellingRunner(FakeRunner):
@@ -145,9 +154,59 @@ async def test_an_answer_goes_on_after_what_was_received() -> None:
         dispatcher.submit(whole, first)
         await first.wait()
         for cut in (1, 17, 39):
-            request, sink = replace(whole, received=first.token_ids[:cut]), RecordingSink()
+            request, sink = replace(whole, received=[first.token_ids[:cut]]), RecordingSink()
             dispatcher.submit(request, sink)
             await sink.wait()
             assert first.token_ids[:cut] + sink.token_ids == first.token_ids
             assert sink.finish is not None
             assert sink.decisions[0].matched_tokens == (30 + cut - 1) // 4 * 4
+
+
+async def test_each_choice_goes_on_after_what_was_received_of_it() -> None:
+    """One of them is over; what all share is computed once."""
+    replica = Replica("one")
+    async with started(replica) as dispatcher:
+        whole = make_request(range(30), 40, n=3)
+        first = RecordingSink()
+        dispatcher.submit(whole, first)
+        await first.wait()
+        cuts = (5, 40, 22)
+        received = [first.answers[index][:cut] for index, cut in enumerate(cuts)]
+        request, sink = replace(whole, received=received), RecordingSink()
+        dispatcher.submit(request, sink)
+        await sink.wait()
+        for index, had in enumerate(received):
+            assert [*had, *sink.answers.get(index, [])] == first.answers[index]
+        assert [sink.finishes[index].reason for index in range(3)] == [FinishReason.LENGTH] * 3
+
+
+async def test_a_choice_that_its_router_knows_to_be_over_is_not_generated() -> None:
+    replica = Replica("one")
+    async with started(replica) as dispatcher:
+        request, sink = make_request(range(30), 40, n=2, received=[[7, 8], [9]]), RecordingSink()
+        cancel = dispatcher.submit(request, sink)
+        sink.not_wanted.add(0)
+        cancel(0)
+        await sink.wait()
+        assert list(sink.finishes) == [1]
+        assert len(sink.answers[1]) == 39
+        assert replica.engine.runner.num_computed_rows <= 31 + 39
+
+
+async def test_several_choices_that_go_on_are_for_replicas_that_know_how() -> None:
+    """An older one would begin them anew."""
+    older = Replica("older")
+    older.engine._info = replace(older.engine.info, capabilities=frozenset({CAPABILITY_GENERATE}))
+    async with started(older) as dispatcher:
+        with pytest.raises(CapabilityError) as refusal:
+            dispatcher.submit(make_request(range(9), n=2, received=[[1], []]), RecordingSink())
+        assert [violation.field for violation in refusal.value.violations] == ["received_token_ids"]
+        request, sink = make_request(range(9), received=[[1]]), RecordingSink()
+        dispatcher.submit(request, sink)
+        assert (await sink.wait()).error is None
+
+
+def test_a_work_has_a_list_for_each_choice_or_none() -> None:
+    generate = pb.Generate(prompt_token_ids=[1], max_tokens=9, n=3, received_choices=[pb.TokenIds(ids=[1])])
+    with pytest.raises(ValueError, match="a list for each of 3 choices, has 1"):
+        from_work(pb.Work(work_id=1, generate=generate), "owner", 0.0)

@@ -60,6 +60,17 @@ async def test_an_answer_goes_on_where_it_was_cut(model_cluster: ClusterProcess)
     assert rest.finish.stop == stop
 
 
+async def test_each_choice_goes_on_where_it_was_cut(model_cluster: ClusterProcess) -> None:
+    options: dict[str, object] = {"n": 3, "seed": 3, "max_tokens": 12, "frequency_penalty": 1.0, "ignore_eos": True}
+    whole = await ask(model_cluster, **options)
+    received = [choice.token_ids[:cut] for choice, cut in zip(whole.choices, (0, 5, 12), strict=True)]
+    rest = await ask(model_cluster, received_token_ids=received, **options)
+    for had, before, after in zip(received, whole.choices, rest.choices, strict=True):
+        assert had + after.token_ids == before.token_ids
+        assert before.text.endswith(after.text)
+        assert after.finish == before.finish
+
+
 async def test_a_bias_rules_and_min_tokens_hold_the_end_back(model_cluster: ClusterProcess) -> None:
     first = (await ask(model_cluster, temperature=0.0, max_tokens=1)).token_ids[0]
     assert (await ask(model_cluster, temperature=0.0, max_tokens=1, logit_bias={first: -100.0})).token_ids[0] != first

@@ -46,7 +46,7 @@ def generate(
             GenerateWork(
                 work_id=WorkId("oracle", number),
                 prompt=prompt,
-                received=received[number] if received else (),
+                received=[received[number]] if received else (),
                 sampling=sampling,
                 max_tokens=max_tokens,
             )

@@ -116,7 +116,7 @@ def _work(number: int, entry: Committed, num_tokens: int, *, n: int = 1, cut: in
     return GenerateWork(
         work_id=WorkId("oracle", number),
         prompt=entry.prompt,
-        received=entry.answer[:cut],
+        received=[entry.answer[:cut]] * n if cut else (),
         sampling=GREEDY,
         max_tokens=num_tokens,
         n=n,

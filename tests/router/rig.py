@@ -195,8 +195,10 @@ class Outcome:
     num_terminals: int = 1
     trailers: Mapping[str, Any] = field(default_factory=dict)
     logprobs: list[types.TokenLogprobs] = field(default_factory=list)
+    received: Sequence[int] = ()
+    """How many tokens of each choice the request says are there already."""
     num_received: int = 0
-    """Tokens that the request says are there already."""
+    """Of the first choice."""
     others: dict[int, Outcome] = field(default_factory=dict)
     """Text, tokens and finish of the choices after the first."""
 
@@ -214,7 +216,10 @@ class Outcome:
                 choice.finish = delta.finish
 
     def choice(self, index: int) -> Outcome:
-        return self.others.setdefault(index, Outcome(grpc.StatusCode.UNKNOWN)) if index else self
+        if not index:
+            return self
+        num_received = self.received[index] if index < len(self.received) else 0
+        return self.others.setdefault(index, Outcome(grpc.StatusCode.UNKNOWN, num_received=num_received))
 
     @property
     def texts(self) -> list[str]:
@@ -236,7 +241,7 @@ class Rig:
 
     async def generate(self, request: pb.GenerateRequest, **options: Any) -> Outcome:
         call = self.stub.Generate(request, **{"timeout": 10, **options})
-        return await read_generate(call, num_received=num_received(request))
+        return await read_generate(call, received=received_counts(request))
 
     async def session(self, request: pb.GenerateRequest, **start: Any) -> Outcome:
         async with self.open_session() as session:
@@ -262,13 +267,12 @@ class Rig:
         assert all(work.is_over for work in self.backend.works)
 
 
-def num_received(request: pb.GenerateRequest | None) -> int:
-    lists = request.received_token_ids if request is not None else ()
-    return len(lists[0].ids) if lists else 0
+def received_counts(request: pb.GenerateRequest | None) -> list[int]:
+    return [len(each.ids) for each in request.received_token_ids] if request is not None else []
 
 
-async def read_generate(call: Any, *, num_received: int = 0) -> Outcome:
-    outcome = Outcome(grpc.StatusCode.OK, num_received=num_received)
+async def read_generate(call: Any, *, received: Sequence[int] = ()) -> Outcome:
+    outcome = Outcome(grpc.StatusCode.OK, received=received, num_received=received[0] if received else 0)
     try:
         while (message := await call.read()) is not grpc.aio.EOF:
             assert outcome.usage is None, "a message after the last"
@@ -319,8 +323,8 @@ class ClientSession:
         await self.call.write(pb.SessionRequest(**lists))
 
     async def start(self, request_id: str, request: pb.GenerateRequest | None = None, **fields: Any) -> None:
-        if received := num_received(request):
-            new = Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0, num_received=received)
+        if received := received_counts(request):
+            new = Outcome(grpc.StatusCode.UNKNOWN, num_terminals=0, received=received, num_received=received[0])
             self.outcomes.setdefault(request_id, new)
         await self.send(starts=[pb.Start(request_id=request_id, request=request, **fields)])
 

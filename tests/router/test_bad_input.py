@@ -42,7 +42,7 @@ def received(*lists: Sequence[int]) -> list[types.TokenIds]:
     return [types.TokenIds(ids=token_ids) for token_ids in lists]
 
 
-RECEIVED = "received_token_ids[0]"
+RECEIVED, OTHER = "received_token_ids[0]", "received_token_ids[1]"
 
 INVALID_FIELDS = [
     (sampling(temperature=-0.5), "sampling.temperature", "is -0.5"),
@@ -73,10 +73,13 @@ INVALID_FIELDS = [
     (sampling(logit_bias={5: 1.0, 6: math.nan}), "sampling.logit_bias[6]", "is nan"),
     (sampling(logit_bias=dict.fromkeys(range(1_025), 1.0)), "sampling.logit_bias", "at most 1024 entries, is 1025"),
     (text_request(received_token_ids=received([1], [2])), "received_token_ids", "one list for each choice"),
-    (text_request(received_token_ids=received([1] * 5), max_tokens=5), RECEIVED, "fewer tokens than max_tokens = 5"),
-    (text_request(received_token_ids=received([1, 256, 3])), f"{RECEIVED}.ids[1]", "the answer's end in it, is 'stop"),
-    (text_request(received_token_ids=received([9]), stop_token_ids=[9]), f"{RECEIVED}.ids[0]", "is 'stop token 9'"),
-    (text_request(received_token_ids=received(b"aENDb"), stop=["END"]), RECEIVED, "stop string 'END'"),
+    (text_request(received_token_ids=received([1]), n=2), "received_token_ids", "of which there are 2, is 1"),
+    (text_request(received_token_ids=received([], []), n=3), "received_token_ids", "of which there are 3, is 2"),
+    (text_request(received_token_ids=received([1]), best_of=2), "received_token_ids", "must be empty with best_of > n"),
+    (text_request(received_token_ids=received([1] * 6), max_tokens=5), RECEIVED, "end, is '1 after max_tokens'"),
+    (text_request(received_token_ids=received([1, 256, 3])), RECEIVED, "end, is '1 after stop token 256'"),
+    (text_request(received_token_ids=received([1], [9, 9]), n=2, stop_token_ids=[9]), OTHER, "1 after stop token 9"),
+    (text_request(received_token_ids=received(b"aENDbc"), stop=["END"]), RECEIVED, "2 after stop string"),
     (text_request(stop=["a"] * 17), "stop", "at most 16 strings, is 17"),
     (text_request(stop=["ok", ""]), "stop[1]", "1 to 256 bytes, is 0"),
     (text_request(stop=["é" * 129]), "stop[0]", "1 to 256 bytes, is 258"),
@@ -125,8 +128,6 @@ async def test_invalid_with_a_reason_of_its_own(
 
 
 NOT_SERVED = [
-    (text_request(received_token_ids=received([1], [2]), n=2), "received_token_ids"),
-    (text_request(received_token_ids=received([1]), best_of=2), "received_token_ids"),
     (text_request(truncate=types.TRUNCATE_LEFT), "truncate"),
     (text_request(truncate=99), "truncate"),
     (text_request(response_format=types.ResponseFormat(regex="a+")), "response_format"),

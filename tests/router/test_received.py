@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import grpc
 import pytest
 from octavo.v1 import inference_service_pb2 as pb
@@ -14,14 +16,15 @@ TEXT = "é한🙂 the EN end"
 TOKENS = TEXT.encode()
 
 
-def after(token_ids: bytes, **fields: object) -> pb.GenerateRequest:
-    received = [types.TokenIds(ids=token_ids)]
+def after(*lists: bytes, **fields: object) -> pb.GenerateRequest:
+    received = [types.TokenIds(ids=token_ids) for token_ids in lists]
     return text_request("hi", received_token_ids=received, **fields)  # type: ignore[arg-type]
 
 
 def going_on(work: Work) -> None:
     work.dispatch()
-    for token in TOKENS[len(work.request.received) :]:
+    num_received = len(work.request.received[0]) if work.request.received else 0
+    for token in TOKENS[num_received:]:
         work.emit([token], logprob=-1.0 if work.request.num_logprobs is not None else None)
     work.finish()
 
@@ -45,7 +48,7 @@ async def test_every_cut_joins_to_the_whole(rig: Rig, way: str) -> None:
         assert len(outcome.logprobs) == len(TOKENS) - cut
         assert outcome.usage is not None
         assert (outcome.usage.prompt_tokens, outcome.usage.generated_tokens) == (2, len(TOKENS))
-        assert bytes(rig.backend.works[-1].request.received) == TOKENS[:cut]
+        assert [bytes(each) for each in rig.backend.works[-1].request.received] == [TOKENS[:cut]] * bool(cut)
     await rig.assert_nothing_left()
 
 
@@ -97,3 +100,116 @@ async def test_a_request_that_the_router_does_not_know_begins_with_what_was_rece
         assert bytes((await session.outcome("a")).token_ids) == TOKENS[3:]
         await session.start("b", after(TOKENS[:3]), attach_offsets=[4])
         assert (await session.outcome("b")).reason == "REQUEST_NOT_FOUND"
+
+
+ANSWERS = (TOKENS, b"second EN", b"3rd one: of three")
+
+
+def all_going_on(work: Work) -> None:
+    """Each choice after its own tokens, a token of each in turn, to its end."""
+    work.dispatch()
+    received = work.request.received or [()] * len(ANSWERS)
+    left = [list(answer[len(had) :]) for answer, had in zip(ANSWERS, received, strict=True)]
+    while any(left):
+        for index, tokens in enumerate(left):
+            if tokens:
+                work.emit([tokens.pop(0)], index, logprob=-1.0 if work.request.num_logprobs is not None else None)
+    for index in range(len(ANSWERS)):
+        work.finish(index=index)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_each_choice_goes_on_after_its_own_tokens(rig: Rig, way: str, seed: int) -> None:
+    """Cut anywhere, each elsewhere: tokens, text and finish are those of the undisturbed answer."""
+    rig.backend.script = all_going_on
+    rng = random.Random(seed)
+    whole = await rig.run(way, text_request("hi", n=3, stop=["END", "of"]))
+    lists = [bytes(whole.choice(i).token_ids) for i in range(3)]
+    cuts = [rng.randrange(len(tokens)) for tokens in lists]
+    received = [tokens[:cut] for tokens, cut in zip(lists, cuts, strict=True)]
+    rest = await rig.run(way, after(*received, n=3, stop=["END", "of"], logprobs=0))
+    assert rest.code == OK
+    for i, (cut, tokens) in enumerate(zip(cuts, lists, strict=True)):
+        choice, before = rest.choice(i), whole.choice(i)
+        assert bytes(choice.token_ids) == tokens[cut:]
+        assert before.text.endswith(choice.text)
+        assert choice.finish == before.finish
+        assert len(choice.logprobs) == len(tokens) - cut
+    assert rest.usage is not None
+    assert rest.usage.generated_tokens == sum(map(len, lists))
+    assert [bytes(each) for each in rig.backend.works[-1].request.received] == received
+    await rig.assert_nothing_left()
+
+
+STOP, LENGTH = types.FINISH_REASON_STOP, types.FINISH_REASON_LENGTH
+ENDED = [
+    (b"one END", types.Finish(reason=STOP, stop="END"), ""),
+    (b"two!", types.Finish(reason=STOP, stop_token_id=ord("!")), ""),
+    (b"12345678 E", types.Finish(reason=LENGTH), "E"),
+    (b"12345678 \xe9", types.Finish(reason=LENGTH), "\N{REPLACEMENT CHARACTER}"),
+]
+"""What was received, the finish that its last token brings, and the text that was held back to the end."""
+
+
+@pytest.mark.parametrize(("received", "finish", "tail"), ENDED)
+async def test_a_choice_that_had_ended_sends_its_finish_and_is_not_generated(
+    rig: Rig, way: str, received: bytes, finish: types.Finish, tail: str
+) -> None:
+    """Its client may have lost the finish together with the router."""
+
+    def script(work: Work) -> None:
+        work.dispatch()
+        work.emit("never", 0)
+        work.emit("more", 1)
+        work.finish(index=1)
+
+    rig.backend.script = script
+    outcome = await rig.run(
+        way, after(received, b"some ", n=2, stop=["END"], stop_token_ids=[ord("!")], max_tokens=10, min_tokens=2)
+    )
+    assert (outcome.code, outcome.texts) == (OK, [tail, "more"])
+    assert (outcome.token_ids, outcome.finish) == ([], finish)
+    assert outcome.choice(1).finish == types.Finish(reason=LENGTH)
+    assert rig.backend.works[0].cancelled_choices == [0]
+    await rig.assert_nothing_left()
+
+
+async def test_an_answer_that_had_ended_needs_no_replica(rig: Rig, way: str) -> None:
+    outcome = await rig.run(way, after(b"aEND", b"b!", n=2, stop=["END"], stop_token_ids=[ord("!")]))
+    assert (outcome.code, outcome.texts) == (OK, ["", ""])
+    assert outcome.finish == types.Finish(reason=STOP, stop="END")
+    assert outcome.choice(1).finish == types.Finish(reason=STOP, stop_token_id=ord("!"))
+    assert outcome.usage is not None
+    assert (outcome.usage.generated_tokens, outcome.usage.decode_s) == (6, 0.0)
+    await rig.assert_nothing_left()
+
+
+async def test_a_long_answer_is_looked_through_in_a_thread(rig: Rig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.received.MAX_INLINE_RECEIVED", 8)
+    monkeypatch.setattr("router.validation.MAX_INLINE_RECEIVED", 8)
+    rig.backend.script = all_going_on
+    received = [answer[:4] for answer in ANSWERS]
+    outcome = await rig.run(way, after(*received, n=3))
+    assert [bytes(outcome.choice(i).token_ids) for i in range(3)] == [answer[4:] for answer in ANSWERS]
+
+
+async def test_an_attachment_counts_the_received_tokens_of_each_choice(rig: Rig) -> None:
+    async with rig.open_session() as session:
+        await session.start("a", after(b"abc", b"", n=2))
+        work = await rig.backend.work()
+        work.emit("de", 0)
+        work.emit("A", 1)
+        await session.until(lambda: session.known("a").texts == ["de", "A"])
+        session.call.cancel()
+        await eventually(lambda: rig.server.sessions.num_open == 0)
+    for offsets, field, words in (([2, 0], 0, "must be in [3, 5]"), ([3, 2], 1, "must be in [0, 1]")):
+        async with rig.open_session() as session:
+            await session.start("a", attach_offsets=offsets)
+            assert words in (await session.outcome("a")).violations[f"attach_offsets[{field}]"]
+    async with rig.open_session() as session:
+        await session.start("a", after(b"abcd", b"", n=2), attach_offsets=[4, 0])
+        for index in range(2):
+            work.finish(index=index)
+        outcome = await session.outcome("a")
+        assert (outcome.code, outcome.texts) == (OK, ["e", "A"])
+    await rig.assert_nothing_left()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from octavo.names import Reason
 
@@ -160,7 +162,7 @@ def test_what_cannot_be_done_ends_with_its_reason(bad: GenerateWork, reason: str
 @pytest.mark.parametrize(("received", "reason"), [([5, 9], FinishReason.STOP), ([5, 6, 7, 8], FinishReason.LENGTH)])
 def test_an_answer_that_was_complete_before_a_resume_ends_at_once(received: list[int], reason: FinishReason) -> None:
     engine = ToyEngine()
-    engine.submit(work(1, [1, 2], 4, received=received, stop_token_ids=frozenset({9})))
+    engine.submit(work(1, [1, 2], 4, received=[received], stop_token_ids=frozenset({9})))
     answer = only(engine.run())
     assert (answer.finish, answer.tokens, engine.runner.num_launches) == (reason, [], 0)
 
@@ -239,6 +241,31 @@ def test_choices_whose_leader_has_ended_compute_for_themselves() -> None:
     assert engine.runner.num_rows == 12
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("num_blocks", [14, 64])
+@pytest.mark.parametrize("cuts", [(3, 0, 7, 1), (0, 5, 5, 12), (13, 2, 0, 4)])
+def test_choices_go_on_each_after_its_own_tokens(
+    cuts: tuple[int, ...], num_blocks: int, prefix_cache: bool, lag: int
+) -> None:
+    """Token for token as if they had not been interrupted; one of them may be complete. The prompt's full blocks are
+    computed once, where there is a cache for them."""
+    one = work(1, range(9), 13, n=4, sampling=SamplingParams(seed=5))
+    undisturbed = ToyEngine(64, runner=SeededRunner(64))
+    undisturbed.submit(one)
+    whole = [answer.tokens for answer in choices(undisturbed, 4)]
+    engine = ToyEngine(num_blocks, prefix_cache=prefix_cache, lag=lag, runner=SeededRunner(num_blocks))
+    received = [tokens[:cut] for tokens, cut in zip(whole, cuts, strict=True)]
+    engine.submit(replace(one, received=received))
+    answers = choices(engine, 4)
+    assert [[*had, *answer.tokens] for had, answer in zip(received, answers, strict=True)] == whole
+    assert {answer.finish for answer in answers} == {FinishReason.LENGTH}
+    if num_blocks == 64 and not lag:
+        num_live = sum(cut < 13 for cut in cuts)
+        num_shared = 8 * (num_live - 1) if prefix_cache else 0
+        assert engine.runner.num_rows == num_live * (9 + 12) - num_shared
+
+
 def test_choices_of_a_poison_work_all_fail() -> None:
     engine = ToyEngine(poison=666)
     engine.submit(work(1, [1, 666], 5, n=3))
@@ -264,7 +291,7 @@ def test_min_tokens_hold_stop_tokens_back(lag: int) -> None:
     stops = frozenset(whole[:3])
     one = work(1, [1, 2], 9, min_tokens=4, stop_token_ids=stops)
     for received in ([], [whole[0]], toy_answer(one)[:3]):
-        task = work(1, [1, 2], 9, min_tokens=4, stop_token_ids=stops, received=received)
+        task = work(1, [1, 2], 9, min_tokens=4, stop_token_ids=stops, received=[received])
         engine = ToyEngine(lag=lag)
         engine.submit(task)
         answer = [*received, *only(engine.run()).tokens]
@@ -306,7 +333,7 @@ class EvenOnly:
 def test_a_toy_constraint_holds_through_preemption_and_resume(lag: int, cut: int) -> None:
     def run(num_blocks: int, received: list[int]) -> list[list[int]]:
         engine = ToyEngine(num_blocks, lag=lag, constraint_for=lambda work: EvenOnly())
-        works = [work(n, [n, 1, 2], 12, received=received if n == 0 else ()) for n in range(3)]
+        works = [work(n, [n, 1, 2], 12, received=[received] if n == 0 else ()) for n in range(3)]
         for one in works:
             engine.submit(one)
         answers = engine.run()

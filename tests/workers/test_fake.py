@@ -50,7 +50,7 @@ def test_the_engine_says_the_same_alone_together_preempted_and_cached(num_blocks
 def test_stop_tokens_end_and_received_tokens_count() -> None:
     engine = FakeEngine()
     whole = fake_continuation([1, 2, 3], 10, engine.info.vocab_size)
-    engine.submit(work(1, [1, 2, 3], 10, received=whole[:4], stop_token_ids=frozenset({whole[7]})))
+    engine.submit(work(1, [1, 2, 3], 10, received=[whole[:4]], stop_token_ids=frozenset({whole[7]})))
     (answer,) = run(engine).values()
     assert (answer.tokens, answer.finish) == (whole[4:8], FinishReason.STOP)
 

@@ -109,7 +109,7 @@ def test_seeded_draws_are_the_same_alone_batched_preempted_and_resumed(model: Ll
     assert num_preemptions > 0
 
     resumed = [
-        work(each.work_id.number, each.prompt, sampling=each.sampling, received=answer[:5])
+        work(each.work_id.number, each.prompt, sampling=each.sampling, received=[answer[:5]])
         for each, answer in zip(works, alone, strict=True)
     ]
     assert run(new_engine(model), resumed)[0] == [answer[5:] for answer in alone]
@@ -220,7 +220,7 @@ def test_log_probabilities_are_the_same_alone_batched_preempted_resumed_and_look
         for key, found in logprobs_of(engine, works).items():
             assert_close(found, alone[key])
 
-    resumed = [replace(each, n=1, received=answer[:7]) for each, answer in zip(works, answers, strict=True)]
+    resumed = [replace(each, n=1, received=[answer[:7]]) for each, answer in zip(works, answers, strict=True)]
     for (number, index), found in logprobs_of(new_engine(model), resumed).items():
         assert_close(found, alone[number, index][7:])
 

@@ -30,7 +30,7 @@ def sequence(
     generate = GenerateWork(
         work_id=WorkId("test", 0),
         prompt=list(prompt),
-        received=list(answer),
+        received=[list(answer)],
         sampling=SamplingParams(**params),
         max_tokens=100,
         **work,

@@ -518,7 +518,7 @@ def test_without_a_block_for_the_copy_the_sequence_gives_way() -> None:
 def test_received_tokens_are_part_of_the_answer() -> None:
     whole = toy_answer(work(1, [1, 2, 3], 8))
     bench = Bench()
-    one = bench.add(work(1, [1, 2, 3], 8, received=whole[:5]))
+    one = bench.add(work(1, [1, 2, 3], 8, received=[whole[:5]]))
     bench.run()
     assert bench.answer(one).tokens == whole[5:]
 
@@ -570,7 +570,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt,
             max_tokens,
             priority=priority,
-            received=whole[: min(num_received, max_tokens - 1)],
+            received=[whole[: min(num_received, max_tokens - 1)]],
             deadline=None if patience is None else self.bench.now + patience,
         )
         self.sequences.append(self.bench.add(task))

@@ -100,7 +100,7 @@ def test_nothing_is_scheduled_beyond_max_tokens_nor_before_a_constraint_knows() 
 
 def test_a_constraint_is_told_what_was_received_and_what_is_drawn() -> None:
     constraint = Recorder()
-    sequence = Sequence(work(1, [1, 2], 9, received=[3, 4]), constraint=constraint)
+    sequence = Sequence(work(1, [1, 2], 9, received=[[3, 4]]), constraint=constraint)
     sequence.append(5)
     assert constraint.seen == [3, 4, 5]
     assert sequence.tokens == [1, 2, 3, 4, 5]
@@ -112,11 +112,11 @@ def test_a_constraint_is_told_what_was_received_and_what_is_drawn() -> None:
     [([], None), ([5], None), ([9], FinishReason.STOP), ([5, 5], FinishReason.LENGTH), ([5, 9], FinishReason.STOP)],
 )
 def test_when_an_answer_is_complete(received: list[int], reason: FinishReason | None) -> None:
-    assert Sequence(work(1, [9], 2, received=received, stop_token_ids=frozenset({9}))).ending() is reason
+    assert Sequence(work(1, [9], 2, received=[received], stop_token_ids=frozenset({9}))).ending() is reason
 
 
 def test_a_stop_token_is_banned_and_counts_for_nothing_before_min_tokens() -> None:
-    sequence = Sequence(work(1, [9, 9], 5, received=[9], min_tokens=2, stop_token_ids=frozenset({9})))
+    sequence = Sequence(work(1, [9, 9], 5, received=[[9]], min_tokens=2, stop_token_ids=frozenset({9})))
     assert sequence.ending() is None, "a received one that came too early is a token like any other"
     assert [sequence.banned_at(position) for position in (2, 3, 4)] == [{9}, {9}, frozenset()]
     assert sequence.append(9) is None

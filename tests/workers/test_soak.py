@@ -23,18 +23,19 @@ def some_work(rng: random.Random, number: int, now: float, *, with_poison: bool)
     prompt = [rng.choice((0, 0, 1)) for _ in range(rng.randint(1, 20))]
     if with_poison and rng.random() < 0.01:
         prompt[rng.randrange(len(prompt))] = POISON
-    max_tokens = rng.randint(1, 18)
+    max_tokens, n = rng.randint(1, 18), rng.choice((1, 1, 1, 2, 4))
+    cuts = [rng.randrange(max_tokens) for _ in range(n)] if rng.random() < 0.1 else ()
     return work(
         number,
         prompt,
         max_tokens,
-        n=rng.choice((1, 1, 1, 2, 4)),
+        n=n,
         priority=rng.randint(-1, 1),
         deadline=now + rng.uniform(0.0, 40.0) if rng.random() < 0.3 else None,
         stop_token_ids=frozenset({rng.randrange(NUM_WORDS)}),
         min_tokens=rng.choice((0, 0, 5)),
         salt=rng.choice((b"", b"a")),
-        received=[rng.randrange(NUM_WORDS) for _ in range(rng.randrange(max_tokens))] if rng.random() < 0.1 else (),
+        received=[[rng.randrange(NUM_WORDS) for _ in range(cut)] for cut in cuts],
     )
 
 
@@ -87,8 +88,8 @@ def test_soak(num_steps: int, lag: int, reserve: bool, lookup_tokens: int) -> No
     assert (load.num_accepted_tokens > 100) == (lookup_tokens > 0)
     reasons = set()
     for one in works:
-        whole = toy_answer(one, NUM_WORDS)
         for index in range(one.n):
+            whole = toy_answer(one, NUM_WORDS, index=index)
             answer = answers[index].pop(one.work_id)
             reasons.add(answer.finish)
             assert answer.tokens == whole[: len(answer.tokens)]

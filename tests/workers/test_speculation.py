@@ -21,7 +21,7 @@ class Oracle:
     """Knows the answers, and errs where it is told to."""
 
     def __init__(self, works: Seq[GenerateWork], rng: random.Random, error_rate: float) -> None:
-        self.texts = [[*w.prompt, *w.received, *toy_answer(w)] for w in works]
+        self.texts = [[*w.prompt, *(w.received[0] if w.received else ()), *toy_answer(w)] for w in works]
         self.rng = rng
         self.error_rate = error_rate
 

@@ -289,11 +289,12 @@ def work(
     )
 
 
-def toy_answer(work: GenerateWork, vocab_size: int = VOCAB_SIZE) -> list[int]:
-    """Return what an undisturbed engine generates for `work`, after what was received."""
-    tokens = [*work.prompt, *work.received]
+def toy_answer(work: GenerateWork, vocab_size: int = VOCAB_SIZE, *, index: int = 0) -> list[int]:
+    """Return what an undisturbed engine generates for a choice of `work`, after what was received."""
+    received = work.received[index] if work.received else ()
+    tokens = [*work.prompt, *received]
     first = len(tokens)
-    if len(work.received) > work.min_tokens and tokens[-1] in work.stop_token_ids:
+    if len(received) > work.min_tokens and tokens[-1] in work.stop_token_ids:
         return []
     while (num_answered := len(tokens) - len(work.prompt)) < work.max_tokens:
         banned = work.stop_token_ids if num_answered < work.min_tokens else frozenset[int]()

@@ -49,7 +49,8 @@ class GenerateOptions(TypedDict, total=False):
     priority: int
     affinity_key: str
     received_token_ids: Sequence[Sequence[int]]
-    """Per choice, tokens of an interrupted answer: the answer continues after them, and brings what follows only."""
+    """Per choice, tokens of an interrupted answer: the answer continues after them, and brings what follows only; of a
+    choice that had ended, its finish."""
 
 
 MAX_TIMEOUT_S = 10**9

@@ -78,8 +78,8 @@ class GenerateRequest(google.protobuf.message.Message):
     def received_token_ids(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[octavo.v1.types_pb2.TokenIds]:
         """Tokens that the client already has from an interrupted answer, one list a choice; the answer continues after them as
         if it had not been interrupted: max_tokens, min_tokens, token_offset, attach_offsets and usage count them, and their
-        text is not sent again. Fewer than max_tokens, and without the answer's end. Served for one choice: continue choice i
-        of several as a request of its own, with i added to the seed.
+        text is not sent again. A list may have its choice's end in it, as its last token: then of that choice comes its
+        finish and nothing else. Empty with a best_of of more than n, of which nothing was sent before its end.
         """
 
     @property

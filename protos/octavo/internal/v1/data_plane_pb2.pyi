@@ -322,6 +322,7 @@ class Generate(google.protobuf.message.Message):
     N_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: builtins.int
+    RECEIVED_CHOICES_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     min_tokens: builtins.int
     n: builtins.int
@@ -330,7 +331,7 @@ class Generate(google.protobuf.message.Message):
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def received_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Generated before, by another attempt: part of the answer, not to be sent again."""
+        """Generated before, by another attempt: part of the answer, not to be sent again. Of a work with one choice."""
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -338,6 +339,10 @@ class Generate(google.protobuf.message.Message):
 
     @property
     def sampling(self) -> Global___SamplingParams: ...
+    @property
+    def received_choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
+        """The same of a work with several choices, a list for each; for replicas with the capability "received_choices"."""
+
     def __init__(
         self,
         *,
@@ -349,12 +354,29 @@ class Generate(google.protobuf.message.Message):
         n: builtins.int = ...,
         sampling: Global___SamplingParams | None = ...,
         num_logprobs: builtins.int | None = ...,
+        received_choices: collections.abc.Iterable[Global___TokenIds] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "num_logprobs", b"num_logprobs", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "num_logprobs", b"num_logprobs", "prompt_token_ids", b"prompt_token_ids", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_num_logprobs", b"_num_logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "n", b"n", "num_logprobs", b"num_logprobs", "prompt_token_ids", b"prompt_token_ids", "received_choices", b"received_choices", "received_token_ids", b"received_token_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_num_logprobs", b"_num_logprobs"]) -> typing.Literal["num_logprobs"] | None: ...
 
 Global___Generate: typing_extensions.TypeAlias = Generate
+
+@typing.final
+class TokenIds(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: builtins.int
+    @property
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ids", b"ids"]) -> None: ...
+
+Global___TokenIds: typing_extensions.TypeAlias = TokenIds
 
 @typing.final
 class SamplingParams(google.protobuf.message.Message):
@@ -648,6 +670,8 @@ class Load(google.protobuf.message.Message):
     PREFIX_CACHE_HITS_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_blocks: builtins.int
@@ -660,6 +684,9 @@ class Load(google.protobuf.message.Message):
     prefix_cache_hits: builtins.int
     num_preemptions: builtins.int
     num_computed_tokens: builtins.int
+    num_drafted_tokens: builtins.int
+    """Guesses that were verified, and those of them that were right."""
+    num_accepted_tokens: builtins.int
     def __init__(
         self,
         *,
@@ -673,8 +700,10 @@ class Load(google.protobuf.message.Message):
         prefix_cache_hits: builtins.int = ...,
         num_preemptions: builtins.int = ...,
         num_computed_tokens: builtins.int = ...,
+        num_drafted_tokens: builtins.int = ...,
+        num_accepted_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["credit_tokens", b"credit_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
