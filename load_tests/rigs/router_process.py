@@ -1,0 +1,97 @@
+"""The processes of the router rig: a replica or a router, told what to be by one line of JSON on standard input.
+
+    in    {"role": "replica", "secret", "id", "engine": {...}, "tells_time"}
+    in    {"role": "router", "secret", "port", "config": {...}, "replicas": [[id, address], ...]}
+    out   {"address"}                                                            it serves
+    in    end of file: end, also when the parent died
+
+Nobody starts them but `RouterRig`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from typing import Any
+
+from workers.handshake import ClusterKeys
+
+
+def main() -> None:
+    """Be what the first line says until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes our standard input
+    job = json.loads(sys.stdin.readline())
+    keys = ClusterKeys.derive(bytes.fromhex(job["secret"]))
+    asyncio.run(_replica(job, keys) if job["role"] == "replica" else _router(job, keys))
+
+
+async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
+    from workers.config import EngineConfig
+    from workers.data_plane import DataPlaneServer
+    from workers.fake import FakeEngine
+    from workers.thread import EngineThread
+
+    from load_tests.rigs.router_clock import clock_engine
+    from load_tests.rigs.router_model import rig_manifest
+
+    config = EngineConfig(engine="fake", **job["engine"])
+    config.check()
+    make = clock_engine if job["tells_time"] else FakeEngine
+    engine = make(config, manifest=rig_manifest(), hash_key=keys.prefix_hash)
+    server = DataPlaneServer(replica_id=job["id"], key=keys.data_plane)
+    thread = EngineThread(engine, server.notify)
+    await server.start(thread)
+    await _serve(server.address)
+    await server.stop()
+    thread.close()
+    await asyncio.to_thread(thread.join, 2.0)
+
+
+async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
+    from router.config import RouterConfig
+    from router.dispatcher import Dispatcher
+    from router.hello import RouterIdentity
+    from router.server import RouterServer
+    from router.types import ReplicaAddress
+
+    from load_tests.rigs.router_model import rig_model
+
+    config = RouterConfig(**job["config"])
+    config.check()
+    model = rig_model()
+    identity = RouterIdentity(
+        router_id="rig-router",
+        epoch=time.time_ns(),
+        keys=keys,
+        model_fingerprint=model.manifest.model_fingerprint,
+        tokenizer_fingerprint=model.manifest.tokenizer_fingerprint,
+    )
+    dispatcher = Dispatcher(config, identity)
+    dispatcher.start()
+    addresses = [ReplicaAddress(replica_id=name, address=address, node_id="rig") for name, address in job["replicas"]]
+    dispatcher.update_replicas(addresses)
+    server = RouterServer(
+        config, {model.manifest.name: model}, dispatcher, router_id=identity.router_id, version="rig"
+    )
+    port = server.bind("127.0.0.1", job["port"])
+    await server.start()
+    while not all(view.state == "ready" for view in dispatcher.replicas()):
+        await asyncio.sleep(0.01)
+    await _serve(f"127.0.0.1:{port}")
+    await server.stop()
+    await dispatcher.stop()
+
+
+async def _serve(address: str) -> None:
+    """Say where, and return when standard input ends."""
+    print(json.dumps({"address": address}), flush=True)
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    await lines.read()
+
+
+if __name__ == "__main__":
+    main()
