@@ -126,6 +126,7 @@ class ReplicaLink:
             kernels=ack.kernels,
             dtype=ack.dtype,
             engine=ack.engine,
+            capabilities=self.capabilities,
             epoch=ack.epoch,
             load=self.state.load,
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from router.chat import ChatTemplate
 from router.tokenizer import Tokenizer
 from workers.errors import ModelFileError
-from workers.types import CAPABILITY_GENERATE, ModelFiles, ModelManifest
+from workers.types import ModelFiles, ModelManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,6 @@ class ServedModel:
     """The file's, but for `max_model_len`, which is what the replicas' engines are set up for."""
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None = None
-    capabilities: tuple[str, ...] = (CAPABILITY_GENERATE,)
 
     @classmethod
     def from_files(cls, files: ModelFiles, *, max_model_len: int = 0) -> ServedModel:

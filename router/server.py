@@ -71,7 +71,7 @@ class RouterServer:
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
         self._is_bound = False
         self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions))
-        self._add(add_ModelServiceServicer_to_server, ModelServicer(models, self._intake.validator))
+        self._add(add_ModelServiceServicer_to_server, ModelServicer(models, backend, self._intake.validator))
         status_servicer = StatusServicer(backend, self._intake, self._sessions, router_id=router_id, version=version)
         self._add(add_StatusServiceServicer_to_server, status_servicer)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -21,19 +21,24 @@ from router.types import Backend, ReplicaView
 from router.validation import Validator
 from router.violations import Violations, check_token_ids
 from workers.errors import OctavoError
+from workers.types import CAPABILITY_GENERATE
 
 T = TypeVar("T")
 
 
 class ModelServicer(ModelServiceServicer):
-    def __init__(self, models: Mapping[str, ServedModel], validator: Validator) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], backend: Backend, validator: Validator) -> None:
         self._models = models
+        self._backend = backend
         self._validator = validator
 
     async def ListModels(  # noqa: N802
         self, request: models_pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> models_pb.ListModelsResponse:
-        return models_pb.ListModelsResponse(models=[_model(name, model) for name, model in self._models.items()])
+        replicas = self._backend.replicas()
+        return models_pb.ListModelsResponse(
+            models=[_model(name, model, _capabilities(model, replicas)) for name, model in self._models.items()]
+        )
 
     async def Tokenize(  # noqa: N802
         self, request: models_pb.TokenizeRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -104,7 +109,13 @@ async def _answered(answer: Awaitable[T], context: grpc.aio.ServicerContext[Any,
         await status.abort(context, status.unexpected(error))
 
 
-def _model(name: str, model: ServedModel) -> models_pb.Model:
+def _capabilities(model: ServedModel, replicas: Sequence[ReplicaView]) -> frozenset[str]:
+    """Return what some connected replica of `model` can do; without one, what every engine can."""
+    known = [view.capabilities for view in replicas if view.state == "ready" and view.model == model.manifest.name]
+    return frozenset({CAPABILITY_GENERATE}).union(*known)
+
+
+def _model(name: str, model: ServedModel, capabilities: frozenset[str]) -> models_pb.Model:
     manifest = model.manifest
     return models_pb.Model(
         name=name,
@@ -112,7 +123,7 @@ def _model(name: str, model: ServedModel) -> models_pb.Model:
         vocab_size=manifest.vocab_size,
         eos_token_ids=manifest.eos_token_ids,
         has_chat_template=model.chat_template is not None,
-        capabilities=model.capabilities,
+        capabilities=sorted(capabilities),
         model_fingerprint=manifest.model_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
     )
@@ -137,6 +148,8 @@ def _replica(view: ReplicaView) -> status_pb.ReplicaStatus:
         prefix_cache_queries=load.prefix_cache_queries,
         prefix_cache_hits=load.prefix_cache_hits,
         num_preemptions=load.num_preemptions,
+        num_drafted_tokens=load.num_drafted_tokens,
+        num_accepted_tokens=load.num_accepted_tokens,
         kernels=view.kernels,
         dtype=view.dtype,
         engine=view.engine,

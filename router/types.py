@@ -126,6 +126,7 @@ class ReplicaView:
     kernels: str = ""
     dtype: str = ""
     engine: str = ""
+    capabilities: frozenset[str] = frozenset()
     epoch: int = 0
     load: Load = field(default_factory=Load)
 

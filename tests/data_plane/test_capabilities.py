@@ -193,6 +193,13 @@ async def test_a_choice_that_its_router_knows_to_be_over_is_not_generated() -> N
         assert replica.engine.runner.num_computed_rows <= 31 + 39
 
 
+async def test_a_router_shows_what_its_replicas_can_do() -> None:
+    async with started(able_replica("able"), Replica("plain")) as dispatcher:
+        views = {view.replica_id: view.capabilities for view in dispatcher.replicas()}
+        assert views["able"] - views["plain"] == {CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS}
+        assert CAPABILITY_GENERATE in views["plain"]
+
+
 async def test_several_choices_that_go_on_are_for_replicas_that_know_how() -> None:
     """An older one would begin them anew."""
     older = Replica("older")

@@ -34,7 +34,7 @@ from workers.errors import (
     OverloadedError,
     UnavailableError,
 )
-from workers.fake import fake_continuation
+from workers.fake import fake_continuation, fake_next_token
 from workers.types import FinishReason
 
 
@@ -89,6 +89,20 @@ async def test_a_repeated_prompt_is_placed_where_it_is_cached() -> None:
             assert sink.decisions[0].replica == home
             assert sink.decisions[0].rule == "prefix"
             assert sink.decisions[0].matched_tokens == sink.cached_tokens == 40
+
+
+async def test_a_replica_tells_how_many_of_its_guesses_were_right() -> None:
+    """The prompt ends as it began, and the engine happens to go on as the prompt did there."""
+    prompts = ([5, 6, follower, filler, 5, 6] for filler in range(100) for follower in range(VOCAB))
+    prompt = next(prompt for prompt in prompts if fake_next_token(prompt, VOCAB) == prompt[2])
+    replica = Replica("one", lookup_tokens=3)
+    async with cluster(replica) as dispatcher:
+        request, sink = make_request(prompt, 60), RecordingSink()
+        dispatcher.submit(request, sink)
+        assert_answers(await sink.wait(), request)
+        await until(lambda: dispatcher.replicas()[0].load == replica.engine.load())
+        load = dispatcher.replicas()[0].load
+        assert load.num_drafted_tokens > load.num_accepted_tokens > 0
 
 
 async def test_cancel_ends_at_once_and_frees_blocks() -> None:

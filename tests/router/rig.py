@@ -28,7 +28,7 @@ from router.server import RouterServer
 from router.tokenizer import Tokenizer
 from router.types import Backlog, Cancel, Candidate, Decision, ReplicaView, Request, Sink
 from workers.errors import CancelledRequestError, OctavoError
-from workers.types import Finish, FinishReason, ModelManifest, TokenLogprobs
+from workers.types import Finish, FinishReason, Load, ModelManifest, TokenLogprobs
 
 END, USER = 256, 257
 VOCAB_SIZE = 260
@@ -140,6 +140,17 @@ class FakeBackend:
         self.works: list[Work] = []
         self.script: Script | None = None
         self.refusal: OctavoError | None = None
+        self.views = [
+            ReplicaView(
+                replica_id="r1",
+                model="toy",
+                state="ready",
+                address="127.0.0.1:1",
+                pid=7,
+                capabilities=frozenset({"generate"}),
+                load=Load(num_preemptions=1, num_drafted_tokens=9, num_accepted_tokens=5),
+            )
+        ]
         self._arrival = asyncio.Event()
 
     def submit(self, request: Request, sink: Sink) -> Cancel:
@@ -160,7 +171,7 @@ class FakeBackend:
         return self.works[index]
 
     def replicas(self) -> Sequence[ReplicaView]:
-        return [ReplicaView(replica_id="r1", model="toy", state="ready", address="127.0.0.1:1", pid=7)]
+        return self.views
 
     def backlog(self) -> Backlog:
         return Backlog(num_queued_requests=1, num_queued_tokens=2, num_running_requests=3, max_queued_tokens=4)

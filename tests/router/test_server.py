@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,28 @@ async def test_list_models(rig: Rig) -> None:
     assert (model.model_fingerprint, model.tokenizer_fingerprint) == ("m", "t")
 
 
+@pytest.mark.parametrize(
+    ("told", "known"),
+    [
+        ([], ["generate"]),
+        ([("toy", "connecting", "pool"), ("toy", "draining", "pool"), ("other", "ready", "pool")], ["generate"]),
+        ([("toy", "ready", "logprobs"), ("toy", "ready", "logit_bias")], ["generate", "logit_bias", "logprobs"]),
+    ],
+)
+async def test_a_model_can_what_its_connected_replicas_say(
+    rig: Rig, told: list[tuple[str, str, str]], known: list[str]
+) -> None:
+    """Without any, what every engine can."""
+    [view] = rig.backend.views
+    rig.backend.views = [
+        replace(view, model=model, state=state, capabilities=frozenset({"generate", capability}))
+        for model, state, capability in told
+    ]
+    stub: Any = ModelServiceStub(rig.channel)
+    (model,) = (await stub.ListModels(models_pb.ListModelsRequest())).models
+    assert list(model.capabilities) == known
+
+
 async def test_tokenize_and_detokenize(rig: Rig) -> None:
     stub: Any = ModelServiceStub(rig.channel)
     made = await stub.Tokenize(models_pb.TokenizeRequest(prompt=types.Prompt(text="héllo")))
@@ -124,6 +147,7 @@ async def test_status(rig: Rig) -> None:
     assert router.num_running_requests == 3
     (replica,) = status.replicas
     assert (replica.id, replica.model, replica.state, replica.pid) == ("r1", "toy", "ready", 7)
+    assert (replica.num_preemptions, replica.num_drafted_tokens, replica.num_accepted_tokens) == (1, 9, 5)
 
 
 async def test_drain(way: str, rig: Rig) -> None:

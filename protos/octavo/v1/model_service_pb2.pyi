@@ -68,7 +68,9 @@ class Model(google.protobuf.message.Message):
     def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def capabilities(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of what its engine can do, for instance "generate"."""
+        """Names of what some connected replica's engine can do, for instance "generate" or "logprobs". With no replica
+        connected: what every engine can, which is "generate".
+        """
 
     def __init__(
         self,

@@ -125,6 +125,8 @@ class ReplicaStatus(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     ENGINE_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     id: builtins.str
     model: builtins.str
     state: builtins.str
@@ -148,6 +150,9 @@ class ReplicaStatus(google.protobuf.message.Message):
     dtype: builtins.str
     engine: builtins.str
     epoch: builtins.int
+    num_drafted_tokens: builtins.int
+    """Guessed tokens that the engine verified, and those of them that were right; both 0 while it does not guess."""
+    num_accepted_tokens: builtins.int
     def __init__(
         self,
         *,
@@ -171,7 +176,9 @@ class ReplicaStatus(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         engine: builtins.str = ...,
         epoch: builtins.int = ...,
+        num_drafted_tokens: builtins.int = ...,
+        num_accepted_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "detail", b"detail", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "id", b"id", "kernels", b"kernels", "model", b"model", "node_id", b"node_id", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "pid", b"pid", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "detail", b"detail", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "id", b"id", "kernels", b"kernels", "model", b"model", "node_id", b"node_id", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "pid", b"pid", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "state", b"state"]) -> None: ...
 
 Global___ReplicaStatus: typing_extensions.TypeAlias = ReplicaStatus
