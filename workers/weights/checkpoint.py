@@ -1,14 +1,16 @@
-"""A model's weights on disk, as named fp32 tensors and a shape; names are those of Hugging Face's Llama.
+"""A model's weights on disk, as named tensors and a shape; names are those of Hugging Face's Llama.
 
     open_checkpoint(path) -> GgufCheckpoint         a .gguf file
                           -> SafetensorsCheckpoint  a directory with config.json and model*.safetensors
                           -> PickleCheckpoint       one with config.json and pytorch_model*.bin only
 
-Tensors are read one at a time, so that a loader which packs as it goes never holds two copies of a model.
+Tensors are read one at a time, so that a loader which packs as it goes never holds two copies of a model. Every tensor
+can be had in fp32; those in one of `BLOCK_BYTES`'s quantisations also as they are stored.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,7 +19,20 @@ from workers.weights.directory import PICKLES, weight_format
 from workers.weights.shape import ModelShape
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
+
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+"""The quantisations of GGUF that are given out as they are, each with the bytes of its block of 32 numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """A matrix as blocks of 32 numbers, in ggml's layout: `rows` is [outputs, inputs / 32 * BLOCK_BYTES[kind]]."""
+
+    kind: str
+    rows: npt.NDArray[np.uint8]
 
 
 class Checkpoint(Protocol):
@@ -28,6 +43,12 @@ class Checkpoint(Protocol):
         """Return the tensor `name` ("model.layers.0.mlp.up_proj.weight") as fp32, finite and of this size.
 
         Raises ModelFileError with the name if it is missing, of another size, unreadable or not finite.
+        """
+
+    def quantised(self, name: str, *size: int) -> QuantisedRows | None:
+        """Return the blocks of the matrix `name`, whose rows are those of `tensor`; None if it is stored otherwise.
+
+        Raises what `tensor` raises.
         """
 
 

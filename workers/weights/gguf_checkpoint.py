@@ -1,20 +1,22 @@
 """A GGUF file as a `Checkpoint`: every quantisation that the package `gguf` can undo, given back as fp32.
 
 llama.cpp stores the rotary dimensions of architecture "llama" interleaved (pairs 0-1, 2-3, ...), Hugging Face in halves
-(pairs 0-32, 1-33, ...); `tensor` returns the halves. `gguf` is imported when the first file is opened, not before.
+(pairs 0-32, 1-33, ...); `tensor` and `quantised` return the halves. `gguf` is imported when the first file is opened,
+not before.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from workers.errors import ModelFileError
-from workers.weights.checkpoint import checked
+from workers.weights.checkpoint import BLOCK_BYTES, QuantisedRows, checked
 from workers.weights.gguf_header import GgufTensor, read_header
 from workers.weights.shape import ModelShape, from_gguf
 
@@ -33,6 +35,8 @@ _IN_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 
+Rows = TypeVar("Rows", torch.Tensor, npt.NDArray[np.uint8])
+
 
 class GgufCheckpoint:
     """Raises ModelFileError if the header is corrupt, a tensor lies outside the file or on another one, or the type or
@@ -49,19 +53,39 @@ class GgufCheckpoint:
             raise ModelFileError(f"{path.name}: {error}") from error
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
+        entry = self._entry(name, size)
+        return self._in_halves(name, checked(self._dequantise(entry), self._where(entry.name), size))
+
+    def quantised(self, name: str, *size: int) -> QuantisedRows | None:
+        entry = self._entry(name, size)
+        kind = _ggml_type(entry).name
+        if kind not in BLOCK_BYTES:
+            return None
+        rows = self._raw(entry)
+        halves = rows.reshape(size[0], -1, BLOCK_BYTES[kind]).view(np.float16)
+        if not np.isfinite(halves[..., : 2 if kind == "Q4_1" else 1]).all():  # scales, and the minima of Q4_1
+            raise ModelFileError(f"{self._where(entry.name)}: has numbers that are not finite")
+        return QuantisedRows(kind, self._in_halves(name, rows))
+
+    def _entry(self, name: str, size: tuple[int, ...]) -> GgufTensor:
         stored = gguf_name(name)
         entry = self._header.tensors.get(stored)
-        where = f"{self._path.name}: tensor {stored}"
         if entry is None:
-            raise ModelFileError(f"{where} is missing")
+            raise ModelFileError(f"{self._where(stored)} is missing")
         if entry.size != size:
-            raise ModelFileError(f"{where}: size must be {list(size)}, is {list(entry.size)}")
-        tensor = checked(self._dequantise(entry), where, size)
+            raise ModelFileError(f"{self._where(stored)}: size must be {list(size)}, is {list(entry.size)}")
+        return entry
+
+    def _where(self, stored: str) -> str:
+        return f"{self._path.name}: tensor {stored}"
+
+    def _in_halves(self, name: str, rows: Rows) -> Rows:
+        """Return the rows of the tensor `name` in Hugging Face's order."""
         if self.shape.architecture == "llama" and ".q_proj." in name:
-            return halves_from_pairs(tensor, self.shape.num_heads)
+            return halves_from_pairs(rows, self.shape.num_heads)
         if self.shape.architecture == "llama" and ".k_proj." in name:
-            return halves_from_pairs(tensor, self.shape.num_kv_heads)
-        return tensor
+            return halves_from_pairs(rows, self.shape.num_kv_heads)
+        return rows
 
     def _read_shape(self) -> ModelShape:
         header = self._header
@@ -93,13 +117,16 @@ class GgufCheckpoint:
     def _dequantise(self, entry: GgufTensor) -> torch.Tensor:
         from gguf import quants
 
-        start = self._header.data_start + entry.offset
-        raw = self._data[start : start + _num_bytes(entry)].reshape(*entry.size[:-1], -1)
         try:
-            values = quants.dequantize(raw, _ggml_type(entry))
+            values = quants.dequantize(self._raw(entry), _ggml_type(entry))
         except NotImplementedError as error:
             raise ModelFileError(f"tensor {entry.name!r} is of type {_ggml_type(entry).name}: {error}") from error
         return torch.from_numpy(np.array(values, dtype=np.float32, copy=not values.flags.writeable))
+
+    def _raw(self, entry: GgufTensor) -> npt.NDArray[np.uint8]:
+        """Return the bytes of a tensor as [.., bytes of a row], mapped."""
+        start = self._header.data_start + entry.offset
+        return self._data[start : start + _num_bytes(entry)].reshape(*entry.size[:-1], -1)
 
 
 def gguf_name(name: str) -> str:
@@ -111,13 +138,13 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_IN_LAYER[part]}.{kind}"
 
 
-def halves_from_pairs(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorder the rows of each head of a q/k weight [heads * dim, in] or bias [heads * dim].
+def halves_from_pairs(tensor: Rows, num_heads: int) -> Rows:
+    """Reorder the rows of each head of a q/k weight [heads * dim, in or bytes] or bias [heads * dim].
 
     pairs   x0 y0 x1 y1 x2 y2 ...      halves  x0 x1 x2 ... y0 y1 y2 ...
     """
     rows = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])
-    return rows.transpose(1, 2).reshape(tensor.shape)
+    return rows.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def _ggml_type(entry: GgufTensor) -> Any:

@@ -41,6 +41,9 @@ class PickleCheckpoint:
             raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
         return checked(tensor, where, size)
 
+    def quantised(self, name: str, *size: int) -> None:
+        """No file of this kind is quantised."""
+
 
 def _load(path: Path) -> Mapping[str, torch.Tensor]:
     try:

@@ -39,6 +39,9 @@ class SafetensorsCheckpoint:
             raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
         return checked(tensor, where, size)
 
+    def quantised(self, name: str, *size: int) -> None:
+        """No file of this kind is quantised."""
+
 
 def _open(path: Path) -> Any:
     try:
