@@ -3,6 +3,7 @@
     <cache>/models/<key>/       complete: renamed into place in one step, never changed afterwards
     <cache>/models/<key>.lock   held by the process that fills <key>
     <cache>/models/.new-*       being filled; what a crash left behind is removed by the next fill
+    <cache>/packed/<key>/       what replicas made of the weights of <key> and share; may be deleted at any time
 
 Processes and replicas of one machine may ask for the same model at once: one fills, the others wait. Knows no formats.
 """
@@ -38,6 +39,10 @@ class ModelCache:
     def entry(self, key: str) -> Path:
         """Return the directory of `key`; it exists only if it is complete."""
         return self._models / key
+
+    def packed(self, entry: Path) -> Path:
+        """Return where replicas keep packed weights of the model described in `entry`; it need not exist."""
+        return self._models.with_name("packed") / entry.name
 
     def entries(self) -> list[Path]:
         """Return the complete entries, sorted by key."""

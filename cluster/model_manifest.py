@@ -28,14 +28,15 @@ SAMPLE_BYTES = 1 << 16
 NUM_SAMPLES = 64
 
 
-def model_files(entry: Path, weights: Path) -> ModelFiles:
-    """Return the files of a complete cache entry."""
+def model_files(entry: Path, weights: Path, packed: Path) -> ModelFiles:
+    """Return the files of a complete cache entry, of a model whose replicas may keep what they pack in `packed`."""
     template = entry / CHAT_TEMPLATE
     return ModelFiles(
         weights=weights,
         tokenizer_json=entry / TOKENIZER_JSON,
         chat_template=template if template.exists() else None,
         manifest=entry / MANIFEST,
+        packed=packed,
     )
 
 

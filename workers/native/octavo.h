@@ -39,7 +39,8 @@ typedef struct {
     int32_t format, outputs, inputs;
 } octavo_matrix;
 
-/* gate_up has its panels interleaved: 16 outputs of gate, the same 16 of up, the next 16 of gate, ... */
+/* gate_up has its panels interleaved: 16 outputs of gate, the same 16 of up, the next 16 of gate, ... So ffn is a
+   multiple of 16. */
 typedef struct {
     const float *attention_norm, *ffn_norm;  /* [hidden] */
     const float *query_norm, *key_norm;      /* [head_dim], or NULL */
