@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 stamp=.venv/.octavo-$(cat constraints.txt pyproject.toml protos/pyproject.toml scripts/setup.sh | sha256sum | cut -c1-16)
-[ -e "$stamp" ] && exit 0
+native=.venv/.native-$(cat workers/native/*.[ch] workers/native/*.inc | sha256sum | cut -c1-16)
+[ -e "$stamp" ] && [ -e "$native" ] && exit 0
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
 python=${PYTHON:-}
@@ -23,6 +24,24 @@ fi
 
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip install -q --progress-bar off -c constraints.txt)
+octavo=(-e ./protos -e '.[cpu,otel,dev]' --config-settings editable_mode=compat)
+
+# pip compiles the C library of kernels, and does without it where that fails.
+install() {
+  rm -f workers/native/_kernels*.so
+  "${pip[@]}" "$@" 2> >(grep -v '^WARNING: Location' >&2)
+  rm -f .venv/.octavo-* .venv/.native-*
+  touch "$stamp" "$native"
+  if ! ls workers/native/_kernels*.so >/dev/null 2>&1; then
+    echo "setup: no C compiler, or it failed: the engine will compute with torch, several times slower" >&2
+  fi
+}
+
+if [ -e "$stamp" ]; then
+  echo "setup: compiling the kernels"
+  install --no-deps "${octavo[@]}"
+  exit 0
+fi
 torch=$(grep -E '^torch==' constraints.txt)
 
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
@@ -40,6 +59,4 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   fi
 fi
 echo "setup: installing octavo and what it needs (1.7 GB on disk with torch; one to three minutes)"
-"${pip[@]}" -e ./protos -e '.[cpu,otel,dev]' --config-settings editable_mode=compat 2> >(grep -v '^WARNING: Location' >&2)
-rm -f .venv/.octavo-*
-touch "$stamp"
+install "${octavo[@]}"

@@ -34,7 +34,7 @@ def build_engine(
         return FakeEngine(config, manifest=manifest, hash_key=hash_key, clock=clock)
     from workers.paged import build_paged
 
-    return build_paged(config, files.weights, manifest, hash_key=hash_key, threads=threads, clock=clock)
+    return build_paged(config, files, manifest, hash_key=hash_key, threads=threads, clock=clock)
 
 
 def read_manifest(path: Path) -> ModelManifest:

@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from workers.errors import ConfigError
 
 ENGINES = ("paged", "fake")
-DTYPES = ("auto", "fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16", "int8")
+WEIGHTS = ("auto", "exact", "bf16", "int8", "int4")
+KERNELS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     engine: str = "paged"
     dtype: str = "auto"
-    """Of weights and activations. auto: bf16 where the CPU multiplies it natively, else fp32."""
+    """What activations are computed in. int8: rounded to int8 per token and group of 32 before each product with 4-bit
+    or 8-bit weights, keys and values kept in fp16; fp32: as they are. bf16: by torch. auto: int8 with native kernels,
+    otherwise bf16 where the CPU multiplies it, else fp32."""
+    weights: str = "auto"
+    """How native kernels store them. exact: as the file has them (Q4_0, Q4_1, Q8_0, bf16, fp32). bf16, int8, int4:
+    rounded to that, unless the file has fewer bits. auto: int8 with dtype int8, else exact."""
+    kernels: str = "auto"
+    """native: the C library. torch: any machine. auto: native where it was built and can compute the model."""
     block_size: int = 16
     num_blocks: int = 0
     """KV blocks; 0: as many as `kv_memory_fraction` allows, but no more than `max_num_sequences` sequences of 1,024
@@ -48,6 +57,8 @@ class EngineConfig:
         rules = [
             (self.engine in ENGINES, "engine.engine", f"must be one of {', '.join(ENGINES)}", self.engine),
             (self.dtype in DTYPES, "engine.dtype", f"must be one of {', '.join(DTYPES)}", self.dtype),
+            (self.weights in WEIGHTS, "engine.weights", f"must be one of {', '.join(WEIGHTS)}", self.weights),
+            (self.kernels in KERNELS, "engine.kernels", f"must be one of {', '.join(KERNELS)}", self.kernels),
             (1 <= self.block_size <= 256, "engine.block_size", "must be in [1, 256]", self.block_size),
             (self.num_blocks >= 0, "engine.num_blocks", "must be >= 0", self.num_blocks),
             (

@@ -5,39 +5,35 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from workers import kernels, memory
+from workers import memory
 from workers.attention.cache import KvCache, bytes_per_block
-from workers.attention.cpu import CpuAttention
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.errors import ConfigError, ModelFileError
-from workers.models.llama import LlamaModel
+from workers.forward import LoadedModel
+from workers.loading import load_model
 from workers.prefix import PrefixHasher
 from workers.runner import CpuRunner
-from workers.threads import set_threads
 from workers.types import (
     CAPABILITY_GENERATE,
     CAPABILITY_LOGIT_BIAS,
     CAPABILITY_LOGPROBS,
     CAPABILITY_RECEIVED_CHOICES,
     EngineInfo,
+    ModelFiles,
     ModelManifest,
 )
-from workers.weights.checkpoint import open_checkpoint
 from workers.weights.shape import ModelShape
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _log = logging.getLogger(__name__)
 
 
 def build_paged(
     config: EngineConfig,
-    weights: Path,
+    files: ModelFiles,
     manifest: ModelManifest,
     *,
     hash_key: bytes,
@@ -45,18 +41,16 @@ def build_paged(
     clock: Callable[[], float],
 ) -> PagedEngine:
     """See `build_engine`."""
-    set_threads(threads)
-    dtype = choose_dtype(config.dtype)
     started = time.monotonic()
-    checkpoint = open_checkpoint(weights)
-    choose_max_model_len(config, manifest, checkpoint.shape)  # refuses before minutes of loading
-    model = LlamaModel(checkpoint, dtype)
+    model = load_model(
+        config, files, manifest, threads=threads, check=lambda shape: choose_max_model_len(config, manifest, shape)
+    )
     _log.info(
         "loaded %s in %.1f s: %s, kernels %s, %d threads",
         manifest.name,
         time.monotonic() - started,
-        DTYPE_NAMES[dtype],
-        kernels.kernel_for(dtype),
+        model.dtype_name,
+        model.kernels,
         threads,
     )
     return assemble(config, model, manifest, hash_key=hash_key, clock=clock)
@@ -64,7 +58,7 @@ def build_paged(
 
 def assemble(
     config: EngineConfig,
-    model: LlamaModel,
+    model: LoadedModel,
     manifest: ModelManifest,
     *,
     hash_key: bytes,
@@ -72,7 +66,7 @@ def assemble(
 ) -> PagedEngine:
     """Return an engine with a KV cache of its own over a loaded model. Raises ConfigError and ModelFileError."""
     max_model_len = choose_max_model_len(config, manifest, model.shape)
-    cache, memory_sum = _make_cache(config, model.shape, model.dtype, max_model_len)
+    cache, memory_sum = _make_cache(config, model.shape, model.cache_dtype, max_model_len)
     hasher = PrefixHasher(hash_key, config.block_size)
     info = EngineInfo(
         engine="paged",
@@ -88,19 +82,12 @@ def assemble(
         capabilities=frozenset(
             {CAPABILITY_GENERATE, CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS, CAPABILITY_RECEIVED_CHOICES}
         ),
-        dtype=DTYPE_NAMES[model.dtype],
-        kernels=kernels.kernel_for(model.dtype),
+        dtype=model.dtype_name,
+        kernels=model.kernels,
         memory=memory_sum,
     )
-    runner = CpuRunner(model, cache, CpuAttention())
+    runner = CpuRunner(model.over(cache), cache)
     return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """Return the type of weights and activations that `EngineConfig.dtype` means on this machine."""
-    if name == "auto":
-        return kernels.native_dtype()
-    return next(dtype for dtype, dtype_name in DTYPE_NAMES.items() if dtype_name == name)
 
 
 def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: ModelShape) -> int:

@@ -49,30 +49,50 @@ class Drawn:
     """By row, of those whose sequence has `num_logprobs`."""
 
 
-def draw(logits: torch.Tensor, places: Seq[Place]) -> Drawn:
+def draw(logits: torch.Tensor, places: Seq[Place], best: Seq[int] | None = None) -> Drawn:
     """Choose the token at ``places[i]`` from ``logits[i]``; `logits` [n, vocab] are overwritten.
 
-    Raises FloatingPointError if a row has NaN or infinity, or no allowed token.
+    `best`, if the model's kernels looked for it, is the lowest token of each row's largest logit, -1 for a row that is
+    not finite. Raises FloatingPointError if a row has NaN or infinity, or no allowed token.
     """
+    if best is not None and all(map(_takes_the_largest, places)):
+        if min(best) < 0:
+            raise FloatingPointError(
+                f"rows {[i for i, token in enumerate(best) if token < 0]} of the logits are not finite"
+            )
+        return Drawn(list(best), {})
     reported = [i for i, place in enumerate(places) if place.sequence.num_logprobs is not None]
     raw = logits[reported] if reported else logits[:0]
     _allow(logits, places)
     _ban(logits, places)
     _add_bias(logits, places)
     _penalise(logits, places)
-    best, tokens = logits.max(dim=-1)
-    if not best.isfinite().all():
-        rows = (~best.isfinite()).nonzero().flatten().tolist()
+    largest, tokens = logits.max(dim=-1)
+    if not largest.isfinite().all():
+        rows = (~largest.isfinite()).nonzero().flatten().tolist()
         raise FloatingPointError(f"rows {rows} of the logits are not finite, or allow no token")
     drawn = [i for i, place in enumerate(places) if not place.sampling.is_greedy]
     if drawn:
         params = [places[i].sampling for i in drawn]
         positions = [places[i].position for i in drawn]
-        tokens[drawn] = _draw_randomly(logits[drawn] - best[drawn, None], params, positions)
+        tokens[drawn] = _draw_randomly(logits[drawn] - largest[drawn, None], params, positions)
     if not reported:
         return Drawn(tokens.tolist(), {})
     counts = [places[i].sequence.num_logprobs or 0 for i in reported]
     return Drawn(tokens.tolist(), dict(zip(reported, _log_probabilities(raw, tokens[reported], counts), strict=True)))
+
+
+def _takes_the_largest(place: Place) -> bool:
+    """Whether the token is the largest logit's, whatever else the row holds."""
+    sequence, sampling = place.sequence, place.sampling
+    return (
+        sampling.is_greedy
+        and sequence.num_logprobs is None
+        and sequence.constraint is None
+        and not sampling.has_penalties
+        and not sampling.logit_bias
+        and not sequence.banned_at(place.position)
+    )
 
 
 def uniforms(seeds: Seq[int], positions: Seq[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

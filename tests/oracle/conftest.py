@@ -12,7 +12,9 @@ from tests.oracle.answers import Committed, committed_answers
 from workers.build import read_manifest
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
+from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
+from workers.native import library
 from workers.paged import assemble
 from workers.types import ModelFiles
 
@@ -20,8 +22,18 @@ NewEngine = Callable[..., PagedEngine]
 ExpectedLogits = Callable[[Committed], torch.Tensor]
 
 
+@pytest.fixture(scope="session", params=["native", "torch"])
+def fp32_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> LoadedModel:
+    """The model by each kind of kernels."""
+    if request.param == "torch":
+        return loaded.model(default_model.weights, torch.float32)
+    if library.library() is None:
+        pytest.skip("native kernels: the C library was not built")
+    return loaded.native_model(default_model.weights, library.EXACT)
+
+
 @pytest.fixture(scope="session")
-def fp32_model(default_model: ModelFiles) -> LlamaModel:
+def torch_model(default_model: ModelFiles) -> LlamaModel:
     return loaded.model(default_model.weights, torch.float32)
 
 
@@ -47,7 +59,7 @@ def new_engine(default_model: ModelFiles) -> NewEngine:
     manifest = read_manifest(default_model.manifest)
 
     def make(
-        model: LlamaModel,
+        model: LoadedModel,
         *,
         chunk_tokens: int,
         max_num_sequences: int,

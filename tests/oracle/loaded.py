@@ -10,7 +10,11 @@ from transformers import LlamaForCausalLM
 
 from tests.oracle.reference import RememberedCheckpoint, load_reference, reference_logits
 from workers.models.llama import LlamaModel
+from workers.native import library
+from workers.native.model import NativeModel
 from workers.weights.checkpoint import open_checkpoint
+from workers.weights.packed_cache import load_packed
+from workers.weights.packed_mode import PackingMode
 
 
 @functools.cache
@@ -26,6 +30,13 @@ def reference(weights: Path, dtype: torch.dtype) -> LlamaForCausalLM:
 @functools.cache
 def model(weights: Path, dtype: torch.dtype) -> LlamaModel:
     return LlamaModel(checkpoint(weights), dtype)
+
+
+@functools.cache
+def native_model(weights: Path, arithmetic: int) -> NativeModel:
+    mode = PackingMode.EXACT if arithmetic == library.EXACT else PackingMode.INT8
+    packed = load_packed(weights, "", mode, None)
+    return NativeModel(packed, arithmetic=arithmetic, threads=torch.get_num_threads())
 
 
 @functools.cache

@@ -18,8 +18,11 @@ from tests.oracle.covering import covering
 from tests.oracle.reference import GAP, gaps
 from tests.oracle.regenerate import NUM_TOKENS, compute, differences
 from tests.oracle.teacher import teacher_forced
+from workers.attention.cache import KvCache
 from workers.attention.reference import ReferenceAttention
+from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
+from workers.models.torch_forward import TorchForward
 from workers.types import SamplingParams
 
 MAX_LOGIT_ERROR = 1e-3
@@ -60,7 +63,7 @@ def assert_logits(logits: torch.Tensor, expected: torch.Tensor, name: str) -> No
 
 
 def test_teacher_forced_logits(
-    fp32_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
+    fp32_model: LoadedModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
     """Whole; and every fourth prompt in chunks of 16."""
     for number, entry in enumerate(shorter(committed)):
@@ -70,7 +73,7 @@ def test_teacher_forced_logits(
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_conditions(fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine, number: int) -> None:
+def test_conditions(fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine, number: int) -> None:
     case, entries = CASES[number], shorter(committed)
     first = sum(num_prompts(each) for each in CASES[:number])
     chosen = [entries[(first + i) % len(entries)] for i in range(num_prompts(case))]
@@ -78,7 +81,7 @@ def test_conditions(fp32_model: LlamaModel, committed: list[Committed], new_engi
     run_case(case, chosen, NUM_SHORT_TOKENS, make, block_size=BLOCK_SIZE, seed=number)
 
 
-def test_preemption(fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine) -> None:
+def test_preemption(fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine) -> None:
     """Sequences lose their blocks, are recomputed, and say the same."""
     few = [entry for entry in committed if len(entry.prompt) in range(33, 46)][:4]
     engine = new_engine(fp32_model, chunk_tokens=64, max_num_sequences=4, num_blocks=10, max_model_len=160)
@@ -87,7 +90,7 @@ def test_preemption(fp32_model: LlamaModel, committed: list[Committed], new_engi
     assert sum(answer.num_preemptions for answer in answers) > 0
 
 
-def test_a_quotation_is_looked_up(fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine) -> None:
+def test_a_quotation_is_looked_up(fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine) -> None:
     """Most of what is quoted is guessed, and comes several tokens a step."""
     (entry,) = (entry for entry in committed if entry.name == "report-quote")
     engine = new_engine(fp32_model, chunk_tokens=256, max_num_sequences=1, lookup_tokens=8)
@@ -104,7 +107,7 @@ def test_all_committed_answers_are_the_references(committed: list[Committed], ex
 @pytest.mark.exact
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_conditions_on_all_prompts(
-    fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine, number: int
+    fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine, number: int
 ) -> None:
     """Alone, each case has every fourth prompt; 5 at once all but the longest; 16 at once all of them."""
     case = CASES[number]
@@ -120,7 +123,7 @@ def test_conditions_on_all_prompts(
 
 @pytest.mark.exact
 def test_seeded_choices_are_those_of_single_works(
-    fp32_model: LlamaModel, committed: list[Committed], new_engine: NewEngine
+    fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine
 ) -> None:
     make = functools.partial(new_engine, fp32_model)
     for entry in shorter(committed)[::4]:
@@ -129,7 +132,7 @@ def test_seeded_choices_are_those_of_single_works(
 
 @pytest.mark.exact
 def test_teacher_forced_in_chunks_of_16(
-    fp32_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
+    fp32_model: LoadedModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
     for entry in committed:
         assert_logits(teacher_forced(fp32_model, entry.prompt + entry.answer, 16), expected_logits(entry), entry.name)
@@ -137,7 +140,7 @@ def test_teacher_forced_in_chunks_of_16(
 
 @pytest.mark.exact
 def test_teacher_forced_token_by_token(
-    fp32_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
+    fp32_model: LoadedModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
     for entry in shorter(committed)[::2]:
         assert_logits(teacher_forced(fp32_model, entry.prompt + entry.answer, 1), expected_logits(entry), entry.name)
@@ -145,10 +148,13 @@ def test_teacher_forced_token_by_token(
 
 @pytest.mark.exact
 def test_teacher_forced_with_reference_attention(
-    fp32_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
+    torch_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
+    def over(cache: KvCache) -> TorchForward:
+        return torch_model.over(cache, ReferenceAttention())
+
     for entry in shorter(committed, 500):
-        logits = teacher_forced(fp32_model, entry.prompt + entry.answer, 64, ReferenceAttention())
+        logits = teacher_forced(torch_model, entry.prompt + entry.answer, 64, over)
         assert_logits(logits, expected_logits(entry), entry.name)
 
 

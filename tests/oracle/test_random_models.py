@@ -1,4 +1,5 @@
-"""Each architecture as a random model of 2 layers, saved by transformers, against it, token for token in fp32."""
+"""Each architecture as a random model of 2 layers, saved by transformers, against it, token for token in fp32, by both
+kinds of kernels."""
 
 from __future__ import annotations
 
@@ -29,10 +30,15 @@ from tests.oracle.reference import gaps, reference_logits
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.fake import fake_manifest
+from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
+from workers.native import library
+from workers.native.model import NativeModel
 from workers.paged import assemble
 from workers.types import SamplingParams
 from workers.weights.checkpoint import open_checkpoint
+from workers.weights.packed_cache import load_packed
+from workers.weights.packed_mode import PackingMode
 
 VOCAB_SIZE = 97
 NUM_TOKENS = 12
@@ -109,9 +115,25 @@ def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int = NUM_TOKE
     return tokens[len(prompt) :]
 
 
-def engines(directory: Path) -> NewEngine:
+@pytest.fixture(params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return needed(request.param)
+
+
+def needed(kernels: str) -> str:
+    if kernels == "native" and library.library() is None:
+        pytest.skip("native kernels: the C library was not built")
+    return kernels
+
+
+def engines(directory: Path, kernels: str) -> NewEngine:
     """Return what makes engines with an empty cache over the model in `directory`."""
-    model = LlamaModel(open_checkpoint(directory), torch.float32)
+    model: LoadedModel
+    if kernels == "native":
+        packed = load_packed(directory, "", PackingMode.EXACT, None)
+        model = NativeModel(packed, arithmetic=library.EXACT, threads=2)
+    else:
+        model = LlamaModel(open_checkpoint(directory), torch.float32)
     manifest = fake_manifest(vocab_size=VOCAB_SIZE, max_model_len=128)
 
     def make(**options: int) -> PagedEngine:
@@ -121,11 +143,11 @@ def engines(directory: Path) -> NewEngine:
     return make
 
 
-def assert_equal_answers(model: PreTrainedModel, directory: Path) -> None:
+def assert_equal_answers(model: PreTrainedModel, directory: Path, kernels: str) -> None:
     """In chunks of 16 and whole, each prompt alone and all 5 at once, with a cold and a warm cache."""
     prompts = random_prompts()
     expected = [greedy(model, prompt) for prompt in prompts]
-    new_engine = engines(directory)
+    new_engine = engines(directory, kernels)
     for chunk_tokens in (16, 256):
         engine = new_engine(chunk_tokens=chunk_tokens, num_blocks=128, max_num_sequences=5)
         together = generate(engine, prompts, NUM_TOKENS)
@@ -137,27 +159,32 @@ def assert_equal_answers(model: PreTrainedModel, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_answers(name: str, tmp_path: Path) -> None:
+def test_equal_answers(name: str, kernels: str, tmp_path: Path) -> None:
     model = save_random(name, tmp_path)
-    assert_equal_answers(model, tmp_path)
+    assert_equal_answers(model, tmp_path, kernels)
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards(kernels: str, tmp_path: Path) -> None:
     model = save_random("llama", tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert_equal_answers(model, tmp_path)
+    assert_equal_answers(model, tmp_path, kernels)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_conditions(name: str, tmp_path: Path) -> None:
+def test_every_condition(name: str, tmp_path: Path) -> None:
+    assert_conditions(name, tmp_path, full_product(), needed("native"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_conditions_with_torch(name: str, tmp_path: Path) -> None:
     """Every case of the full product on one of the architectures: they take turns."""
-    assert_conditions(name, tmp_path, full_product()[ARCHITECTURES.index(name) :: len(ARCHITECTURES)])
+    assert_conditions(name, tmp_path, full_product()[ARCHITECTURES.index(name) :: len(ARCHITECTURES)], "torch")
 
 
 @pytest.mark.exact
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_condition(name: str, tmp_path: Path) -> None:
-    assert_conditions(name, tmp_path, full_product())
+def test_every_condition_with_torch(name: str, tmp_path: Path) -> None:
+    assert_conditions(name, tmp_path, full_product(), "torch")
 
 
 def full_product() -> list[Case]:
@@ -167,10 +194,10 @@ def full_product() -> list[Case]:
     return numbers.sample(chosen, len(chosen))
 
 
-def assert_conditions(name: str, directory: Path, cases: list[Case]) -> None:
+def assert_conditions(name: str, directory: Path, cases: list[Case], kernels: str) -> None:
     """Prompts are of 6 different tokens, so that there is something to look up."""
     model = save_random(name, directory)
-    new_engine = engines(directory)
+    new_engine = engines(directory, kernels)
     generator = torch.Generator().manual_seed(5)
     shared = torch.randint(6, (19,), generator=generator).tolist()
     entries = []
@@ -191,12 +218,12 @@ def assert_conditions(name: str, directory: Path, cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_seeded_choices_are_those_of_single_works(name: str, tmp_path: Path) -> None:
+def test_seeded_choices_are_those_of_single_works(name: str, kernels: str, tmp_path: Path) -> None:
     save_random(name, tmp_path)
-    seeded_choices(engines(tmp_path), random_prompts()[3], NUM_TOKENS, SamplingParams(seed=7, temperature=0.9))
+    seeded_choices(engines(tmp_path, kernels), random_prompts()[3], NUM_TOKENS, SamplingParams(seed=7, temperature=0.9))
 
 
-def test_pickled_weights(tmp_path: Path) -> None:
+def test_pickled_weights(kernels: str, tmp_path: Path) -> None:
     """As older models come, in shards; the tied head is in none of them."""
     model = save_random("qwen3-tied", tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -205,4 +232,4 @@ def test_pickled_weights(tmp_path: Path) -> None:
     for file in set(weight_map.values()):
         torch.save({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, tmp_path / file)
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_equal_answers(model, tmp_path)
+    assert_equal_answers(model, tmp_path, kernels)

@@ -17,7 +17,7 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError, ModelFileError
 from workers.fake import fake_manifest
 from workers.memory import free_memory, size_pool
-from workers.paged import choose_dtype, choose_max_model_len
+from workers.paged import choose_max_model_len
 from workers.types import FinishReason, GenerateWork, ModelFiles, SamplingParams, TokenDelta, WorkId
 from workers.weights.checkpoint import open_checkpoint
 
@@ -122,12 +122,6 @@ def test_sliding_windows_that_would_matter_are_refused(new_files: NewFiles) -> N
     with pytest.raises(ModelFileError, match="a sliding window of 40 tokens"):
         choose_max_model_len(EngineConfig(), manifest, shape)
     assert choose_max_model_len(EngineConfig(max_model_len=40), manifest, shape) == 40
-
-
-def test_dtypes() -> None:
-    assert choose_dtype("fp32") is torch.float32
-    assert choose_dtype("bf16") is torch.bfloat16
-    assert choose_dtype("auto") in (torch.float32, torch.bfloat16)
 
 
 def test_pool_from_free_memory() -> None:

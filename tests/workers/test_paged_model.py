@@ -11,7 +11,6 @@ import torch
 
 from tests.workers.gguf_files import VOCAB, random_tensors, write_gguf
 from workers.attention.cache import KvCache
-from workers.attention.cpu import CpuAttention
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.models.llama import LlamaModel
@@ -41,7 +40,7 @@ def new_runner(model: LlamaModel, num_blocks: int) -> CpuRunner:
         head_dim=shape.head_dim,
         dtype=model.dtype,
     )
-    return CpuRunner(model, cache, CpuAttention())
+    return CpuRunner(model.over(cache), cache)
 
 
 def new_engine(model: LlamaModel, num_blocks: int = 64, lookup_tokens: int = 0, **options: Any) -> PagedEngine:

@@ -25,6 +25,7 @@ class KvCache:
         self.keys = tuple(layer[0] for layer in self._pool)
         """Per layer: [block, kv_head, block_size, head_dim]."""
         self.values = tuple(layer[1] for layer in self._pool)
+        self.address = self._pool.data_ptr()
         self.num_blocks = num_blocks
         self.num_kv_heads = num_kv_heads
         self.block_size = block_size

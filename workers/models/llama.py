@@ -19,11 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import rms_norm, silu
 
-from workers.attention.backend import StepAttention
+from workers import kernels
+from workers.attention.backend import AttentionBackend, StepAttention
+from workers.attention.cache import KvCache
+from workers.attention.cpu import CpuAttention
 from workers.attention.layout import StepLayout
 from workers.linear import Adapter, Linear
+from workers.models.torch_forward import TorchForward
 from workers.weights.checkpoint import Checkpoint
 from workers.weights.shape import ModelShape, Rope
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,9 @@ class LlamaModel:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.shape: ModelShape = checkpoint.shape
         self.dtype = dtype
+        self.cache_dtype = dtype
+        self.dtype_name = DTYPE_NAMES[dtype]
+        self.kernels = kernels.kernel_for(dtype)
         shape = self.shape
         embedding = checkpoint.tensor("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size)
         self._layers = [_load_layer(checkpoint, i, dtype) for i in range(shape.num_layers)]
@@ -66,6 +75,10 @@ class LlamaModel:
             assert isinstance(linear, Linear)
             linear.adapters[name] = change
         self.adapters.add(name)
+
+    def over(self, cache: KvCache, attention: AttentionBackend | None = None) -> TorchForward:
+        """Return the model at work over `cache`, attending by `attention` or the CPU's own."""
+        return TorchForward(self, cache, attention or CpuAttention())
 
     @torch.inference_mode()
     def forward(self, layout: StepLayout, attention: StepAttention) -> torch.Tensor:
