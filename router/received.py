@@ -18,7 +18,7 @@ from router.model import ServedModel
 from router.types import Request
 from router.violations import Violations, check_token_ids
 
-MAX_INLINE_RECEIVED = 1_024
+MAX_INLINE_RECEIVED = 512
 """More received tokens, about a millisecond's work, are looked through in a thread."""
 
 FIELD = "received_token_ids"

@@ -16,6 +16,7 @@ from octavo.v1.status_service_pb2_grpc import StatusServiceServicer
 from router import status
 from router.intake import Intake
 from router.model import ServedModel
+from router.prompt import prompt_ids
 from router.session import Sessions
 from router.types import Backend, ReplicaView
 from router.validation import Validator
@@ -53,7 +54,7 @@ class ModelServicer(ModelServiceServicer):
     async def _tokenize(self, request: models_pb.TokenizeRequest) -> models_pb.TokenizeResponse:
         _, model = self._validator.model(request.model)
         violations = Violations()
-        token_ids = await self._validator.prompt_ids(model, request.prompt, violations)
+        token_ids = await prompt_ids(request.prompt, model, violations)
         violations.raise_if_any()
         return models_pb.TokenizeResponse(token_ids=token_ids, max_model_len=model.manifest.max_model_len)
 

@@ -7,33 +7,30 @@ neither calls nor Sessions; what came beside the message is in its `Envelope`.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from octavo.names import Reason
 from octavo.v1.inference_service_pb2 import GenerateRequest
-from octavo.v1.types_pb2 import TRUNCATE_NONE, TRUNCATE_UNSPECIFIED, ChatMessage, Prompt
+from octavo.v1.types_pb2 import TRUNCATE_NONE, TRUNCATE_UNSPECIFIED
 
 from router.choice import Choice
 from router.config import RouterConfig
 from router.identity import ANYBODY, Identity
 from router.model import ServedModel
+from router.prompt import is_quick, prompt_ids
 from router.received import MAX_INLINE_RECEIVED, check_received, new_choices, num_received
 from router.sampling import check_sampling, make_sampling
-from router.tokenizer import MAX_INLINE_CHARACTERS
 from router.types import Request
 from router.violations import Violations, check_token_ids, shown
-from workers.errors import CapabilityError, InvalidRequestError, NotFoundError, NotServedError, Violation
+from workers.errors import NotFoundError, NotServedError, Violation
 
 MAX_ID_BYTES = 128
 MAX_STOP_TOKEN_IDS = 256
 MAX_PRIORITY = 100
 MAX_LOGPROBS = 20
 """Alternatives of each token."""
-MAX_MESSAGES = 4_096
-"""In one conversation, and parts of messages in it; looking at more would hold up everybody else's requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +67,7 @@ class Validator:
 
     def is_quick(self, message: GenerateRequest) -> bool:
         """Whether `accept` will do without suspending."""
-        prompt = message.prompt
-        if prompt.HasField("messages") or len(prompt.text) > MAX_INLINE_CHARACTERS:
-            return False
-        return num_received(message) <= MAX_INLINE_RECEIVED
+        return is_quick(message.prompt) and num_received(message) <= MAX_INLINE_RECEIVED
 
     async def accept(self, message: GenerateRequest, envelope: Envelope, *, traceparent: str) -> Accepted:
         """Return the valid request. `traceparent`: of the span that the back's spans shall belong to.
@@ -86,7 +80,7 @@ class Validator:
         check_sampling(message.sampling, model, violations)
         _check_not_served(message, violations)
         num_choices, num_generated = self._check_choices(message, violations)
-        prompt = await self.prompt_ids(model, message.prompt, violations)
+        prompt = await prompt_ids(message.prompt, model, violations)
         max_tokens = self._check_length(message, prompt, model, violations)
         received = check_received(message, num_choices, num_generated, model, violations)
         violations.raise_if_any()
@@ -138,42 +132,6 @@ class Validator:
             reason=Reason.MODEL_NOT_FOUND,
             violations=[Violation("model", f"{rule}, is {shown(name)}")],
         )
-
-    async def prompt_ids(self, model: ServedModel, prompt: Prompt, violations: Violations) -> list[int]:
-        """Return the token ids of `prompt`; empty where `violations` says why. Raises CapabilityError for messages to
-        a model without a chat template."""
-        known_before = violations.count
-        field = "prompt"
-        ids: list[int] = []
-        match prompt.WhichOneof("prompt"):
-            case "token_ids":
-                field = "prompt.token_ids"
-                if not _has_too_many(len(prompt.token_ids.ids), model, field, violations):
-                    ids = list(prompt.token_ids.ids)
-            case "text":
-                if not _is_surely_too_long(prompt.text, model, "prompt.text", violations):
-                    ids = await model.tokenizer.encode_text(prompt.text)
-            case "messages":
-                ids = await self._message_ids(model, prompt.messages.messages, violations)
-        if violations.count == known_before:
-            rule = "must have at least one token, as text, token ids or messages"
-            violations.require(bool(ids), "prompt", rule, "empty", reason=Reason.EMPTY_PROMPT)
-            check_token_ids(ids, field, model, violations)
-        return ids
-
-    async def _message_ids(
-        self, model: ServedModel, messages: Sequence[ChatMessage], violations: Violations
-    ) -> list[int]:
-        if model.chat_template is None:
-            raise CapabilityError(
-                f"prompt.messages: {model.manifest.name} has no chat template; send text or token ids",
-                violations=[Violation("prompt.messages", f"{model.manifest.name} has no chat template")],
-            )
-        known_before = violations.count
-        plain = _plain_messages(messages, violations)
-        if violations.count > known_before:
-            return []
-        return await asyncio.to_thread(_render, model, plain, violations)
 
     def _check_fields(
         self, message: GenerateRequest, envelope: Envelope, model: ServedModel, violations: Violations
@@ -255,52 +213,3 @@ def _check_not_served(message: GenerateRequest, violations: Violations) -> None:
         message.truncate in (TRUNCATE_UNSPECIFIED, TRUNCATE_NONE), "truncate", "any value other than TRUNCATE_NONE"
     )
     violations.serve(not message.HasField("response_format"), "response_format")
-
-
-def _is_surely_too_long(text: str, model: ServedModel, field: str, violations: Violations) -> bool:
-    """Whether `text` needs no tokenizing to be refused: the time that takes would be the client's to spend."""
-    return _has_too_many(model.tokenizer.min_tokens(text), model, field, violations, or_more=" or more")
-
-
-def _has_too_many(
-    num_tokens: int, model: ServedModel, field: str, violations: Violations, *, or_more: str = ""
-) -> bool:
-    limit = model.manifest.max_model_len
-    if num_tokens < limit:
-        return False
-    rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
-    violations.require(False, field, rule, f"{num_tokens} tokens{or_more}", reason=Reason.PROMPT_TOO_LONG)
-    return True
-
-
-def _plain_messages(messages: Sequence[ChatMessage], violations: Violations) -> list[dict[str, str]]:
-    plain = []
-    violations.require(
-        len(messages) > 0, "prompt.messages", "must have at least one message", 0, reason=Reason.EMPTY_PROMPT
-    )
-    num_parts = sum(max(1, len(message.content)) for message in messages[: MAX_MESSAGES + 1])
-    if num_parts > MAX_MESSAGES:
-        rule = f"must have at most {MAX_MESSAGES} messages and parts of messages"
-        violations.require(False, "prompt.messages", rule, max(len(messages), num_parts))
-        return []
-    for i, message in enumerate(messages):
-        field = f"prompt.messages[{i}]"
-        violations.require(message.role != "", f"{field}.role", "must not be empty", "")
-        violations.serve(not message.tool_calls, f"{field}.tool_calls")
-        violations.serve(not message.tool_call_id, f"{field}.tool_call_id")
-        for j, part in enumerate(message.content):
-            violations.require(part.HasField("text"), f"{field}.content[{j}]", "must be text", "absent")
-        plain.append({"role": message.role, "content": "".join(part.text for part in message.content)})
-    return plain
-
-
-def _render(model: ServedModel, messages: list[dict[str, str]], violations: Violations) -> list[int]:
-    """Render and tokenize, blocking. The template writes the special tokens itself."""
-    assert model.chat_template is not None
-    try:
-        text = model.chat_template.render(messages)
-    except InvalidRequestError as error:
-        raise InvalidRequestError(str(error), violations=[Violation("prompt.messages", str(error.args[0]))]) from error
-    if _is_surely_too_long(text, model, "prompt.messages", violations):
-        return []
-    return model.tokenizer.encode(text, add_special_tokens=False)
