@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from load_tests.generator.fields import ScenarioError, Span, require
 PROCESSES = ("constant", "poisson", "bursts", "ramp", "trace", "closed")
 MAX_DURATION_S = 3600.0
 MAX_TRACE_LINES = 1_000_000
+_AT_ONCE = Span(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Arrivals:
     """Of a trace, relative to the scenario: CSV with the columns at_s, prompt, output."""
     speed: float = 1.0
     concurrency: int = 1
-    think_s: Span = Span(0, 0)
+    think_s: Span = _AT_ONCE
 
     @property
     def is_open(self) -> bool:
@@ -82,7 +84,9 @@ class Arrivals:
         """Yield the arrivals before `duration_s` of an open loop."""
         rng = random.Random(seed)
         processes = {"constant": self._constant, "poisson": self._poisson, "bursts": self._bursts, "ramp": self._ramp}
-        offsets = (line.at_s / self.speed for line in trace) if self.process == "trace" else processes[self.process](rng)
+        offsets = (
+            (line.at_s / self.speed for line in trace) if self.process == "trace" else processes[self.process](rng)
+        )
         for offset in offsets:
             if offset >= self.duration_s:
                 return
@@ -133,7 +137,7 @@ def read_trace(path: Path) -> tuple[TraceLine, ...]:
         raise ScenarioError(f"{path} is not a trace with the columns at_s, prompt, output: {error!r}") from error
     rule = f"must have 1 to {MAX_TRACE_LINES} lines"
     require(0 < len(lines) <= MAX_TRACE_LINES, str(path), rule, len(lines))
-    for before, after in zip(lines, lines[1:], strict=False):
+    for before, after in itertools.pairwise(lines):
         require(before.at_s <= after.at_s, str(path), "must be in ascending order of at_s", after)
     for line in lines:
         require(line.prompt >= 1 and line.output >= 1, str(path), "must have prompts and outputs >= 1", line)

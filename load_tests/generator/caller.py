@@ -123,7 +123,9 @@ class GenerateCaller:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ]
         self._channels = [grpc.aio.insecure_channel(self._target, options) for _ in range(self._calling.streams)]
-        stubs: list[pb_grpc.InferenceServiceAsyncStub] = [pb_grpc.InferenceServiceStub(channel) for channel in self._channels]
+        stubs: list[pb_grpc.InferenceServiceAsyncStub] = [
+            pb_grpc.InferenceServiceStub(channel) for channel in self._channels
+        ]
         self._turn = itertools.cycle(stubs)
 
     def call(self, request: PlannedRequest) -> Answer:

@@ -19,13 +19,19 @@ from load_tests.generator.poisons import POISONS
 from load_tests.generator.request import PlannedRequest
 from load_tests.generator.scenario import Kind, Scenario
 
-_WORDS = """
-about above across after again air all almost along always among animal another answer any apple arm around ask away back
-bank bear because before begin behind below best better between big bird black blue boat body book both bread bridge bring
-brother brown build busy call came can car carry case cat change child city clean clear close cloud cold color come cook
-corn country cover cross cup cut dark day deep did door down draw dream dress drink drive dry each early earth east eat
-end enough even ever every eye face fall family far farm fast father feel few field fill find fire first fish five floor
-""".split()
+# fmt: off
+_WORDS = (
+    "about", "above", "across", "after", "again", "air", "all", "almost", "along", "always", "among", "animal",
+    "another", "answer", "any", "apple", "arm", "around", "ask", "away", "back", "bank", "bear", "because", "before",
+    "begin", "behind", "below", "best", "better", "between", "big", "bird", "black", "blue", "boat", "body", "book",
+    "both", "bread", "bridge", "bring", "brother", "brown", "build", "busy", "call", "came", "can", "car", "carry",
+    "case", "cat", "change", "child", "city", "clean", "clear", "close", "cloud", "cold", "color", "come", "cook",
+    "corn", "country", "cover", "cross", "cup", "cut", "dark", "day", "deep", "did", "door", "down", "draw", "dream",
+    "dress", "drink", "drive", "dry", "each", "early", "earth", "east", "eat", "end", "enough", "even", "ever",
+    "every", "eye", "face", "fall", "family", "far", "farm", "fast", "father", "feel", "few", "field", "fill", "find",
+    "fire", "first", "fish", "five", "floor",
+)
+# fmt: on
 _MAX_SHARED = 4_096
 """System prompts and documents that are kept rather than made again."""
 

@@ -1,4 +1,4 @@
-"""A TOML table to a frozen dataclass: names and types are those of its fields, every refusal has the rule and the value.
+"""A TOML table to a frozen dataclass: names and types are its fields', every refusal has the rule and the value.
 
 Fields may be str, bool, int, float, `Span`, tuples of str, other such dataclasses (tables) and tuples of these (arrays
 of tables), each also ``| None``. What a value may be beyond its type is for the dataclass's own `check`.
@@ -66,7 +66,7 @@ def _read(kind: Any, value: Any, key: str) -> Any:
         return tuple(_read(item, each, f"{key}[{position}]") for position, each in enumerate(value))
     if kind is Span:
         return _span(value, key)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         require(isinstance(value, dict), key, "must be a table", value)
         return read_table(kind, value, key)
     if kind is float:

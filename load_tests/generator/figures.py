@@ -48,7 +48,7 @@ def compute_figures(
     so that those without a request count in the balance."""
     every, duration = tally.all, max(tally.last_end_s, 1e-9)
     judged = every.sent - every.cancelled - every.refused
-    loads = {name: 0 for name in replicas} | {name: share.load for name, share in tally.replicas.items()}
+    loads = dict.fromkeys(replicas, 0) | {name: share.load for name, share in tally.replicas.items()}
     figures: dict[str, float | None] = {
         "sent": every.sent,
         "ok": every.ok,

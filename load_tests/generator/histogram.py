@@ -37,9 +37,9 @@ class Histogram:
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
         self.count += 1
         self.sum += value
-        if value < self.min:
+        if value < self.min:  # noqa: PLR1730  thrice as fast as min(), and this runs for every token
             self.min = value
-        if value > self.max:
+        if value > self.max:  # noqa: PLR1730
             self.max = value
 
     def merge(self, other: Histogram) -> None:

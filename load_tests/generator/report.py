@@ -79,9 +79,7 @@ class Report:
 def judge(thresholds: tuple[str, ...], figures: Mapping[str, float | None]) -> tuple[Verdict, ...]:
     """Return what becomes of each threshold."""
     parsed = [Threshold.parse(text) for text in thresholds]
-    return tuple(
-        Verdict(threshold=str(each), value=figures[each.figure], holds=each.holds(figures)) for each in parsed
-    )
+    return tuple(Verdict(threshold=str(each), value=figures[each.figure], holds=each.holds(figures)) for each in parsed)
 
 
 def describe_arrivals(scenario: Scenario) -> str:

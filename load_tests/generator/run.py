@@ -1,4 +1,4 @@
-"""One run from a scenario's table to a report: the replicas are asked for, the crew drives, the figures are computed."""
+"""One run from a scenario's table to a report: ask for the replicas, let the crew drive, compute the figures."""
 
 from __future__ import annotations
 

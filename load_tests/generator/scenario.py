@@ -23,6 +23,9 @@ CALLS = ("session", "generate")
 MAX_REQUESTS = 10_000_000
 MAX_LENGTH = 100_000
 MAX_CONVERSATION = 1_000
+_AT_ONCE, _SOON, _ONE, _SHORT = Span(0, 0), Span(0, 1), Span(1, 1), Span(32, 32)
+_WORDS = Span(300, 1_000)
+"""Token ids that the fake model and every real one have, and that are not special."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +42,9 @@ class PromptShape:
     """How many there are to choose from."""
     picked: int = 1
     """How many of them a conversation is about."""
-    own: Span = Span(32, 32)
+    own: Span = _SHORT
     """Length of each turn's own part, which no other request has."""
-    vocabulary: Span = Span(300, 1_000)
+    vocabulary: Span = _WORDS
     """Token ids are drawn from [low, high)."""
 
     def check(self, key: str) -> None:
@@ -53,7 +56,9 @@ class PromptShape:
         require(0 <= self.documents <= 1_000_000, f"{key}.documents", "must be in [0, 1000000]", self.documents)
         rule = f"must be in [0, documents = {self.documents}]"
         require(0 <= self.picked <= max(1, self.documents), f"{key}.picked", rule, self.picked)
-        require(1 <= self.own.low and self.own.high <= MAX_LENGTH, f"{key}.own", f"must be in [1, {MAX_LENGTH}]", self.own)
+        require(
+            self.own.low >= 1 and self.own.high <= MAX_LENGTH, f"{key}.own", f"must be in [1, {MAX_LENGTH}]", self.own
+        )
         rule = "must be two token ids in ascending order"
         require(self.vocabulary.low + 1 < self.vocabulary.high <= 2**31, f"{key}.vocabulary", rule, self.vocabulary)
 
@@ -65,17 +70,17 @@ class Kind:
     name: str
     weight: float = 1.0
     prompt: PromptShape = PromptShape()
-    output: Span = Span(32, 32)
+    output: Span = _SHORT
     """max_tokens."""
-    turns: Span = Span(1, 1)
+    turns: Span = _ONE
     """Each after the first asks on, `think_s` after the answer to the one before, with all that was said."""
-    think_s: Span = Span(0, 0)
+    think_s: Span = _AT_ONCE
     tenants: int = 1
     zipf: float = 0.0
     """How unequal tenants and documents are: number i is drawn in proportion to 1 / i ** zipf."""
     timeout_s: Span | None = None
     cancel_share: float = 0.0
-    cancel_after_s: Span = Span(0, 1)
+    cancel_after_s: Span = _SOON
     read_pause_s: float = 0.0
     """How long a slow reader waits after each read; its times per token are its own doing and are not counted."""
     priority: int = 0
@@ -91,9 +96,9 @@ class Kind:
         require(self.name.isidentifier(), f"{key}.name", "must be a word", self.name)
         require(self.weight > 0, f"{key}.weight", "must be > 0", self.weight)
         self.prompt.check(f"{key}.prompt")
-        require(1 <= self.output.low and self.output.high <= MAX_LENGTH, f"{key}.output", "must be >= 1", self.output)
+        require(self.output.low >= 1 and self.output.high <= MAX_LENGTH, f"{key}.output", "must be >= 1", self.output)
         rule = f"must be in [1, {MAX_CONVERSATION}]"
-        require(1 <= self.turns.low and self.turns.high <= MAX_CONVERSATION, f"{key}.turns", rule, self.turns)
+        require(self.turns.low >= 1 and self.turns.high <= MAX_CONVERSATION, f"{key}.turns", rule, self.turns)
         require(1 <= self.tenants <= 100_000, f"{key}.tenants", "must be in [1, 100000]", self.tenants)
         require(0 <= self.zipf <= 5, f"{key}.zipf", "must be in [0, 5]", self.zipf)
         require(self.timeout_s is None or self.timeout_s.low > 0, f"{key}.timeout_s", "must be > 0", self.timeout_s)

@@ -46,7 +46,7 @@ class Group:
         _merge(self, other)
 
     def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
+        return {name: _to_json(getattr(self, name)) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
@@ -130,14 +130,17 @@ class Tally:
             self.intervals.setdefault(interval, Group()).merge(group)
 
     def to_json(self) -> dict[str, Any]:
-        return _to_json(self)
+        return {name: _to_json(getattr(self, name)) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         plain = ("interval_s", "late", "prompt_tokens", "cached_tokens", "deltas", "last_end_s")
         return cls(
             **{name: value[name] for name in plain},
-            **{name: Histogram.from_json(value[name]) for name in _HISTOGRAMS},
+            per_token=Histogram.from_json(value["per_token"]),
+            gap=Histogram.from_json(value["gap"]),
+            age=Histogram.from_json(value["age"]),
+            lag=Histogram.from_json(value["lag"]),
             all=Group.from_json(value["all"]),
             errors=Counter(value["errors"]),
             replicas={name: ReplicaShare(**each) for name, each in value["replicas"].items()},

@@ -12,14 +12,13 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from load_tests.rigs.router_model import RIG_WORDS
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.fake import FakeEngine
 from workers.plan import StepOutput, StepPlan
 from workers.prefix import PrefixHasher
 from workers.types import ModelManifest
-
-from load_tests.rigs.router_model import RIG_WORDS
 
 TICKS_PER_S: Final = 5_000
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Final
 
 import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
 from router.chat import ChatTemplate
 from router.model import ServedModel
 from router.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from workers.fake import fake_manifest
 from workers.types import ModelManifest
 
@@ -41,6 +42,4 @@ def rig_model() -> ServedModel:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    return ServedModel(
-        manifest=rig_manifest(), tokenizer=Tokenizer(tokenizer), chat_template=ChatTemplate(_TEMPLATE)
-    )
+    return ServedModel(manifest=rig_manifest(), tokenizer=Tokenizer(tokenizer), chat_template=ChatTemplate(_TEMPLATE))

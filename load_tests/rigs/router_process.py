@@ -29,13 +29,12 @@ def main() -> None:
 
 
 async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
+    from load_tests.rigs.router_clock import clock_engine
+    from load_tests.rigs.router_model import rig_manifest
     from workers.config import EngineConfig
     from workers.data_plane import DataPlaneServer
     from workers.fake import FakeEngine
     from workers.thread import EngineThread
-
-    from load_tests.rigs.router_clock import clock_engine
-    from load_tests.rigs.router_model import rig_manifest
 
     config = EngineConfig(engine="fake", **job["engine"])
     config.check()
@@ -51,13 +50,12 @@ async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
 
 
 async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
+    from load_tests.rigs.router_model import rig_model
     from router.config import RouterConfig
     from router.dispatcher import Dispatcher
     from router.hello import RouterIdentity
     from router.server import RouterServer
     from router.types import ReplicaAddress
-
-    from load_tests.rigs.router_model import rig_model
 
     config = RouterConfig(**job["config"])
     config.check()
@@ -73,12 +71,10 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     dispatcher.start()
     addresses = [ReplicaAddress(replica_id=name, address=address, node_id="rig") for name, address in job["replicas"]]
     dispatcher.update_replicas(addresses)
-    server = RouterServer(
-        config, {model.manifest.name: model}, dispatcher, router_id=identity.router_id, version="rig"
-    )
+    server = RouterServer(config, {model.manifest.name: model}, dispatcher, router_id=identity.router_id, version="rig")
     port = server.bind("127.0.0.1", job["port"])
     await server.start()
-    while not all(view.state == "ready" for view in dispatcher.replicas()):
+    while not all(view.state == "ready" for view in dispatcher.replicas()):  # noqa: ASYNC110  nobody tells when they are
         await asyncio.sleep(0.01)
     await _serve(f"127.0.0.1:{port}")
     await server.stop()
