@@ -32,7 +32,7 @@ from router.intake import Intake
 from router.model import ServedModel
 from router.servicer import InferenceServicer
 from router.services import ModelServicer, StatusServicer
-from router.session import Sessions
+from router.sessions import Sessions
 from router.types import Backend
 from workers.errors import OctavoError, StartupError
 

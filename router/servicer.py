@@ -21,7 +21,7 @@ from router import status
 from router.answer import Answer, decision_message
 from router.identity import identify
 from router.intake import Intake, slow_consumer
-from router.session import Sessions
+from router.sessions import Sessions
 from router.validation import MAX_ID_BYTES, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
 

@@ -17,7 +17,7 @@ from router import status
 from router.intake import Intake
 from router.model import ServedModel
 from router.prompt import prompt_ids
-from router.session import Sessions
+from router.sessions import Sessions
 from router.types import Backend, ReplicaView
 from router.validation import Validator
 from router.violations import Violations, check_token_ids

@@ -1,12 +1,11 @@
-"""InferenceService.Session: many requests of one client over one stream, and what outlives that stream.
+"""InferenceService.Session: many requests of one client over one stream.
 
     reader task:   SessionRequest --> starts, then cancels and grants
     writer task:   everything available --> one SessionResponse (the only task that writes to the stream)
 
-Each request has its own window, so one that nobody reads neither stalls its siblings nor grows memory. When a stream
-breaks, its requests live on for ``session_grace_s``, in which the same tenant may attach again with the same id, also
-from a newer stream while the older one does not know yet that it is dead: the newer one wins. An answer whose Terminal
-was written shortly before the break is kept for that too, since nobody knows whether it arrived.
+Each request has its own window, so one that nobody reads neither stalls its siblings nor grows memory. When the stream
+breaks, its requests live on (`router/entries.py`). An answer whose Terminal was written shortly before the break is
+kept for that too, since nobody knows whether it arrived.
 
 Rules for a client: a Terminal with REQUEST_ID_IN_USE is about the Start that it answers, not about the live request; a
 choice whose finish was seen is over, even if an attachment at its last token sends the finish again.
@@ -17,20 +16,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine
-from functools import partial
 from typing import Any
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 from octavo.names import Reason, Span
-from octavo.v1.inference_service_pb2 import Event, GoAway, SessionResponse, Start, Terminal
-from octavo.v1.types_pb2 import Delta
+from octavo.v1.inference_service_pb2 import GoAway, Start
 
 from router import status
-from router.answer import Answer, decision_message
-from router.identity import Identity, identify
+from router.answer import Answer
+from router.entries import Entries, Entry
+from router.identity import Identity
 from router.intake import Intake, slow_consumer
+from router.session_outbox import SessionOutbox
 from router.validation import MAX_ID_BYTES, Envelope
 from router.violations import shown
 from workers.errors import (
@@ -41,146 +39,28 @@ from workers.errors import (
     Violation,
 )
 
-MAX_MESSAGE_TOKENS = 32_768
-"""In one message, which keeps it far below a client's usual limit of 4 MiB."""
-EVENT_TOKENS = 32
-"""What an event weighs beside its tokens."""
-MAX_REFUSALS = 1_024
-"""Refused starts that wait to be written; with more, nothing is read."""
 LINGER_S = 5.0
 """How long an answer is kept after its Terminal was written."""
 MAX_LINGERING = 1_024
 """Answers that one session keeps so."""
 
 
-class Entry:
-    """A request of a Session and the stream that it belongs to now, if any."""
-
-    __slots__ = ("answer", "is_delivered", "key", "num_detached", "session")
-
-    def __init__(self, key: tuple[str, str], answer: Answer, session: Session) -> None:
-        self.key = key
-        self.answer = answer
-        self.session: Session | None = session
-        self.is_delivered = False
-        """Its Terminal was written, and nobody has attached since."""
-        self.num_detached = 0
-        """How often it has lost its stream; tells a grace that is over from one that began later."""
-
-
-class Sessions:
-    """All Sessions of a router, and the requests that have come in over them."""
-
-    def __init__(self, intake: Intake) -> None:
-        self.intake = intake
-        self._entries: dict[tuple[str, str], Entry] = {}
-        self._open: set[Session] = set()
-        self._admissions: set[asyncio.Task[None]] = set()
-        self._graces: set[asyncio.TimerHandle] = set()
-        self._go_away: GoAway | None = None
-
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
-
-    @property
-    def num_known(self) -> int:
-        """Requests that a client could attach to."""
-        return len(self._entries)
-
-    async def serve(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Serve one Session call to its end."""
-        session = Session(self, context, identify(context))
-        self._open.add(session)
-        if self._go_away is not None:
-            session.go_away(self._go_away)
-        try:
-            await session.run()
-        finally:
-            self._open.discard(session)
-
-    def go_away(self, grace_s: float, reason: str) -> None:
-        """Tell every client, also those that still come, to start no more here."""
-        self._go_away = GoAway(grace=status.duration(grace_s), reason=reason)
-        for session in self._open:
-            session.go_away(self._go_away)
-
-    def finish(self) -> None:
-        """Let every Session end as soon as nothing is left to write."""
-        for session in self._open:
-            session.finish()
-
-    async def stop(self) -> None:
-        """Forget everything; no Session may be running any more."""
-        for handle in self._graces:
-            handle.cancel()
-        self._graces.clear()
-        for task in self._admissions:
-            task.cancel()
-        await asyncio.gather(*self._admissions, return_exceptions=True)
-        for entry in self._entries.values():
-            entry.answer.close()
-        self._entries.clear()
-
-    def find(self, key: tuple[str, str]) -> Entry | None:
-        return self._entries.get(key)
-
-    def add(self, entry: Entry) -> None:
-        self._entries[entry.key] = entry
-
-    def forget(self, entry: Entry) -> None:
-        """Nobody can attach to it any more."""
-        if self._entries.get(entry.key) is entry:
-            del self._entries[entry.key]
-        entry.answer.close()
-
-    def admit_later(self, admission: Coroutine[Any, Any, None]) -> None:
-        """Run an admission that takes its time; it does not end with the session."""
-        task = asyncio.create_task(admission)
-        self._admissions.add(task)
-        task.add_done_callback(self._admissions.discard)
-
-    def detached(self, entries: list[Entry], grace_s: float) -> None:
-        """These have lost their stream; unless they find another one, they end when the grace is over."""
-        counts = []
-        if not entries:
-            return
-        for entry in entries:
-            entry.session = None
-            entry.num_detached += 1
-            entry.answer.detach()
-            counts.append((entry, entry.num_detached))
-
-        def grace_is_over() -> None:
-            self._graces.discard(handle)
-            for entry, count in counts:
-                if entry.session is None and entry.num_detached == count:
-                    self.forget(entry)
-
-        handle = asyncio.get_running_loop().call_later(grace_s, grace_is_over)
-        self._graces.add(handle)
-
-
 class Session:
     """One stream."""
 
-    def __init__(self, sessions: Sessions, context: grpc.aio.ServicerContext[Any, Any], identity: Identity) -> None:
-        self._sessions = sessions
-        self._intake = sessions.intake
+    def __init__(
+        self, intake: Intake, entries: Entries, context: grpc.aio.ServicerContext[Any, Any], identity: Identity
+    ) -> None:
+        self._intake = intake
+        self._entries = entries
         self._context = context
         self._identity = identity
         self._live: dict[str, Entry] = {}
         """Requests whose Terminal has yet to be written here."""
-        self._ready: dict[str, Entry] = {}
-        """Those of them that have something to write, the one that has waited longest first."""
-        self._refusals: deque[Event] = deque()
+        self._outbox = SessionOutbox()
         self._ending: list[Entry] = []
         """Requests whose Terminal is in the message that is being written."""
         self._lingering: deque[tuple[float, Entry]] = deque()
-        self._pending_go_away: GoAway | None = None
-        self._has_work = asyncio.Event()
-        self._has_room = asyncio.Event()
-        self._has_room.set()
         self._takes_no_more = False
 
     async def run(self) -> None:
@@ -198,28 +78,27 @@ class Session:
             self._part(is_broken=is_broken)
 
     def go_away(self, message: GoAway) -> None:
-        self._pending_go_away = message
-        self._has_work.set()
+        self._outbox.go_away(message)
 
     def finish(self) -> None:
         self._takes_no_more = True
-        self._has_work.set()
+        self._outbox.has_work.set()
 
     def release(self, entry: Entry) -> None:
         """A newer stream takes `entry` over."""
-        if self._live.get(entry.answer.request_id) is entry:
-            del self._live[entry.answer.request_id]
-            self._ready.pop(entry.answer.request_id, None)
+        if self._live.get(entry.request_id) is entry:
+            del self._live[entry.request_id]
+            self._outbox.discard(entry.request_id)
 
     def _part(self, *, is_broken: bool) -> None:
         """Give up everything that belongs to this stream. Idempotent."""
-        told = [entry for entry in (*self._ending, *(entry for _, entry in self._lingering)) if entry.session is self]
+        told = [entry for entry in (*self._ending, *(entry for _, entry in self._lingering)) if entry.stream is self]
         # A call that breaks between two messages may look like one whose client has finished.
         grace_s = self._intake.config.session_grace_s if is_broken else LINGER_S
-        self._sessions.detached([*self._live.values(), *told], grace_s)
+        self._entries.detach([*self._live.values(), *told], grace_s)
         self._live.clear()
         self._ending.clear()
-        self._ready.clear()
+        self._outbox.clear()
         self._lingering.clear()
 
     # Reading.
@@ -233,13 +112,13 @@ class Session:
             if isinstance(message, OctavoError):
                 raise message
             for start in message.starts:
-                await self._has_room.wait()
+                await self._outbox.has_room.wait()
                 try:
                     await self._start(start)
                 except OctavoError as error:
-                    self._refuse(start.request_id, error)
+                    self._outbox.refuse(start.request_id, error)
                 except Exception as error:
-                    self._refuse(start.request_id, status.unexpected(error))
+                    self._outbox.refuse(start.request_id, status.unexpected(error))
             for cancel in message.cancels:
                 entry = self._live.get(cancel.request_id)
                 if entry is not None:
@@ -258,7 +137,7 @@ class Session:
         limit = self._intake.config.max_session_requests
         if len(self._live) >= limit:
             raise OverloadedError(f"a session must have at most {limit} live requests", reason=Reason.SESSION_LIMIT)
-        entry = self._sessions.find((self._identity.tenant, start.request_id))
+        entry = self._entries.find((self._identity.tenant, start.request_id))
         if entry is not None and start.attach_offsets:
             self._attach(entry, start)
         elif entry is not None and not entry.is_delivered:
@@ -294,13 +173,13 @@ class Session:
             window=start.window if start.HasField("window") else None,
         )
         entry = Entry((self._identity.tenant, start.request_id), answer, self)
-        self._sessions.add(entry)
+        self._entries.add(entry)
         self._live[start.request_id] = entry
         admission = self._intake.admit(answer, start.request)
         if self._intake.validator.is_quick(start.request):
             await admission
         else:
-            self._sessions.admit_later(admission)
+            self._entries.admit_later(admission)
 
     def _attach(self, entry: Entry, start: Start) -> None:
         answer = entry.answer
@@ -314,38 +193,30 @@ class Session:
                     f"must be in [{known.start}, {known.stop - 1}], from the tokens of received_token_ids to all so far"
                 )
                 raise _invalid(f"attach_offsets[{i}]", f"{rule}, is {offset}")
-        if entry.session is not None:
-            entry.session.release(entry)
-        entry.session = self
-        entry.is_delivered = False
+        entry.move(self)
         self._live[start.request_id] = entry
         answer.attach(self._is_ready, window=start.window if start.HasField("window") else None, offsets=offsets)
-
-    def _refuse(self, request_id: str, error: OctavoError) -> None:
-        self._refusals.append(Event(request_id=request_id, terminal=status.to_terminal(error)))
-        if len(self._refusals) >= MAX_REFUSALS:
-            self._has_room.clear()
-        self._has_work.set()
 
     # Writing.
 
     def _is_ready(self, answer: Answer) -> None:
-        self._ready[answer.request_id] = self._live[answer.request_id]
-        self._has_work.set()
+        self._outbox.add(self._live[answer.request_id])
 
     async def _write(self, reader: asyncio.Task[None]) -> None:
         """Write what is available until nothing more can come. Raises what ends the stream."""
-        reader.add_done_callback(lambda _task: self._has_work.set())
+        outbox = self._outbox
+        reader.add_done_callback(lambda _task: outbox.has_work.set())
         limit_s = self._intake.config.slow_consumer_s
         while True:
-            message = self._next_message()
+            message, ended = outbox.take()
+            self._end(ended)
             if message is None:
                 if reader.done() and (error := reader.exception()) is not None:
                     await self._abort(error, reader)
                 if self._takes_no_more and not self._live:
                     return
-                self._has_work.clear()
-                await self._has_work.wait()
+                outbox.has_work.clear()
+                await outbox.has_work.wait()
                 continue
             try:
                 async with asyncio.timeout(limit_s):
@@ -353,7 +224,7 @@ class Session:
             except TimeoutError:
                 await self._abort(slow_consumer(limit_s), reader)
             self._written()
-            if self._ready:
+            if outbox.has_ready:
                 await asyncio.sleep(0)  # a write may complete without suspending, and others want to run too
 
     async def _abort(self, error: BaseException, reader: asyncio.Task[None]) -> None:
@@ -361,65 +232,26 @@ class Session:
         self._part(is_broken=True)
         await status.abort(self._context, error if isinstance(error, OctavoError) else status.unexpected(error))
 
-    def _next_message(self) -> SessionResponse | None:
-        """Return everything available, up to a bound; None if there is nothing."""
-        message = SessionResponse()
-        budget = MAX_MESSAGE_TOKENS
-        if self._pending_go_away is not None:
-            message.go_away.CopyFrom(self._pending_go_away)
-            self._pending_go_away = None
-        elif not self._ready and not self._refusals:
-            return None
-        while self._refusals and budget > 0:
-            message.events.append(self._refusals.popleft())
-            budget -= EVENT_TOKENS
-        if not self._refusals:
-            self._has_room.set()
-        ready, events = self._ready, message.events
-        while ready and budget > 0:
-            request_id = next(iter(ready))
-            entry = ready.pop(request_id)
-            answer = entry.answer
-            budget -= EVENT_TOKENS + answer.take(budget, partial(_new_delta, message, request_id))
-            if answer.is_complete:
-                events.add(request_id=request_id, terminal=_terminal(answer))
-                self._end(entry)
-            elif answer.has_output:
-                ready[request_id] = entry
-        return message
-
-    def _end(self, entry: Entry) -> None:
-        """Its Terminal is in the message: nothing may change it any more, or be told after it."""
-        del self._live[entry.answer.request_id]
-        entry.answer.close()
-        entry.answer.detach()
-        self._ending.append(entry)
+    def _end(self, entries: list[Entry]) -> None:
+        """Their Terminals are in the message: nothing may change them any more, or be told after them."""
+        for entry in entries:
+            del self._live[entry.request_id]
+            entry.answer.close()
+            entry.answer.detach()
+        self._ending += entries
 
     def _written(self) -> None:
         """The message has left; those that it ended are kept for a while."""
         now = time.monotonic()
         for entry in self._ending:
-            if entry.session is self:
+            if entry.stream is self:
                 entry.is_delivered = True
                 self._lingering.append((now, entry))
         self._ending.clear()
         while self._lingering and (len(self._lingering) > MAX_LINGERING or now - self._lingering[0][0] > LINGER_S):
             _, entry = self._lingering.popleft()
-            if entry.session is self and entry.is_delivered:
-                self._sessions.forget(entry)
-
-
-def _new_delta(message: SessionResponse, request_id: str) -> Delta:
-    return message.events.add(request_id=request_id).delta
-
-
-def _terminal(answer: Answer) -> Terminal:
-    terminal = status.to_terminal(answer.error)
-    terminal.usage.CopyFrom(answer.usage())
-    if answer.decision is not None:
-        terminal.replica = answer.decision.replica
-        terminal.decision.CopyFrom(decision_message(answer.decision))
-    return terminal
+            if entry.stream is self and entry.is_delivered:
+                self._entries.forget(entry)
 
 
 def _num_received(start: Start, index: int) -> int:

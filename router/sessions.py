@@ -1,0 +1,57 @@
+"""All Sessions of a router: they are served, told to go away, and let end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+from octavo.v1.inference_service_pb2 import GoAway
+
+from router import status
+from router.entries import Entries
+from router.identity import identify
+from router.intake import Intake
+from router.session import Session
+
+
+class Sessions:
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._entries = Entries()
+        self._open: set[Session] = set()
+        self._go_away: GoAway | None = None
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    @property
+    def num_known(self) -> int:
+        """Requests that a client could attach to."""
+        return len(self._entries)
+
+    async def serve(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Serve one Session call to its end."""
+        session = Session(self._intake, self._entries, context, identify(context))
+        self._open.add(session)
+        if self._go_away is not None:
+            session.go_away(self._go_away)
+        try:
+            await session.run()
+        finally:
+            self._open.discard(session)
+
+    def go_away(self, grace_s: float, reason: str) -> None:
+        """Tell every client, also those that still come, to start no more here."""
+        self._go_away = GoAway(grace=status.duration(grace_s), reason=reason)
+        for session in self._open:
+            session.go_away(self._go_away)
+
+    def finish(self) -> None:
+        """Let every Session end as soon as nothing is left to write."""
+        for session in self._open:
+            session.finish()
+
+    async def stop(self) -> None:
+        """Forget everything; no Session may be running any more."""
+        await self._entries.stop()
