@@ -14,39 +14,65 @@ import contextlib
 import fcntl
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from workers.weights.checkpoint import Checkpoint, open_checkpoint
 from workers.weights.packed import PackedModel, assemble
 from workers.weights.packed_file import PackedKey, UnusableFileError, read_packed, write_packed
 from workers.weights.packed_mode import PackingMode, packed_parts
+from workers.weights.shape import ModelShape
+
+Check = Callable[[ModelShape], object]
 
 _log = logging.getLogger(__name__)
 
 
-def load_packed(weights: Path, weights_fingerprint: str, mode: PackingMode, directory: Path | None) -> PackedModel:
+def load_packed(
+    weights: Path,
+    weights_fingerprint: str,
+    mode: PackingMode,
+    directory: Path | None,
+    *,
+    check: Check = lambda shape: None,
+) -> PackedModel:
     """Return the model at `weights`, mapped from `directory`, where it is packed first if need be.
 
     With no directory, or one that cannot be written, they are packed into this process's own memory. Blocks, also while
-    another process packs. Raises ModelFileError and UnpackableError.
+    another process packs. `check` is called with the shape before a tensor is read, and may raise. Raises
+    ModelFileError and UnpackableError.
     """
     key = PackedKey(weights_fingerprint, mode)
-    if directory is None:
-        return _pack_to_memory(weights, mode)
-    path = directory / f"{mode}.packed"
+    model = None if directory is None else _from_directory(weights, key, directory, check)
+    if model is None:
+        checkpoint = _open(weights, check)
+        return assemble(checkpoint.shape, dict(packed_parts(checkpoint, mode)))
+    check(model.shape)
+    return model
+
+
+def _from_directory(weights: Path, key: PackedKey, directory: Path, check: Check) -> PackedModel | None:
+    """Return the model mapped; None if the directory cannot be used."""
+    path = directory / f"{key.mode}.packed"
     found = _read(path, key)
     if found is not None:
         return found
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / f"{mode}.lock"):
+        with _locked(directory / f"{key.mode}.lock"):
             found = _read(path, key)  # while this process waited, another one may have packed
             if found is None:
-                _pack_to_file(weights, path, key)
+                _pack_to_file(weights, path, key, check)
         return found or read_packed(path, key)
     except (OSError, UnusableFileError) as error:
         _log.warning("packed weights are kept in this process's memory, for %s cannot be used: %s", path, error)
-        return _pack_to_memory(weights, mode)
+        return None
+
+
+def _open(weights: Path, check: Check) -> Checkpoint:
+    checkpoint = open_checkpoint(weights)
+    check(checkpoint.shape)
+    return checkpoint
 
 
 def _read(path: Path, key: PackedKey) -> PackedModel | None:
@@ -62,11 +88,9 @@ def _read(path: Path, key: PackedKey) -> PackedModel | None:
         return None
 
 
-def _pack_to_file(weights: Path, path: Path, key: PackedKey) -> None:
-    from workers.weights.checkpoint import open_checkpoint
-
+def _pack_to_file(weights: Path, path: Path, key: PackedKey, check: Check) -> None:
     started = time.monotonic()
-    checkpoint = open_checkpoint(weights)
+    checkpoint = _open(weights, check)
     new = path.with_suffix(".new")
     try:
         size = write_packed(new, key, checkpoint.shape, packed_parts(checkpoint, key.mode))
@@ -74,13 +98,6 @@ def _pack_to_file(weights: Path, path: Path, key: PackedKey) -> None:
     finally:
         new.unlink(missing_ok=True)
     _log.info("packed %s (%s) in %.1f s: %.0f MB", weights.name, key.mode, time.monotonic() - started, size / 1e6)
-
-
-def _pack_to_memory(weights: Path, mode: PackingMode) -> PackedModel:
-    from workers.weights.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(weights)
-    return assemble(checkpoint.shape, dict(packed_parts(checkpoint, mode)))
 
 
 @contextlib.contextmanager

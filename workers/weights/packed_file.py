@@ -39,7 +39,7 @@ from workers.native.packing import (
     quantise_q4,
     quantise_q8,
 )
-from workers.weights.packed import PackedModel, PackedPart, Part, assemble, parts
+from workers.weights.packed import PackedModel, PackedPart, Part, UnpackableError, assemble, parts
 from workers.weights.packed_mode import PackingMode
 from workers.weights.shape import ModelShape, Rope
 
@@ -109,7 +109,7 @@ def read_packed(path: Path, key: PackedKey) -> PackedModel:
             packed[part.name] = _map_part(mapping, end, part, entry)
         mapping.madvise(mmap.MADV_WILLNEED)
         return assemble(shape, packed)
-    except (KeyError, TypeError, ValueError, ModelFileError) as error:
+    except (KeyError, TypeError, ValueError, ModelFileError, UnpackableError) as error:
         raise UnusableFileError(f"has an index that this release did not write: {error!r}") from error
 
 
