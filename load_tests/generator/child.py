@@ -81,7 +81,8 @@ async def _stop_at_end(driver: Driver, lines: asyncio.StreamReader) -> None:
 async def _tell(driver: Driver) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
-        _say(event="progress", open=driver.num_open, all=driver.tally.all.to_json())
+        tally = driver.tally
+        _say(event="progress", open=driver.num_open, tokens=sum(tally.arrived.values()), all=tally.all.to_json())
 
 
 def _say(**event: Any) -> None:

@@ -15,8 +15,8 @@ COMPARED = (
     *(f"{time}.{point}" for time in ("first_token_s", "per_token_s", "gap_s", "total_s") for point in ("p50", "p99")),
     "age_s.p99", "lag_s.p99",
 )  # fmt: skip
-_MORE_IS_BETTER = frozenset({"ok", "requests_per_s", "goodput_per_s", "good_share", "tokens_per_s", "cached_share"})
-_NO_JUDGEMENT = frozenset({"sent"})
+_MORE_IS_BETTER = frozenset({"requests_per_s", "goodput_per_s", "good_share", "tokens_per_s", "cached_share"})
+_NO_JUDGEMENT = frozenset({"sent", "ok"})
 assert set(COMPARED) <= set(FIGURES)
 
 

@@ -37,6 +37,7 @@ class Progress:
 
     elapsed_s: float = 0.0
     num_open: int = 0
+    num_tokens: int = 0
     all: Group = field(default_factory=Group)
 
 
@@ -109,6 +110,7 @@ class Crew:
         progress = Progress(elapsed_s=time.monotonic() - self._start_at)
         for event in self._progress.values():
             progress.num_open += event["open"]
+            progress.num_tokens += event["tokens"]
             progress.all.merge(Group.from_json(event["all"]))
         return progress
 

@@ -1,4 +1,4 @@
-"""Sends one process's part of a scenario on time, reads the answers, counts what happens.
+"""Sends one process's part of a scenario on time; `Attempt` reads the answers and counts what happens.
 
 An open loop sends each request when it is due, whatever became of those before it, and its times count from when it was
 due: neither a slow server nor a slow generator hides waiting (no coordinated omission). A closed loop, and every later
@@ -14,16 +14,15 @@ import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 
-from octavo.client import CallError, GenerateOptions
+from octavo.client import GenerateOptions
 
-from load_tests.generator.caller import Answer, Caller
+from load_tests.generator.attempt import Attempt
+from load_tests.generator.caller import Caller
 from load_tests.generator.content import Content, Conversation, answer
 from load_tests.generator.request import PlannedRequest
 from load_tests.generator.scenario import Scenario
-from load_tests.generator.tally import GENERATOR_FULL, NO_TERMINAL, NOT_REFUSED, NUM_INTERVALS, Group, Tally
+from load_tests.generator.tally import GENERATOR_FULL, NUM_INTERVALS, Tally
 
-LATE_S = 0.05
-"""An answer may take this long to arrive that was made within its deadline."""
 WARM_UP_S = 10.0
 
 
@@ -36,20 +35,6 @@ class Part:
 
     def __contains__(self, number: int) -> bool:
         return number % self.count == self.index
-
-
-@dataclass(slots=True)
-class _Reading:
-    """An answer as far as it came. Times on the monotonic clock."""
-
-    first: float = 0.0
-    last: float = 0.0
-    num_tokens: int = 0
-    is_cancelled: bool = False
-
-    @property
-    def per_token_s(self) -> float:
-        return (self.last - self.first) / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
 
 class Driver:
@@ -157,144 +142,26 @@ class Driver:
         if not task.cancelled() and self._failure is None:
             self._failure = task.exception()
 
-    # One conversation, one request.
-
     async def _converse(self, conversation: Conversation, due: float) -> None:
         while not conversation.is_over and self.tally.all.sent < self._max_requests:
             request = self._content.ask(conversation)
-            said = await self._ask(request, due, keeps=not conversation.is_over)
-            if said is None or conversation.is_over:
+            attempt = Attempt(
+                request, self._scenario, self.tally, start=self._start, due=due, keeps=not conversation.is_over
+            )
+            if not await self._run(attempt) or conversation.is_over:
                 return
-            answer(conversation, *said)
+            answer(conversation, attempt.token_ids, "".join(attempt.text))
             due = time.monotonic() + conversation.kind.think_s.draw(conversation.rng)
             if due >= self._start + self._scenario.arrivals.duration_s:
                 return
             await self._pause_until(due)
 
-    async def _ask(self, request: PlannedRequest, due: float, *, keeps: bool) -> tuple[list[int], str] | None:
-        """Send one request and count how it ends. Return what was said, if it ended well; empty unless `keeps`."""
-        tally, sent = self.tally, time.monotonic()
-        groups = tally.groups(request.kind, request.tenant, due - self._start)
-        for group in groups:
-            group.sent += 1
-        tally.lag.add(sent - due)
+    async def _run(self, attempt: Attempt) -> bool:
         if self.num_open >= self._max_open:
-            self._fail(groups, GENERATOR_FULL)
-            return None
+            attempt.fail(GENERATOR_FULL)
+            return False
         self.num_open += 1
-        reading, token_ids, text = _Reading(), list[int](), list[str]()
-        call: Answer | None = None
         try:
-            call = self._caller.call(request)
-            await self._read(call, request, reading, token_ids, text, keeps=keeps)
-        except CallError as error:
-            self._count_error(groups, request, reading, error)
-            return None
-        except asyncio.CancelledError:
-            self._fail(groups, NO_TERMINAL)
-            raise
-        else:
-            self._count_answer(groups, request, reading, due, sent)
-            return token_ids, "".join(text)
+            return await attempt.run(self._caller)
         finally:
             self.num_open -= 1
-            tally.last_end_s = max(tally.last_end_s, time.monotonic() - self._start)
-            for group in groups:
-                group.tokens += reading.num_tokens
-            if call is not None:
-                call.cancel()
-                self._account(call)
-
-    async def _read(
-        self,
-        call: Answer,
-        request: PlannedRequest,
-        reading: _Reading,
-        token_ids: list[int],
-        text: list[str],
-        *,
-        keeps: bool,
-    ) -> None:
-        tally, clock, pause_s = self.tally, self._scenario.clock, request.read_pause_s
-        timer = None
-        if request.cancel_after_s is not None:
-            timer = asyncio.get_running_loop().call_later(request.cancel_after_s, _cancel, call, reading)
-        try:
-            async for piece in call:
-                ids = piece.token_ids
-                if keeps:
-                    token_ids += ids
-                    text.append(piece.text)
-                if not ids:
-                    continue
-                now = time.monotonic()
-                tally.deltas += 1
-                if not reading.num_tokens:
-                    reading.first = now
-                elif not pause_s:
-                    tally.gap.add(now - reading.last)
-                reading.last = now
-                reading.num_tokens += len(ids)
-                if clock is not None:
-                    for token_id in ids:
-                        tally.age.add(clock.age_s(token_id, now))
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    # Counting.
-
-    def _count_answer(
-        self, groups: tuple[Group, ...], request: PlannedRequest, reading: _Reading, due: float, sent: float
-    ) -> None:
-        end = time.monotonic()
-        if request.expected:
-            self._fail(groups, f"{NOT_REFUSED}/{request.expected}")
-            return
-        first_token_s = (reading.first if reading.num_tokens else end) - due
-        is_late = request.timeout_s is not None and end - sent > request.timeout_s + LATE_S
-        is_good = not is_late and self._scenario.slo.is_met(first_token_s, reading.per_token_s, end - due)
-        for group in groups:
-            group.ok += 1
-            group.good += is_good
-            group.first_token.add(first_token_s)
-            group.total.add(end - due)
-        self.tally.late += is_late
-        if reading.num_tokens > 1 and not request.read_pause_s:
-            self.tally.per_token.add(reading.per_token_s)
-
-    def _count_error(
-        self, groups: tuple[Group, ...], request: PlannedRequest, reading: _Reading, error: CallError
-    ) -> None:
-        if reading.is_cancelled and error.code.name == "CANCELLED":
-            for group in groups:
-                group.cancelled += 1
-        elif error.code.name == request.expected:
-            for group in groups:
-                group.refused += 1
-        else:
-            self._fail(groups, f"{error.code.name}/{error.reason}" if error.reason else error.code.name)
-
-    def _fail(self, groups: tuple[Group, ...], reason: str) -> None:
-        for group in groups:
-            group.failed += 1
-        self.tally.error(reason)
-
-    def _account(self, call: Answer) -> None:
-        usage = call.usage
-        if usage is None:
-            return
-        self.tally.prompt_tokens += usage.prompt_tokens
-        self.tally.cached_tokens += usage.cached_tokens
-        share = self.tally.replica(usage.replica)
-        share.requests += 1
-        share.prompt_tokens += usage.prompt_tokens
-        share.cached_tokens += usage.cached_tokens
-        share.generated_tokens += usage.generated_tokens
-
-
-def _cancel(call: Answer, reading: _Reading) -> None:
-    reading.is_cancelled = True
-    call.cancel()

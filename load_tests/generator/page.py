@@ -8,7 +8,7 @@ from html import escape
 
 from load_tests.generator.figures import COUNTS, PERCENTILES, TIMES
 from load_tests.generator.histogram import Histogram
-from load_tests.generator.plot import Axis, Line, bar_plot, line_plot, linear_axis, log_axis, seconds
+from load_tests.generator.plot import Axis, Line, bar_plot, line_plot, linear_axis, log_axis, number, seconds
 from load_tests.generator.report import Report
 from load_tests.generator.tally import Group
 from load_tests.generator.text_table import shown, warnings
@@ -123,21 +123,18 @@ def _plots(report: Report) -> Iterable[str]:
     lines = [Line(name, list(_shares(histogram)), colour) for colour, (name, histogram) in enumerate(every)]
     durations = [x for line in lines for x, _ in line.points]
     yield line_plot("Requests answered within", lines, log_axis(durations), Axis(0, 1, lambda share: f"{share:.0%}"))
-    yield _over_time(
-        report, "First token over time", seconds, first_token_p50=_point(0.5), first_token_p99=_point(0.99)
-    )
+    yield _over_time(report, "First token over time", seconds, p50=_point(0.5), p99=_point(0.99))
     width = tally.interval_s
     yield _over_time(
         report,
         "Requests a second, by when they were due",
-        None,
+        number,
         sent=lambda group: group.sent / width,
         failed=lambda group: group.failed / width,
         good=lambda group: group.good / width,
     )
-    yield _over_time(
-        report, "Output tokens a second, by when they were asked for", None, tokens=lambda group: group.tokens / width
-    )
+    arrived = [(i * width, count / width) for i, count in sorted(tally.arrived.items())]
+    yield _by_time(report, "Output tokens a second", [Line("tokens", arrived, 2)], number)
     bars = [
         (
             name,
@@ -162,16 +159,19 @@ def _point(share: float) -> Callable[[Group], float | None]:
 
 
 def _over_time(
-    report: Report, label: str, shown: Callable[[float], str] | None, **curves: Callable[[Group], float | None]
+    report: Report, label: str, shown: Callable[[float], str], **curves: Callable[[Group], float | None]
 ) -> str:
-    tally = report.tally
-    lines = []
+    tally, lines = report.tally, []
     for colour, (name, value) in enumerate(curves.items()):
         points = [(i * tally.interval_s, value(group)) for i, group in sorted(tally.intervals.items())]
         lines.append(Line(name.replace("_", " "), [(x, y) for x, y in points if y is not None], colour))
-    values = [y for line in lines for _, y in line.points]
-    y_axis = linear_axis(values, shown) if shown else linear_axis(values)
-    return line_plot(label, lines, linear_axis([report.arrivals_s], seconds), y_axis)
+    return _by_time(report, label, lines, shown)
+
+
+def _by_time(report: Report, label: str, lines: Sequence[Line], shown: Callable[[float], str]) -> str:
+    heights = [y for line in lines for _, y in line.points]
+    last_s = max(report.arrivals_s, report.tally.last_end_s)
+    return line_plot(label, lines, linear_axis([last_s], seconds), linear_axis(heights, shown))
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:

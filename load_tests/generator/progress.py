@@ -50,7 +50,7 @@ def render(title: str, duration_s: float, progress: Progress) -> Table:
         "refused": str(every.refused),
         "failed": str(every.failed),
         "requests/s": number(every.ok / elapsed),
-        "tokens/s": number(every.tokens / elapsed),
+        "tokens/s": number(progress.num_tokens / elapsed),
         "first token p50": _seconds(every.first_token.percentile(0.5)),
         "p99": _seconds(every.first_token.percentile(0.99)),
         "end to end p99": _seconds(every.total.percentile(0.99)),

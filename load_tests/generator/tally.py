@@ -79,6 +79,9 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     deltas: int = 0
+    """In which tokens arrived; with `arrived` this says how many a message brings."""
+    arrived: dict[int, int] = field(default_factory=dict)
+    """Tokens by the interval in which they arrived."""
     per_token: Histogram = field(default_factory=Histogram)
     """Of each answer: (last token - first token) / (tokens - 1)."""
     gap: Histogram = field(default_factory=Histogram)
@@ -100,6 +103,12 @@ class Tally:
         if interval not in self.intervals:
             self.intervals[interval] = Group()
         return (self.all, self.intervals[interval], _entry(self.kinds, kind), _entry(self.tenants, tenant))
+
+    def arrive(self, num_tokens: int, at_s: float) -> None:
+        """Count the tokens of one delta."""
+        interval = min(int(at_s / self.interval_s), NUM_INTERVALS - 1)
+        self.arrived[interval] = self.arrived.get(interval, 0) + num_tokens
+        self.deltas += 1
 
     def error(self, reason: str) -> None:
         """Count an error by what it is, "CODE" or "CODE/REASON"."""
@@ -126,6 +135,8 @@ class Tally:
         for mine, theirs in ((self.kinds, other.kinds), (self.tenants, other.tenants)):
             for name, group in theirs.items():
                 _entry(mine, name).merge(group)
+        for interval, num_tokens in other.arrived.items():
+            self.arrived[interval] = self.arrived.get(interval, 0) + num_tokens
         for interval, group in other.intervals.items():
             self.intervals.setdefault(interval, Group()).merge(group)
 
@@ -142,6 +153,7 @@ class Tally:
             age=Histogram.from_json(value["age"]),
             lag=Histogram.from_json(value["lag"]),
             all=Group.from_json(value["all"]),
+            arrived={int(number): count for number, count in value["arrived"].items()},
             errors=Counter(value["errors"]),
             replicas={name: ReplicaShare(**each) for name, each in value["replicas"].items()},
             kinds={name: Group.from_json(each) for name, each in value["kinds"].items()},
