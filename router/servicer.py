@@ -18,15 +18,12 @@ from octavo.v1.inference_service_pb2 import GenerateRequest, GenerateResponse, S
 from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from router import status
-from router.answer import Answer, decision_message
+from router.answer import MAX_MESSAGE_TOKENS, Answer
 from router.identity import identify
 from router.intake import Intake, slow_consumer
 from router.sessions import Sessions
 from router.validation import MAX_ID_BYTES, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
-
-MAX_MESSAGE_TOKENS = 32_768
-"""In one message, which keeps it far below a client's usual limit of 4 MiB."""
 
 
 class InferenceServicer(InferenceServiceServicer):
@@ -92,8 +89,8 @@ class _Reply:
                 is_complete = answer.is_complete
                 if is_complete and answer.error is None:
                     message.usage.CopyFrom(answer.usage())
-                    if answer.decision is not None:
-                        message.decision.CopyFrom(decision_message(answer.decision))
+                    if (decision := answer.accounts.decision_message()) is not None:
+                        message.decision.CopyFrom(decision)
                     self._context.set_trailing_metadata(_trailers(answer))
                 if message.deltas or answer.error is None:
                     await self._write(message, answer)
@@ -121,8 +118,8 @@ class _Reply:
 def _trailers(answer: Answer) -> tuple[tuple[str, str], ...]:
     trailers = {
         Metadata.REQUEST_ID: answer.request_id,
-        Metadata.CACHED_TOKENS: str(answer.num_cached),
-        Metadata.REPLICA: "" if answer.decision is None else answer.decision.replica,
+        Metadata.CACHED_TOKENS: str(answer.accounts.num_cached),
+        Metadata.REPLICA: answer.accounts.replica,
     }
     return tuple((key, value) for key, value in trailers.items() if value and _is_header(value))
 

@@ -14,12 +14,10 @@ from octavo.v1.inference_service_pb2 import Event, GoAway, SessionResponse, Term
 from octavo.v1.types_pb2 import Delta
 
 from router import status
-from router.answer import Answer, decision_message
+from router.answer import MAX_MESSAGE_TOKENS, Answer
 from router.entries import Entry
 from workers.errors import OctavoError
 
-MAX_MESSAGE_TOKENS = 32_768
-"""In one message, which keeps it far below a client's usual limit of 4 MiB."""
 EVENT_TOKENS = 32
 """What an event weighs beside its tokens."""
 MAX_REFUSALS = 1_024
@@ -101,7 +99,7 @@ def _new_delta(message: SessionResponse, request_id: str) -> Delta:
 def _terminal(answer: Answer) -> Terminal:
     terminal = status.to_terminal(answer.error)
     terminal.usage.CopyFrom(answer.usage())
-    if answer.decision is not None:
-        terminal.replica = answer.decision.replica
-        terminal.decision.CopyFrom(decision_message(answer.decision))
+    if (decision := answer.accounts.decision_message()) is not None:
+        terminal.replica = decision.replica
+        terminal.decision.CopyFrom(decision)
     return terminal
