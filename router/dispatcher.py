@@ -25,45 +25,26 @@ from typing import Final
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
+from router import dispatch_errors
 from router.admission import Admission
+from router.alarm import Alarm
 from router.batcher import Batcher, DispatchBatch, Queued
 from router.config import RouterConfig
 from router.dispatch_spans import DispatchSpans
 from router.finish_errors import error_of
 from router.fleet import Fleet
 from router.flight import Flight
+from router.flights import Flights
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
 from router.placement import Placement, PromptHashes
-from router.removable_heap import RemovableHeap
 from router.types import Backlog, Cancel, Decision, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, to_work
-from workers.errors import (
-    CancelledRequestError,
-    CapabilityError,
-    DeadlineError,
-    OctavoError,
-    UnavailableError,
-    Violation,
-)
-from workers.types import (
-    CAPABILITY_LOGIT_BIAS,
-    CAPABILITY_LOGPROBS,
-    CAPABILITY_RECEIVED_CHOICES,
-    Finish,
-    FinishReason,
-)
+from workers.errors import OctavoError
+from workers.types import Finish, FinishReason
 
 MAX_LOSSES: Final = 3
 """A request that was on so many replicas when they were lost is not tried again: it may be what kills them."""
-
-
-_FIELDS: Final = {
-    CAPABILITY_LOGPROBS: "logprobs",
-    CAPABILITY_LOGIT_BIAS: "sampling.logit_bias",
-    CAPABILITY_RECEIVED_CHOICES: "received_token_ids",
-}
-"""Of a request, by the capability that they need; best_of needs that of logprobs."""
 
 
 class Dispatcher:
@@ -92,13 +73,7 @@ class Dispatcher:
         )
         self._placement = Placement(self._rng)
         self._fleet = Fleet(lambda address: ReplicaLink(address, identity, self, rng=self._rng, times=link_times))
-        self._numbers = itertools.count(1)
-        self._flights: dict[int, Flight] = {}
-        """Every request that has not ended, by its number."""
-        self._works: dict[int, Flight] = {}
-        """Those that a replica has, by the work id of their present attempt. A delta of any other work is late."""
-        self._deadlines = RemovableHeap()
-        """Of the requests in `_works`; the batcher keeps those of the others."""
+        self._flights = Flights(self._fleet)
         self._without_replica_since: float | None = clock()
         """None while a replica is ready."""
         self._is_draining = False
@@ -106,8 +81,7 @@ class Dispatcher:
         """Set when no request is left after `drain` began."""
         self._is_stopped = False
         self._is_pump_due = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = math.inf
+        self._alarm = Alarm(self._on_alarm)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # Life.
@@ -142,11 +116,9 @@ class Dispatcher:
     async def stop(self) -> None:
         """End what is left with UNAVAILABLE and close the links. Idempotent."""
         self._is_draining = self._is_stopped = True
-        for flight in list(self._flights.values()):
-            self._end(flight, UnavailableError("this router is stopping", reason=Reason.DRAINING))
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for flight in self._flights:
+            self._end(flight, dispatch_errors.stopping_error())
+        self._alarm.cancel()
         # The aborts of what was just ended need not arrive: a replica aborts the works of a router that leaves.
         await self._fleet.close()
 
@@ -154,14 +126,13 @@ class Dispatcher:
 
     def submit(self, request: Request, sink: Sink) -> Cancel:
         if self._is_draining:
-            raise UnavailableError("this router is draining: it takes no new requests", reason=Reason.DRAINING)
+            raise dispatch_errors.draining_error()
         if missing := self._fleet.lacks(request.needed_capabilities):
-            raise _capability_error(missing)
+            raise dispatch_errors.capability_error(missing)
         now = self._clock()
         permit = self._admission.admit(request.num_known_tokens, now, num_choices=request.n)
-        flight = Flight(next(self._numbers), request, sink, permit)
+        flight = self._flights.add(request, sink, permit)
         flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
-        self._flights[flight.key] = flight
         self._queue(flight, now)
         return partial(self._cancel, flight)
 
@@ -188,7 +159,7 @@ class Dispatcher:
         self._is_pump_due = False
         now = self._clock()
         for queued in self._batcher.expire(now):
-            self._end_queued(queued, _deadline_error(queued.request, now))
+            self._end_queued(queued, dispatch_errors.deadline_error(queued.request, now))
         ready = self._fleet.ready()
         if ready:
             self._without_replica_since = None
@@ -196,7 +167,7 @@ class Dispatcher:
             while (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
                 left += self._dispatch(batch, ready, now)
             for queued in left:
-                if queued.key in self._flights:
+                if self._flights.find(queued.key) is not None:
                     self._batcher.add(replace(queued, since=now))
         else:
             self._give_up(now)
@@ -210,15 +181,14 @@ class Dispatcher:
         if self._without_replica_since > limit:
             return
         for queued in self._batcher.waiting_since(limit):
-            message = f"no replica was ready within {self._config.no_replica_wait_s:g} s"
-            self._end_queued(queued, UnavailableError(message, reason=Reason.NO_REPLICA))
+            self._end_queued(queued, dispatch_errors.no_replica_error(self._config.no_replica_wait_s))
 
     def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> list[Queued]:
         """Send a batch; return what has to wait on, because the replicas that can do it have no credit or are not
         ready. (Where all replicas can do the same there is none: somebody has credit for each request of a batch.)"""
         left: list[Queued] = []
         for queued in itertools.chain.from_iterable(batch.groups):
-            flight = self._flights.get(queued.key)
+            flight = self._flights.find(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
                 continue
             if flight.hashes is None:
@@ -229,7 +199,7 @@ class Dispatcher:
             if decision is not None:
                 self._send(flight, decision, batch.batch_id, now)
             elif missing := self._fleet.lacks(needed):
-                self._end(flight, _capability_error(missing))
+                self._end(flight, dispatch_errors.capability_error(missing))
             else:
                 left.append(queued)
         return left
@@ -240,10 +210,7 @@ class Dispatcher:
         traceparent, tracestate = request.traceparent, request.tracestate
         if flight.spans is not None:
             traceparent, tracestate = flight.spans.dispatched(decision, batch_id)
-        flight.work_id, flight.link = next(self._numbers), link
-        self._works[flight.work_id] = flight
-        self._fleet.board(link, flight)
-        self._deadlines.push(flight.work_id, request.deadline)
+        self._flights.board(flight, link)
         flight.permit.dispatched(now)
         work = to_work(
             request,
@@ -261,29 +228,20 @@ class Dispatcher:
     # Time.
 
     def _arm(self, now: float, credit_tokens: int) -> None:
-        """Set the one timer to the next thing that happens by itself."""
+        """Look at the queue again when the next thing happens by itself."""
+        if self._is_stopped:
+            return
         events = [self._batcher.next_event(credit_tokens)]
-        if (first := self._deadlines.first()) is not None:
-            events.append(first[0])
+        events.append(self._flights.first_deadline())
         if self._without_replica_since is not None and self._batcher.oldest_since is not None:
             begin = max(self._batcher.oldest_since, self._without_replica_since)
             events.append(begin + self._config.no_replica_wait_s)
-        at = min((event for event in events if event is not None), default=math.inf)
-        # One that comes too early does nothing but arm again, which is cheaper than moving it at each request's end.
-        if at >= self._timer_at or at == math.inf or self._is_stopped:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        assert self._loop is not None
-        self._timer_at = at
-        self._timer = self._loop.call_later(max(at - now, 0.0), self._on_timer)
+        self._alarm.set(min((event for event in events if event is not None), default=math.inf), now)
 
-    def _on_timer(self) -> None:
-        self._timer, self._timer_at = None, math.inf
+    def _on_alarm(self) -> None:
         now = self._clock()
-        while (first := self._deadlines.first()) is not None and first[0] <= now:
-            flight = self._works[first[1]]
-            self._end(flight, _deadline_error(flight.request, now))
+        while (flight := self._flights.first_late(now)) is not None:
+            self._end(flight, dispatch_errors.deadline_error(flight.request, now))
         self._pump()
 
     # What replicas say: the LinkListener.
@@ -294,8 +252,8 @@ class Dispatcher:
 
     def link_delivered(self, link: ReplicaLink, deltas: Sequence[pb.WorkDelta]) -> None:
         for delta in deltas:
-            flight = self._works.get(delta.work_id)
-            if flight is None or flight.link is not link:
+            flight = self._flights.find_work(delta.work_id, link)
+            if flight is None:
                 continue  # of an attempt that is over
             if delta.HasField("cached_tokens"):
                 flight.sink.cached(delta.cached_tokens)
@@ -329,22 +287,22 @@ class Dispatcher:
             self._lose(flight, finish.error_message, finish.error_reason)
         else:
             if not flight.open_choices:
-                self._leave(flight)
+                self._flights.leave(flight)
             self._end(flight, error_of(finish))
 
     def _end_if_whole(self, flight: Flight) -> None:
         """End a request of which no choice is left: the replica has no more of it."""
         if not flight.open_choices and not flight.is_ended:
-            self._leave(flight)
+            self._flights.leave(flight)
             self._end(flight, None)
 
     def _lose(self, flight: Flight, message: str, reason: str) -> None:
         """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
         if flight.is_ended:  # by what the sink of another one did
             return
-        self._leave(flight)
+        self._flights.leave(flight)
         if not flight.is_untouched or flight.num_losses >= MAX_LOSSES:
-            self._end(flight, UnavailableError(message, reason=Reason.REPLICA_LOST))
+            self._end(flight, dispatch_errors.lost_error(message))
             return
         flight.attempt += 1
         flight.open_choices = set(range(flight.request.n)) - flight.cancelled_choices
@@ -357,7 +315,7 @@ class Dispatcher:
 
     def _cancel(self, flight: Flight, index: int | None = None) -> None:
         if index is None:
-            self._end(flight, CancelledRequestError("the request was cancelled"))
+            self._end(flight, dispatch_errors.cancelled_error())
         elif not flight.is_ended and index in flight.open_choices:
             flight.open_choices.remove(index)
             flight.cancelled_choices.add(index)
@@ -365,19 +323,9 @@ class Dispatcher:
                 flight.link.abort(flight.work_id, index)
             self._end_if_whole(flight)
 
-    def _leave(self, flight: Flight) -> ReplicaLink | None:
-        """Take the request off its replica's books, if it is on any; return that link."""
-        link, flight.link = flight.link, None
-        if link is None:
-            return None
-        del self._works[flight.work_id]
-        self._deadlines.discard(flight.work_id)
-        self._fleet.leave(link, flight)
-        return link
-
     def _end_queued(self, queued: Queued, error: OctavoError) -> None:
         """End a request that the batcher has handed back, unless the sink of another one did so meanwhile."""
-        flight = self._flights.get(queued.key)
+        flight = self._flights.find(queued.key)
         if flight is not None:
             self._end(flight, error)
 
@@ -386,10 +334,10 @@ class Dispatcher:
         if flight.is_ended:
             return
         flight.is_ended = True
-        del self._flights[flight.key]
+        self._flights.remove(flight)
         self._batcher.remove(flight.key)
         work_id = flight.work_id
-        if (link := self._leave(flight)) is not None:
+        if (link := self._flights.leave(flight)) is not None:
             link.abort(work_id)
         flight.permit.release()
         if flight.spans is not None:
@@ -401,29 +349,14 @@ class Dispatcher:
     def check_integrity(self) -> None:
         """Assert that every book agrees with every other; for tests."""
         self._batcher.check_integrity()
-        self._deadlines.check_integrity()
-        self._fleet.check_integrity()
-        assert not any(flight.is_ended for flight in self._flights.values())
-        assert len(self._flights) == self._batcher.num_requests + len(self._works)
-        assert len(self._works) == len(self._deadlines) == self._fleet.num_aboard()
+        self._flights.check_integrity()
+        num_aboard = len(self._flights.aboard)
+        assert len(self._flights) == self._batcher.num_requests + num_aboard
         backlog = self.backlog()
         assert backlog.num_queued_requests == self._batcher.num_requests
         assert backlog.num_queued_tokens == self._batcher.num_tokens
-        assert backlog.num_running_requests == len(self._works)
+        assert backlog.num_running_requests == num_aboard
 
 
 def _credit(ready: Sequence[ReplicaLink]) -> int:
     return sum(max(link.state.credit_tokens, 0) for link in ready)
-
-
-def _capability_error(missing: frozenset[str]) -> CapabilityError:
-    violations = [
-        Violation(_FIELDS.get(name, name), f"no replica of this model has an engine with the capability {name!r}")
-        for name in sorted(missing)
-    ]
-    return CapabilityError("; ".join(f"{field}: {rule}" for field, rule in violations), violations=violations)
-
-
-def _deadline_error(request: Request, now: float) -> DeadlineError:
-    waited = now - request.accepted_at
-    return DeadlineError(f"the deadline passed {waited:.3f} s after the request was accepted")

@@ -260,9 +260,10 @@ async def test_the_engine_keeps_a_deadline_by_itself() -> None:
     async with cluster(replica) as dispatcher:
         sink = RecordingSink()
         dispatcher.submit(make_request(range(30), 900, timeout_s=0.2), sink)
-        await until(lambda: bool(dispatcher._works))
-        dispatcher._deadlines.discard(next(iter(dispatcher._works)))
-        dispatcher._deadlines.push(next(iter(dispatcher._works)), float("inf"))
+        await until(lambda: bool(dispatcher._flights.aboard))
+        [flight] = dispatcher._flights.aboard
+        dispatcher._flights._deadlines.discard(flight.work_id)
+        dispatcher._flights._deadlines.push(flight.work_id, float("inf"))
         assert isinstance((await sink.wait()).error, DeadlineError)
 
 
@@ -511,11 +512,11 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
     async with cluster(replica) as dispatcher:
         request, sink = make_request(range(10), 3), RecordingSink()
         dispatcher.submit(request, sink)
-        await until(lambda: bool(dispatcher._works))
+        await until(lambda: bool(dispatcher._flights.aboard))
         link = dispatcher._fleet._present["one"]
-        (work_id,) = dispatcher._works
-        late = pb.WorkDelta(work_id=work_id, token_ids=[1, 2, 3], finish=pb.Finish(reason="length"))
-        dispatcher._lose(dispatcher._works[work_id], "taken away", Reason.REPLICA_LOST)
+        [flight] = dispatcher._flights.aboard
+        late = pb.WorkDelta(work_id=flight.work_id, token_ids=[1, 2, 3], finish=pb.Finish(reason="length"))
+        dispatcher._lose(flight, "taken away", Reason.REPLICA_LOST)
         dispatcher.link_delivered(link, [late])
         assert sink.token_ids == []
         assert_answers(await sink.wait(), request)
@@ -534,7 +535,7 @@ async def test_a_sink_may_cancel_its_neighbours_when_it_ends(fate: str) -> None:
             cancels.append(dispatcher.submit(request, sink))
         if fate == "lost":
             await until(lambda: all(sink.decisions for sink in sinks))
-            for flight in dispatcher._flights.values():
+            for flight in dispatcher._flights:
                 flight.num_losses = 2
             await replica.kill()
         for sink in sinks:
