@@ -22,6 +22,7 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 
 from router.hello import MismatchError, RouterIdentity, shake_hands
+from router.link_outbox import WINDOW_BATCHES, LinkOutbox
 from router.replica_state import ReplicaState
 from router.types import ReplicaAddress, ReplicaView
 
@@ -38,8 +39,6 @@ class LinkTimes:
     """A replica of which nothing is heard for this long is lost; it has a heartbeat of about a second."""
 
 
-WINDOW_BATCHES = 16
-"""StepBatches that may be on the way; a router that falls further behind gets them merged."""
 SILENCE_TICKS = 5
 """`silence_s` is counted in so many ticks of this loop, not by the clock: a loop that was held up itself must not take
 that for the silence of all replicas."""
@@ -85,11 +84,7 @@ class ReplicaLink:
         self._times = times or LinkTimes()
         self._ack = pb.HelloAck()
         self._is_retired = False
-        self._outgoing: list[pb.AttachRequest] = []
-        self._aborts: list[tuple[int, int | None]] = []
-        """Work ids, with the index of a choice if only that one ends."""
-        self._num_taken = 0
-        """StepBatches taken in since credit was last given back."""
+        self._outbox = LinkOutbox()
         self._num_silent_ticks = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -158,15 +153,13 @@ class ReplicaLink:
         """Send `work`, which has a prompt of `num_tokens`, with others of the same batch. Only while `can_send`."""
         assert self.can_send
         self.state.sent(batch_id, num_tokens, num_choices=work.generate.n)
-        if not self._outgoing or self._outgoing[-1].dispatch.batch_id != batch_id:
-            self._outgoing.append(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=batch_id)))
-        self._outgoing[-1].dispatch.work.append(work)
+        self._outbox.add(batch_id, work)
         self._wake.set()
 
     def abort(self, work_id: int, index: int | None = None) -> None:
         """Tell the replica to end a work, or one choice of it; without a stream it has already."""
         if self.status in ("ready", "draining"):
-            self._aborts.append((work_id, index))
+            self._outbox.abort(work_id, index)
             self._wake.set()
 
     def replica_drains(self) -> None:
@@ -239,14 +232,14 @@ class ReplicaLink:
         self.state.start(ack)
         self._ack = ack
         self.status, self.detail = "ready", ""
-        self._num_silent_ticks = self._num_taken = 0
+        self._num_silent_ticks = 0
         self._listener.link_changed(self)
 
     def _detach(self) -> None:
         if self.status != "refused":
             self.status = "connecting"
         self.state.forget()
-        self._outgoing, self._aborts = [], []
+        self._outbox.clear()
         self._wake.clear()
 
     async def _serve(self, call: Any) -> None:
@@ -279,8 +272,8 @@ class ReplicaLink:
                 may_have_credit = self.state.update(batch)
                 if batch.deltas:
                     self._listener.link_delivered(self, batch.deltas)
-                self._num_taken += 1
-                if self._num_taken >= WINDOW_BATCHES // 2:
+                self._outbox.batch_taken()
+                if self._outbox.owes_credit:
                     self._wake.set()
             if may_have_credit or message.HasField("draining"):
                 self._listener.link_changed(self)
@@ -289,27 +282,10 @@ class ReplicaLink:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            for message in self._take_outgoing():
+            for message in self._outbox.take():
                 await call.write(message)
             # write() may complete without suspending, and then nobody else would ever run.
             await asyncio.sleep(0)
-
-    def _take_outgoing(self) -> list[pb.AttachRequest]:
-        """Return what waits to be sent, aborts and credit with the last message: a work is aborted after it is sent."""
-        messages, self._outgoing = self._outgoing, []
-        if self._aborts or self._num_taken >= WINDOW_BATCHES // 2:
-            if not messages:
-                messages.append(pb.AttachRequest())
-            for work_id, index in self._aborts:
-                if index is None:
-                    messages[-1].abort.work_ids.append(work_id)
-                else:
-                    messages[-1].abort.choices.add(work_id=work_id, index=index)
-            self._aborts = []
-            if self._num_taken:
-                messages[-1].credit.step_batches = self._num_taken
-                self._num_taken = 0
-        return messages
 
     async def _listen(self) -> None:
         """Notice a replica that is silent."""

@@ -1,0 +1,56 @@
+"""What one link has to send: works, aborts and credit, merged into as few messages as it takes. Pure."""
+
+from __future__ import annotations
+
+from octavo.internal.v1 import data_plane_pb2 as pb
+
+WINDOW_BATCHES = 16
+"""StepBatches that may be on the way; a router that falls further behind gets them merged."""
+
+
+class LinkOutbox:
+    """Belongs to one stream: `clear` it when that breaks."""
+
+    def __init__(self) -> None:
+        self._dispatches: list[pb.AttachRequest] = []
+        self._aborts: list[tuple[int, int | None]] = []
+        """Work ids, with the index of a choice if only that one ends."""
+        self._num_taken = 0
+        """StepBatches taken in since credit was last given back."""
+
+    @property
+    def owes_credit(self) -> bool:
+        return self._num_taken >= WINDOW_BATCHES // 2
+
+    def add(self, batch_id: int, work: pb.Work) -> None:
+        """Send `work`, with others of the same batch."""
+        if not self._dispatches or self._dispatches[-1].dispatch.batch_id != batch_id:
+            self._dispatches.append(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=batch_id)))
+        self._dispatches[-1].dispatch.work.append(work)
+
+    def abort(self, work_id: int, index: int | None) -> None:
+        self._aborts.append((work_id, index))
+
+    def batch_taken(self) -> None:
+        """A StepBatch was taken in: it may come back as credit."""
+        self._num_taken += 1
+
+    def clear(self) -> None:
+        self._dispatches, self._aborts, self._num_taken = [], [], 0
+
+    def take(self) -> list[pb.AttachRequest]:
+        """Return what is to be sent, aborts and credit with the last message: a work is aborted after it is sent."""
+        messages, self._dispatches = self._dispatches, []
+        if self._aborts or self.owes_credit:
+            if not messages:
+                messages.append(pb.AttachRequest())
+            for work_id, index in self._aborts:
+                if index is None:
+                    messages[-1].abort.work_ids.append(work_id)
+                else:
+                    messages[-1].abort.choices.add(work_id=work_id, index=index)
+            self._aborts = []
+            if self._num_taken:
+                messages[-1].credit.step_batches = self._num_taken
+                self._num_taken = 0
+        return messages
