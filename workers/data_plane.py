@@ -32,6 +32,7 @@ from octavo.names import Reason
 
 from workers.errors import StartupError
 from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, is_proven
+from workers.router_stream import ProtocolError, RouterStream
 from workers.types import Engine
 from workers.wire import to_hello_ack
 from workers.work_ledger import DuplicateWorkError, WorkLedger
@@ -75,7 +76,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
         self._port = port
         self.epoch = time.time_ns() if epoch is None else epoch
         self._times = times or DataPlaneTimes()
-        self._streams: set[_Stream] = set()
+        self._streams: set[RouterStream] = set()
         self._num_attached = 0
         self._is_notified = False
         self._is_stopping = False
@@ -191,7 +192,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
             )
             await context.write(pb.AttachResponse(hello_ack=ack))
             await stream.serve(first)
-        except (_ProtocolError, DuplicateWorkError) as error:
+        except (ProtocolError, DuplicateWorkError) as error:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, Reason.INCOMPATIBLE_PEER, str(error))
         finally:
             self._streams.discard(stream)
@@ -251,11 +252,11 @@ class DataPlaneServer(DataPlaneServiceServicer):
                 return f"the router expects {name} {theirs!r}, this replica has {ours!r}"
         return ""
 
-    def _attach(self, hello: pb.Hello, context: Any) -> _Stream:
+    def _attach(self, hello: pb.Hello, context: Any) -> RouterStream:
         self._num_attached += 1
         # An owner of its own for each attachment: late tokens of a broken stream never reach the one that follows it.
         owner = f"{hello.router_id}/{hello.router_epoch}/{self._num_attached}"
-        stream = _Stream(self._ledger, owner, context, self._times.report_s)
+        stream = RouterStream(self._ledger, owner, context, self._times.report_s)
         self._streams.add(stream)
         if self._ledger.is_draining:
             stream.router.outbox.announce_draining(0.0)
@@ -271,80 +272,6 @@ class DataPlaneServer(DataPlaneServiceServicer):
         while True:
             await asyncio.sleep(self._times.heartbeat_s)
             self._collect()
-
-
-class _ProtocolError(Exception):
-    """A router that proved itself says what none of ours would."""
-
-
-class _Stream:
-    """One router's stream, read by one task and written by another, which are all that touch it after the handshake."""
-
-    def __init__(self, ledger: WorkLedger, owner: str, context: Any, report_s: float) -> None:
-        self.router = ledger.attach(owner, self._on_news)
-        self.wake = asyncio.Event()
-        self._ledger = ledger
-        self._context = context
-        self._report_s = report_s
-        self._reporting: asyncio.TimerHandle | None = None
-        self._is_closing = False
-
-    async def serve(self, first: pb.AttachRequest) -> None:
-        """Read and write until either side ends the stream. Raises what the reader raised."""
-        reader = asyncio.create_task(self._read(first), name="data-plane-reader")
-        writer = asyncio.create_task(self._write(), name="data-plane-writer")
-        try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            reader.cancel()
-            writer.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-        if not reader.cancelled() and (error := reader.exception()) is not None:
-            raise error
-
-    def close(self) -> None:
-        """Let the writer end after what it is sending, and with it the stream."""
-        self._is_closing = True
-        self.wake.set()
-        if self._reporting is not None:
-            self._reporting.cancel()
-
-    async def _read(self, first: pb.AttachRequest) -> None:
-        message: Any = first
-        while message is not grpc.aio.EOF:
-            if message is None:
-                raise _ProtocolError("a message must be an AttachRequest")
-            if message.HasField("hello") and message is not first:
-                raise _ProtocolError("only the first message of a stream may be a Hello")
-            if message.HasField("dispatch"):
-                self._ledger.submit(self.router, message.dispatch, time.monotonic())
-            if message.HasField("abort"):
-                self._ledger.abort(self.router, message.abort)
-            if message.HasField("credit"):
-                self.router.outbox.grant(message.credit.step_batches)
-                self.wake.set()
-            message = await self._context.read()
-
-    async def _write(self) -> None:
-        outbox = self.router.outbox
-        while not self._is_closing:
-            await self.wake.wait()
-            self.wake.clear()
-            while outbox.can_take:
-                await self._context.write(outbox.take())
-                # write() may complete without suspending, and then nobody else would ever run.
-                await asyncio.sleep(0)
-
-    def _on_news(self, is_urgent: bool) -> None:
-        if is_urgent:
-            self.wake.set()
-        elif self._reporting is None and not self._is_closing:
-            # Load and events without tokens go a moment later: they may find company by then.
-            self._reporting = asyncio.get_running_loop().call_later(self._report_s, self._report)
-
-    def _report(self) -> None:
-        self._reporting = None
-        self.wake.set()
 
 
 def _parse(data: bytes) -> pb.AttachRequest | None:
