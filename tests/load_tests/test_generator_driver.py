@@ -1,4 +1,4 @@
-"""A driver before a target that is played by hand: what is due when, what counts how, and that each request ends once."""
+"""A driver before a target that is played by hand: what is due when, what counts how, that each request ends once."""
 
 from __future__ import annotations
 
@@ -121,9 +121,8 @@ async def test_waiting_behind_others_is_counted_from_when_the_request_was_due() 
 
 
 async def test_a_generator_that_is_late_does_not_hide_it() -> None:
-    tally = await drive(
-        ScriptedTarget(num_tokens=1, stall_s=0.1), arrivals={"process": "constant", "rate": 20, "duration_s": 0.2}
-    )
+    arrivals = {"process": "constant", "rate": 20, "duration_s": 0.2}
+    tally = await drive(ScriptedTarget(num_tokens=1, stall_s=0.1), arrivals=arrivals)
     assert tally.all.sent == 4
     assert tally.lag.max >= 0.05
     assert tally.all.first_token.max >= tally.lag.max

