@@ -37,10 +37,12 @@ from router.flight import Flight
 from router.flights import Flights
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
-from router.placement import Placement, PromptHashes
-from router.types import Backlog, Cancel, Decision, ReplicaAddress, ReplicaView, Request, Sink
-from router.wire import from_finish, from_logprobs, to_work
-from workers.errors import OctavoError
+from router.placement import Placement
+from router.replica_wait import ReplicaWait
+from router.sender import Sender
+from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
+from router.wire import from_finish, from_logprobs
+from workers.errors import CapabilityError, OctavoError
 from workers.types import Finish, FinishReason
 
 MAX_LOSSES: Final = 3
@@ -71,11 +73,10 @@ class Dispatcher:
             max_batch_requests=config.max_batch_requests,
             max_batch_wait_s=config.max_batch_wait_s,
         )
-        self._placement = Placement(self._rng)
         self._fleet = Fleet(lambda address: ReplicaLink(address, identity, self, rng=self._rng, times=link_times))
         self._flights = Flights(self._fleet)
-        self._without_replica_since: float | None = clock()
-        """None while a replica is ready."""
+        self._sender = Sender(self._fleet, self._flights, Placement(self._rng), hash_key=identity.keys.prefix_hash)
+        self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
         self._is_draining = False
         self._last_ended = asyncio.Event()
         """Set when no request is left after `drain` began."""
@@ -90,7 +91,7 @@ class Dispatcher:
         """Serve on the running loop."""
         assert self._loop is None
         self._loop = asyncio.get_running_loop()
-        self._without_replica_since = self._clock()
+        self._replica_wait = ReplicaWait(self._config.no_replica_wait_s, self._clock())
         self._pump_soon()
 
     def update_replicas(self, replicas: Sequence[ReplicaAddress]) -> None:
@@ -161,69 +162,32 @@ class Dispatcher:
         for queued in self._batcher.expire(now):
             self._end_queued(queued, dispatch_errors.deadline_error(queued.request, now))
         ready = self._fleet.ready()
-        if ready:
-            self._without_replica_since = None
-            left: list[Queued] = []
-            while (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
-                left += self._dispatch(batch, ready, now)
-            for queued in left:
-                if self._flights.find(queued.key) is not None:
-                    self._batcher.add(replace(queued, since=now))
-        else:
-            self._give_up(now)
+        self._replica_wait.see(now, has_replica=bool(ready))
+        left: list[Queued] = []
+        while ready and (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
+            left += self._dispatch(batch, ready, now)
+        for queued in left:
+            if self._flights.find(queued.key) is not None:
+                self._batcher.add(replace(queued, since=now))
+        if (limit := self._replica_wait.overdue_since(now)) is not None:
+            for queued in self._batcher.waiting_since(limit):
+                self._end_queued(queued, dispatch_errors.no_replica_error(self._replica_wait.max_wait_s))
         self._arm(now, _credit(ready))
 
-    def _give_up(self, now: float) -> None:
-        """End the requests that have waited too long while no replica was there."""
-        if self._without_replica_since is None:
-            self._without_replica_since = now
-        limit = now - self._config.no_replica_wait_s
-        if self._without_replica_since > limit:
-            return
-        for queued in self._batcher.waiting_since(limit):
-            self._end_queued(queued, dispatch_errors.no_replica_error(self._config.no_replica_wait_s))
-
     def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> list[Queued]:
-        """Send a batch; return what has to wait on, because the replicas that can do it have no credit or are not
-        ready. (Where all replicas can do the same there is none: somebody has credit for each request of a batch.)"""
+        """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
+        credit for each request of a batch.)"""
         left: list[Queued] = []
         for queued in itertools.chain.from_iterable(batch.groups):
             flight = self._flights.find(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
                 continue
-            if flight.hashes is None:
-                flight.hashes = PromptHashes(self._identity.keys.prefix_hash, flight.request)
-            needed = flight.request.needed_capabilities
-            states = [link.state for link in ready if not needed or needed <= link.capabilities]
-            decision = self._placement.place(flight.request, flight.hashes, states, attempt=flight.attempt)
-            if decision is not None:
-                self._send(flight, decision, batch.batch_id, now)
-            elif missing := self._fleet.lacks(needed):
-                self._end(flight, dispatch_errors.capability_error(missing))
-            else:
-                left.append(queued)
+            try:
+                if not self._sender.send(flight, ready, batch.batch_id, now):
+                    left.append(queued)
+            except CapabilityError as error:
+                self._end(flight, error)
         return left
-
-    def _send(self, flight: Flight, decision: Decision, batch_id: int, now: float) -> None:
-        request = flight.request
-        link = self._fleet.link(decision.replica)
-        traceparent, tracestate = request.traceparent, request.tracestate
-        if flight.spans is not None:
-            traceparent, tracestate = flight.spans.dispatched(decision, batch_id)
-        self._flights.board(flight, link)
-        flight.permit.dispatched(now)
-        work = to_work(
-            request,
-            work_id=flight.work_id,
-            attempt=flight.attempt,
-            now=now,
-            traceparent=traceparent,
-            tracestate=tracestate,
-        )
-        link.send(batch_id, work, request.num_known_tokens)
-        for index in flight.cancelled_choices:
-            link.abort(flight.work_id, index)
-        flight.sink.dispatched(decision, now - request.accepted_at)
 
     # Time.
 
@@ -231,11 +195,11 @@ class Dispatcher:
         """Look at the queue again when the next thing happens by itself."""
         if self._is_stopped:
             return
-        events = [self._batcher.next_event(credit_tokens)]
-        events.append(self._flights.first_deadline())
-        if self._without_replica_since is not None and self._batcher.oldest_since is not None:
-            begin = max(self._batcher.oldest_since, self._without_replica_since)
-            events.append(begin + self._config.no_replica_wait_s)
+        events = (
+            self._batcher.next_event(credit_tokens),
+            self._flights.first_deadline(),
+            self._replica_wait.next_event(self._batcher.oldest_since),
+        )
         self._alarm.set(min((event for event in events if event is not None), default=math.inf), now)
 
     def _on_alarm(self) -> None:

@@ -1,0 +1,59 @@
+"""Puts one request on the link to the replica that placement chooses. Owns nothing; what it did is in the books."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from router import dispatch_errors
+from router.fleet import Fleet
+from router.flight import Flight
+from router.flights import Flights
+from router.link import ReplicaLink
+from router.placement import Placement, PromptHashes
+from router.types import Decision
+from router.wire import to_work
+
+
+class Sender:
+    """`hash_key`: of the hashes of blocks."""
+
+    def __init__(self, fleet: Fleet, flights: Flights, placement: Placement, *, hash_key: bytes) -> None:
+        self._fleet = fleet
+        self._flights = flights
+        self._placement = placement
+        self._hash_key = hash_key
+
+    def send(self, flight: Flight, ready: Sequence[ReplicaLink], batch_id: int, now: float) -> bool:
+        """Place and send a request; return False, and no effect, if it has to wait on: the replicas that can do it have
+        no credit or are not among the `ready` ones. Raises CapabilityError if no replica can do it."""
+        if flight.hashes is None:
+            flight.hashes = PromptHashes(self._hash_key, flight.request)
+        needed = flight.request.needed_capabilities
+        states = [link.state for link in ready if not needed or needed <= link.capabilities]
+        decision = self._placement.place(flight.request, flight.hashes, states, attempt=flight.attempt)
+        if decision is not None:
+            self._send(flight, decision, batch_id, now)
+        elif missing := self._fleet.lacks(needed):
+            raise dispatch_errors.capability_error(missing)
+        return decision is not None
+
+    def _send(self, flight: Flight, decision: Decision, batch_id: int, now: float) -> None:
+        request = flight.request
+        link = self._fleet.link(decision.replica)
+        traceparent, tracestate = request.traceparent, request.tracestate
+        if flight.spans is not None:
+            traceparent, tracestate = flight.spans.dispatched(decision, batch_id)
+        self._flights.board(flight, link)
+        flight.permit.dispatched(now)
+        work = to_work(
+            request,
+            work_id=flight.work_id,
+            attempt=flight.attempt,
+            now=now,
+            traceparent=traceparent,
+            tracestate=tracestate,
+        )
+        link.send(batch_id, work, request.num_known_tokens)
+        for index in flight.cancelled_choices:
+            link.abort(flight.work_id, index)
+        flight.sink.dispatched(decision, now - request.accepted_at)
