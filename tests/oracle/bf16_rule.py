@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from load_tests.rigs.reference import gaps, reference_logits
+from load_tests.rigs.teacher import teacher_forced
 from tests.oracle import loaded
 from tests.oracle.answers import committed_answers
-from tests.oracle.reference import gaps, reference_logits
-from tests.oracle.teacher import teacher_forced
 
 MAX_RMS_RATIO = 1.1
 TAU = 2.0

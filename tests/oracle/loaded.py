@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from tests.oracle.reference import RememberedCheckpoint, load_reference, reference_logits
+from load_tests.rigs.reference import RememberedCheckpoint, load_reference, reference_logits
 from workers.models.llama import LlamaModel
 from workers.native import library
 from workers.native.model import NativeModel

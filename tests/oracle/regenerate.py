@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from cluster.models import fetch_model
-from tests.oracle.reference import GAP, gaps, load_reference, reference_logits
+from load_tests.rigs.reference import GAP, gaps, load_reference, reference_logits
 from workers.weights.checkpoint import open_checkpoint
 
 HERE = Path(__file__).parent

@@ -11,13 +11,13 @@ import functools
 import pytest
 import torch
 
+from load_tests.rigs.reference import GAP, gaps
+from load_tests.rigs.teacher import teacher_forced
 from tests.oracle.answers import Committed, generate
 from tests.oracle.cases import num_prompts, run_case, seeded_choices
 from tests.oracle.conftest import ExpectedLogits, NewEngine
 from tests.oracle.covering import covering
-from tests.oracle.reference import GAP, gaps
 from tests.oracle.regenerate import NUM_TOKENS, compute, differences
-from tests.oracle.teacher import teacher_forced
 from workers.attention.cache import KvCache
 from workers.attention.reference import ReferenceAttention
 from workers.forward import LoadedModel

@@ -23,10 +23,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from load_tests.rigs.reference import gaps, reference_logits
 from tests.oracle.answers import Committed, generate
 from tests.oracle.cases import NewEngine, num_prompts, run_case, seeded_choices
 from tests.oracle.covering import Case, product
-from tests.oracle.reference import gaps, reference_logits
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.fake import fake_manifest

@@ -1,4 +1,4 @@
-"""The oracle's side: plain `transformers` on the dequantised weights, and what is asked of it."""
+"""What every model of ours is held against: plain `transformers` on the dequantised weights, and what it says."""
 
 from __future__ import annotations
 
