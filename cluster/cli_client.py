@@ -41,15 +41,21 @@ TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tok
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be given several times.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds that a request may take.")]
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts, one an argument; - reads one from stdin.")]
+AsMessage = Annotated[
+    bool, typer.Option("--chat", help="Send each prompt as a user's message, through the chat template.")
+]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", help="Prompts, one JSON object a line.", exists=True, dir_okay=False)
+]
+OutputFile = Annotated[Path | None, typer.Option("--output", help="Answers, one JSON object a line.", dir_okay=False)]
 
 DEFAULT_ADDRESS = f"{_DEFAULTS.host}:{_DEFAULTS.port}"
 
 
 @app.command(epilog=_EXIT_CODES)
 def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts, one an argument; - reads one from stdin.")
-    ] = None,
+    prompts: Prompts = None,
     model: ModelName = "",
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -57,16 +63,10 @@ def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
     seed: Seed = None,
     stop: Stop = None,
     timeout: Timeout = None,
-    as_message: Annotated[
-        bool, typer.Option("--chat", help="Send each prompt as a user's message, through the chat template.")
-    ] = False,
+    as_message: AsMessage = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt, in order.")] = False,
-    input_file: Annotated[
-        Path | None, typer.Option("--input", help="Prompts, one JSON object a line.", exists=True, dir_okay=False)
-    ] = None,
-    output_file: Annotated[
-        Path | None, typer.Option("--output", help="Answers, one JSON object a line.", dir_okay=False)
-    ] = None,
+    input_file: InputFile = None,
+    output_file: OutputFile = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests of --input at once.")] = 64,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
@@ -86,28 +86,22 @@ def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
     """
     options = _options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
     targets = _targets(address)
-    if input_file is not None or output_file is not None:
-        if input_file is None or output_file is None or prompts:
-            raise typer.BadParameter("--input and --output go together, and without prompts")
+    if input_file is not None and output_file is not None and not prompts:
         from cluster.cli_batch import run_batch
 
-        raise typer.Exit(
-            _run(
-                run_batch(
-                    Client(targets),
-                    input_file,
-                    output_file,
-                    model=model,
-                    timeout_s=timeout,
-                    options=options,
-                    concurrency=concurrency,
-                )
-            )
+        batch = run_batch(
+            Client(targets),
+            input_file,
+            output_file,
+            model=model,
+            timeout_s=timeout,
+            options=options,
+            concurrency=concurrency,
         )
-    if not prompts:
-        raise typer.BadParameter("give a prompt, or --input and --output")
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-    asked: list[Prompt] = [[{"role": "user", "content": text}] if as_message else text for text in texts]
+        raise typer.Exit(_run(batch))
+    if input_file is not None or output_file is not None:
+        raise typer.BadParameter("--input and --output go together, and without prompts")
+    asked = _prompts(prompts or [], as_message=as_message)
     raise typer.Exit(_run(_answer(targets, asked, model, timeout, options, as_json=as_json)))
 
 
@@ -164,6 +158,14 @@ def status(
         return 0
 
     raise typer.Exit(_run(ask()))
+
+
+def _prompts(arguments: list[str], *, as_message: bool) -> list[Prompt]:
+    """Return what is to be asked; stdin is read for each ``-``."""
+    if not arguments:
+        raise typer.BadParameter("give a prompt, or --input and --output")
+    texts = [sys.stdin.read() if argument == "-" else argument for argument in arguments]
+    return [[{"role": "user", "content": text}] if as_message else text for text in texts]
 
 
 async def _answer(
