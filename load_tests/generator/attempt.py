@@ -154,7 +154,7 @@ class Attempt:
 
     def _account(self, call: Answer) -> None:
         usage, tally = call.usage, self._tally
-        if usage is None:
+        if usage is None or not usage.replica:  # it never reached one
             return
         tally.prompt_tokens += usage.prompt_tokens
         tally.cached_tokens += usage.cached_tokens

@@ -36,6 +36,7 @@ COUNTS = {
     "balance": "most loaded replica over the mean, in computed tokens",
     "duration_s": "from the beginning to the last end",
     "generator_cpu_us_per_token": "µs of the generator's CPU",
+    "generator_cpu_us_per_request": "the same",
     "generator_cpu_share": "of one core, busiest process",
 }
 FIGURES = (*COUNTS, *(f"{time}.{point}" for time in TIMES for point in (*PERCENTILES, "mean", "max")))
@@ -69,6 +70,7 @@ def compute_figures(
         "balance": _balance(loads),
         "duration_s": tally.last_end_s,
         "generator_cpu_us_per_token": _share(1e6 * sum(cpu_s), every.tokens),
+        "generator_cpu_us_per_request": _share(1e6 * sum(cpu_s), every.sent),
         "generator_cpu_share": max(cpu_s, default=0.0) / duration,
     }
     histograms = (every.first_token, tally.per_token, tally.gap, every.total, tally.age, tally.lag)
