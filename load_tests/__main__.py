@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ CHANGES = {
 """Options that change a key of the scenario."""
 
 
-def main() -> int:
-    """Do what the arguments say; return the exit code."""
-    arguments = _parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the arguments say, by default the command line's; return the exit code."""
+    arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "compare":
             return _compare(arguments)
@@ -56,6 +57,9 @@ def main() -> int:
     except (ScenarioError, CrewError) as error:
         print(f"load_tests: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("load_tests: stopped before it began", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

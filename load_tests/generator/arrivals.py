@@ -67,10 +67,15 @@ class Arrivals:
         require(0 < self.duration_s <= MAX_DURATION_S, "arrivals.duration_s", rule, self.duration_s)
         if self.process in ("constant", "poisson", "bursts", "ramp"):
             require(0 < self.rate <= 1e5, "arrivals.rate", "must be in (0, 100000]", self.rate)
+        else:
+            require(self.rate == 0, "arrivals.rate", f"must not be given for a process of {self.process!r}", self.rate)
         require(self.from_rate >= 0, "arrivals.from_rate", "must be >= 0", self.from_rate)
         require(self.size >= 1, "arrivals.size", "must be >= 1", self.size)
         require(self.spread_s >= 0, "arrivals.spread_s", "must be >= 0", self.spread_s)
         require(self.speed > 0, "arrivals.speed", "must be > 0", self.speed)
+        require(
+            self.concurrency == 1 or not self.is_open, "arrivals.concurrency", "is for closed loops", self.concurrency
+        )
         require(1 <= self.concurrency <= 100_000, "arrivals.concurrency", "must be in [1, 100000]", self.concurrency)
         require((self.process == "trace") == bool(self.file), "arrivals.file", "must be given for a trace", self.file)
 

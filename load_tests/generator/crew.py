@@ -68,6 +68,7 @@ class Crew:
         self._show = show
         self._progress: dict[int, dict[str, Any]] = {}
         self._start_at = 0.0
+        self._is_stopped = False
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def run(self) -> Outcome:
@@ -84,6 +85,10 @@ class Crew:
                 reports = await asyncio.gather(*(self._await_done(*each) for each in enumerate(self._processes)))
         except TimeoutError:
             raise CrewError("the processes of the generator did not report in time") from None
+        except CrewError:
+            if self._is_stopped and not self._start_at:
+                raise CrewError("stopped before it began") from None
+            raise
         finally:
             await asyncio.gather(*map(_end, self._processes))
         tallies = [Tally.from_json(report["tally"]) for report in reports]
@@ -93,6 +98,7 @@ class Crew:
 
     def stop(self) -> None:
         """End early: `run` returns what has been counted by then."""
+        self._is_stopped = True
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()

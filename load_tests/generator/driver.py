@@ -76,6 +76,7 @@ class Driver:
         self._start = start
         is_open = self._scenario.arrivals.is_open
         self._sender = asyncio.create_task(self._send_open() if is_open else self._send_closed())
+        self._sender.add_done_callback(self._done)
         await asyncio.wait({self._sender}, timeout=self._left_s())
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._left_s())
