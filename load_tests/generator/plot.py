@@ -57,6 +57,8 @@ class Axis:
 
 def seconds(value: float) -> str:
     """Return a duration as people write it."""
+    if value == 0:
+        return "0"
     if value >= 1:
         return f"{value:.3g} s"
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
