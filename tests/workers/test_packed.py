@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -438,3 +439,20 @@ def test_threads_pack_once(weights: Path, directory: Path, caplog: pytest.LogCap
     assert len(models) == 4
     for model in models:
         assert_equal(model, models[0])
+
+
+def test_packing_needs_room_for_one_part(tmp_path: Path, directory: Path) -> None:
+    """Of a model that is nearly all embedding and head, never both are held. torch's fp32 tensor is not counted."""
+    vocab_size, hidden_size = 20_000, 256
+    weights = write_random_model(
+        tmp_path / "model", "llama", torch.bfloat16, vocab_size=vocab_size, hidden_size=hidden_size
+    )
+    tracemalloc.start()
+    try:
+        load_packed(weights, FINGERPRINT, EXACT, directory)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    part = vocab_size * hidden_size * 2
+    assert (directory / "exact.packed").stat().st_size > 2 * part
+    assert peak < 4 * part

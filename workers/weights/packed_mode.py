@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workers.weights.checkpoint import Checkpoint
 
 _PACK_BLOCKS = {"Q4_0": pack_q4_0, "Q4_1": pack_q4_1, "Q8_0": pack_q8_0}
-_SLAB_NUMBERS = 1 << 22
+_SLAB_NUMBERS = 1 << 20
 """What packing needs beside the tensor and its result is some copies of so many numbers."""
 
 
