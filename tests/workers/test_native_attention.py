@@ -123,9 +123,9 @@ class Universe:
         """Return what the formula makes of `qkv`, over the keys and values that the library stored; assert that these
         are right to the last bit or two."""
         outputs = []
-        for chunk, rows in zip(chunks, qkv.split([chunk.num_rows for chunk in chunks]), strict=True):
+        for chunk, rows in zip(chunks, torch.split(qkv, [chunk.num_rows for chunk in chunks]), strict=True):
             layout, index = lay_out([chunk], self.block_size), self.index(chunk)
-            queries, keys, values = rows.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            queries, keys, values = torch.split(rows, [self.heads, self.kv_heads, self.kv_heads], dim=1)
             angles = layout.positions[:, None].float() * self.frequencies
             cos, sin = angles.cos()[:, None], angles.sin()[:, None]
             if self.norms is not None:
@@ -210,8 +210,8 @@ def test_scores_of_any_size(portable: int, dtype: torch.dtype) -> None:
 def test_poison_reaches_those_that_see_it_and_no_others(
     portable: int, heads: int, kv_heads: int, poison: float, dtype: torch.dtype
 ) -> None:
-    """A value that is not finite, at one row of a chunk: the rows before it do not see it, in the same tile of a product
-    or not, and those from it on must tell."""
+    """A value that is not finite, at one row of a chunk: the rows before it, in the same tile of a product or not, do
+    not see it, and those from it on must tell."""
     for start, poisoned in [(0, 0), (0, 1), (5, 7), (100, 50), (30, 63), (0, 99)]:
         universe = Universe(heads, kv_heads, 64, 16, dtype)
         chunks = universe.begin([(start, 100), (start, 1)])
