@@ -26,7 +26,7 @@ from workers.types import ModelFiles, ModelManifest
 from workers.weights.checkpoint import open_checkpoint
 from workers.weights.packed import PackedModel, UnpackableError
 from workers.weights.packed_cache import load_packed
-from workers.weights.packed_mode import PackingMode, packing_mode
+from workers.weights.packed_mode import packing_mode
 from workers.weights.shape import ModelShape
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,17 +82,14 @@ def _load_native(
 ) -> NativeModel:
     """Raises UnpackableError for a model that only torch computes."""
 
-    def load(mode: PackingMode) -> PackedModel:
-        if files.packed is None or not (files.packed / f"{mode}.packed").exists():
-            check(open_checkpoint(files.weights).shape)
-        packed = load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed)
-        check(packed.shape)
-        return packed
+    def load(dtype: str) -> PackedModel:
+        mode = packing_mode(config.weights, dtype)
+        return load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed, check=check)
 
-    packed = load(packing_mode(config.weights, "fp32" if config.dtype == "fp32" else "int8"))
+    packed = load("fp32" if config.dtype == "fp32" else "int8")
     arithmetic = choose_arithmetic(config, packed.shape)
     if arithmetic == library.EXACT and config.dtype == "auto":
-        packed = load(packing_mode(config.weights, "fp32"))
+        packed = load("fp32")
     # Sampling is all that torch does then; threads of its own would spin against the library's.
     set_threads(1)
     return NativeModel(packed, arithmetic=arithmetic, threads=threads)
