@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NoReturn
 
 import grpc
 import pytest
@@ -11,6 +12,7 @@ from octavo.client import (
     Client,
     ConnectionFailedError,
     DeadlineExceededError,
+    RequestCancelledError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -289,6 +291,27 @@ async def test_a_bug_in_the_writer_ends_requests_and_hangs_none(
             await generation.complete()
         assert "a Session's writer failed" in caplog.text
         assert (await client.complete("p")).text == expected_text(8)
+
+
+async def test_a_request_that_never_left_is_not_cancelled_at_the_router(
+    router: ScriptedRouter, make_client: Callable[..., Client]
+) -> None:
+    """It was given up while its Start could not be made; the next Session began with that Start, to cancel it, broke as
+    well, and so did those that followed."""
+    async with make_client(router.address, retry_timeout_s=5.0) as client:
+        generation = client.generate("p")
+        tries = []
+
+        def start(now: float) -> NoReturn:
+            tries.append(now)
+            generation.cancel()
+            raise OverflowError
+
+        generation._exchange.start = start  # type: ignore[method-assign]
+        with pytest.raises(RequestCancelledError):
+            await generation.complete()
+        assert (await client.complete("p")).text == expected_text(8)
+        assert len(tries) == 1
 
 
 async def test_leaving_the_client_cancels_what_runs_and_is_quick(

@@ -166,7 +166,7 @@ class Link:
             self._abandoned.update(
                 (exchange.request_id, exchange)
                 for exchange in session.cancelled.values()
-                if exchange.cancelled_at is not None and exchange.cancelled_at > since
+                if exchange.is_started and exchange.cancelled_at is not None and exchange.cancelled_at > since
             )
         exchanges, session.exchanges = session.exchanges, {}
         for exchange in exchanges.values():
