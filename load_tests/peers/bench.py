@@ -264,10 +264,9 @@ def main() -> int:
         bench.run()
         findings = find_out(plan, bench)
     bars = compare(findings)
-    RESULTS.mkdir(exist_ok=True)
-    suffix = "_smoke" if plan.is_smoke else ""
-    write_bars(bars, RESULTS / f"peers{suffix}.json")
-    (RESULTS / f"peers_runs{suffix}.json").write_text(json.dumps(report(plan, bench, findings), indent=1) + "\n")
+    results = plan.folder / "smoke" if plan.is_smoke else RESULTS
+    write_bars(bars, results / "peers.json")
+    (results / "peers_runs.json").write_text(json.dumps(report(plan, bench, findings), indent=1) + "\n")
     print_figures(findings.medians)
     print_bars(bars)
     return exit_code(bars)

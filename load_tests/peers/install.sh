@@ -28,7 +28,7 @@ if [ ! -x llama/bin/llama-server ]; then
 fi
 for type in Q4_0 Q8_0; do
   file=model/$(echo "$type" | tr '[:upper:]' '[:lower:]').gguf
-  [ -f "$file" ] || { say "the model as $type"; llama/bin/llama-quantize --allow-requantize "$model" "$file" "$type" >/dev/null; }
+  [ -f "$file" ] || { say "the model as $type"; llama/bin/llama-quantize --allow-requantize "$model" "$file" "$type" >quantize.log 2>&1; }
 done
 
 if [ ! -x vllm/bin/vllm ]; then

@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from cluster.config import RayConfig
 from cluster.models import fetch_model
 from cluster.ray_connection import connected
@@ -65,6 +63,8 @@ class ReplicaToBe:
 
 def start(model: str, cache_dir: str, config: EngineConfig, threads: int) -> dict[str, Any]:
     """Create an actor and let it answer; return its part of the report."""
+    import ray  # not before `connected` has said how: Ray reads its variables when it is imported
+
     created = time.time()
     actor = ray.remote(num_cpus=1)(ReplicaToBe).remote()
     said = ray.get(actor.first_token.remote(model, cache_dir, config, threads))
