@@ -123,9 +123,9 @@ def make_plan(
     room = _room(engine, setup, own, max_model_len=max_model_len, free_bytes=free_bytes)
     threads = config.threads(float(os.cpu_count() or 1))
     means = _promised(device) if device else _measured(setup, threads, free_bytes, note)
-    measure = _no_steps
-    if setup.arithmetic is not None:
-        run = StepRun(arithmetic=setup.arithmetic, threads=threads, context=context, block_size=engine.block_size)
+    measure: Measure = _no_steps
+    if setup.native is not None:
+        run = StepRun(dtype=setup.native, threads=threads, context=context, block_size=engine.block_size)
         measure = _steps_of(checkpoint.shape, run, note)
     return CapacityPlan(
         model=manifest.name,
@@ -200,7 +200,7 @@ def _measured(setup: Setup, threads: int, free_bytes: int, note: Callable[[str],
         tflops={
             name: (
                 machine.measure_torch_products(_TORCH_DTYPES[name], threads)
-                if setup.arithmetic is None
+                if setup.native is None
                 else machine.measure_products(arithmetics[name], threads)
             )
             / 1e12
