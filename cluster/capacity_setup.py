@@ -12,8 +12,8 @@ import torch
 from cluster.capacity import BF16, FP32, INT4, INT8, WeightFormat, has_groups
 from workers import kernels
 from workers.config import EngineConfig
-from workers.loading import choose_arithmetic, why_not_native
-from workers.native import library
+from workers.loading import choose_dtype, why_not_native
+from workers.native.model import NativeDtype
 from workers.native.packing import PANEL, Format
 from workers.weights.checkpoint import Checkpoint
 from workers.weights.packed_mode import PackingMode, packing_mode
@@ -33,16 +33,16 @@ class Setup:
     """The one of them that the configuration and the model's file lead to."""
     cache: str
     """fp32, fp16 or bf16."""
-    arithmetic: int | None
-    """`library.EXACT` or `library.INT8`; None where the C library does not compute."""
+    native: NativeDtype | None
+    """None where the C library does not compute."""
     unmeasured: str = ""
     """Why whole steps cannot be measured, in words."""
 
     def products(self, weights: WeightFormat) -> str:
         """Return what is multiplied with such weights: fp32, int8 or bf16."""
-        if self.arithmetic is None:
+        if self.native is None:
             return self.cache
-        return "int8" if self.arithmetic == library.INT8 and weights.layers in _ROUNDED else "fp32"
+        return "int8" if self.native is NativeDtype.INT8 and weights.layers in _ROUNDED else "fp32"
 
 
 def on_device(config: EngineConfig, checkpoint: Checkpoint) -> Setup:
@@ -53,7 +53,7 @@ def on_device(config: EngineConfig, checkpoint: Checkpoint) -> Setup:
         formats=_formats(checkpoint, configured),
         configured=configured,
         cache=ON_DEVICES,
-        arithmetic=None,
+        native=None,
         unmeasured="no step of a device is measured",
     )
 
@@ -71,17 +71,16 @@ def on_this_machine(config: EngineConfig, checkpoint: Checkpoint) -> Setup:
             formats=(weights,),
             configured=weights,
             cache=weights.name,
-            arithmetic=None,
+            native=None,
             unmeasured=f"torch computes: {reason}",
         )
-    arithmetic = choose_arithmetic(config, shape)
-    is_rounding = arithmetic == library.INT8
-    configured = _stored(checkpoint, packing_mode(config.weights, "int8" if is_rounding else "fp32"))
+    dtype = choose_dtype(config, shape)
+    configured = _stored(checkpoint, packing_mode(config.weights, dtype.name.lower()))
     return Setup(
         formats=_formats(checkpoint, configured),
         configured=configured,
-        cache="fp16" if is_rounding else "fp32",
-        arithmetic=arithmetic,
+        cache="fp32" if dtype is NativeDtype.FP32 else "fp16",
+        native=dtype,
     )
 
 

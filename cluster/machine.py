@@ -24,7 +24,7 @@ from workers.attention.cache import KvCache
 from workers.forward import Forward
 from workers.memory import free_memory
 from workers.native import library
-from workers.native.model import NativeModel
+from workers.native.model import NativeDtype, NativeModel
 from workers.native.packing import (
     PANEL,
     Format,
@@ -66,8 +66,7 @@ _PACK: dict[Format, Callable[[npt.NDArray[np.float32]], PackedMatrix]] = {
 class StepRun:
     """What steps are measured with."""
 
-    arithmetic: int
-    """`library.EXACT` or `library.INT8`."""
+    dtype: NativeDtype
     threads: int
     context: int
     """Tokens that each sequence has in the cache."""
@@ -109,7 +108,7 @@ def measure_steps(shape: ModelShape, weights: WeightFormat, run: StepRun, rows: 
     The C library computes it whole, but for the sampling. What memory has no room for is left out.
     """
     blocks = -(-(run.context + 1) // run.block_size)
-    model = NativeModel(_made_up(shape, weights), arithmetic=run.arithmetic, threads=run.threads)
+    model = NativeModel(_made_up(shape, weights), run.dtype, threads=run.threads)
     elements = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * run.block_size * blocks
     room = int(free_memory() * _MOST_MEMORY) // (elements * model.cache_dtype.itemsize)
     wanted = [count for count in rows if count <= room]

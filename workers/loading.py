@@ -1,10 +1,10 @@
 """Chooses how a model is computed on this machine, and loads it for that.
 
-dtype     kernels native                           kernels torch
-fp32      packed weights, fp32 activations         fp32
-int8      packed weights, int8 activations         refused
-bf16      refused                                  bf16
-auto      int8, or fp32 if the shape forbids it    bf16 where the CPU multiplies it, else fp32
+dtype     kernels native                              kernels torch
+fp32      fp32 activations, cache in fp32             fp32
+bf16      fp32 activations, cache in fp16             bf16
+int8      int8 activations, cache in fp16             refused
+auto      int8, or fp32 if the shape forbids it       bf16 where the CPU multiplies it, else fp32
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.errors import ConfigError
 from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
 from workers.native import library
-from workers.native.model import NativeModel, can_round
+from workers.native.model import NativeDtype, NativeModel, can_round
 from workers.threads import set_threads
 from workers.types import ModelFiles, ModelManifest
 from workers.weights.checkpoint import open_checkpoint
@@ -54,7 +54,7 @@ def load_model(
         raise ConfigError(f"engine.kernels must be auto or torch here, is 'native': {reason}")
     if config.dtype == "int8":
         raise ConfigError(f"engine.dtype must be auto, fp32 or bf16 here, is 'int8', for native kernels: {reason}")
-    if config.kernels == "auto" and config.dtype != "bf16":
+    if config.kernels == "auto":
         _log.warning("computing with torch, slower than native kernels: %s", reason)
     set_threads(threads)
     checkpoint = open_checkpoint(files.weights)
@@ -66,8 +66,6 @@ def why_not_native(config: EngineConfig) -> str | None:
     """Return why the C library computes no model here, in words; None if it may."""
     if config.kernels == "torch":
         return "engine.kernels is 'torch'"
-    if config.dtype == "bf16":
-        return "engine.dtype is 'bf16', which torch computes"
     if library.library() is None:
         return "the C library was not built; set-up needs a C compiler"
     return None
@@ -86,22 +84,23 @@ def _load_native(
         mode = packing_mode(config.weights, dtype)
         return load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed, check=check)
 
-    packed = load("fp32" if config.dtype == "fp32" else "int8")
-    arithmetic = choose_arithmetic(config, packed.shape)
-    if arithmetic == library.EXACT and config.dtype == "auto":
+    packed = load("int8" if config.dtype == "auto" else config.dtype)
+    dtype = choose_dtype(config, packed.shape)
+    if config.dtype == "auto" and dtype is not NativeDtype.INT8:
         packed = load("fp32")
     # Sampling is all that torch does then; threads of its own would spin against the library's.
     set_threads(1)
-    return NativeModel(packed, arithmetic=arithmetic, threads=threads)
+    return NativeModel(packed, dtype, threads=threads)
 
 
-def choose_arithmetic(config: EngineConfig, shape: ModelShape) -> int:
+def choose_dtype(config: EngineConfig, shape: ModelShape) -> NativeDtype:
     """Return what the C library does with activations. Raises ConfigError."""
-    if config.dtype == "fp32" or (config.dtype == "auto" and not can_round(shape)):
-        return library.EXACT
-    if not can_round(shape):
+    if config.dtype == "auto":
+        return NativeDtype.INT8 if can_round(shape) else NativeDtype.FP32
+    dtype = NativeDtype[config.dtype.upper()]
+    if dtype is NativeDtype.INT8 and not can_round(shape):
         raise ConfigError(
-            "engine.dtype must be auto or fp32 for this model, is 'int8': hidden size, head size and ffn size must be "
-            f"multiples of 32, are {shape.hidden_size}, {shape.head_dim}, {shape.ffn_size}"
+            "engine.dtype must be auto, fp32 or bf16 for this model, is 'int8': hidden size, head size and ffn size "
+            f"must be multiples of 32, are {shape.hidden_size}, {shape.head_dim}, {shape.ffn_size}"
         )
-    return library.INT8
+    return dtype

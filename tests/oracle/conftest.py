@@ -15,6 +15,7 @@ from workers.engine import PagedEngine
 from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
 from workers.native import library
+from workers.native.model import NativeDtype
 from workers.paged import assemble
 from workers.types import ModelFiles
 
@@ -29,7 +30,7 @@ def fp32_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> Loa
         return loaded.model(default_model.weights, torch.float32)
     if library.library() is None:
         pytest.skip("native kernels: the C library was not built")
-    return loaded.native_model(default_model.weights, library.EXACT)
+    return loaded.native_model(default_model.weights, NativeDtype.FP32)
 
 
 @pytest.fixture(scope="session")

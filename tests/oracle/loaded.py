@@ -10,8 +10,7 @@ from transformers import LlamaForCausalLM
 
 from load_tests.rigs.reference import RememberedCheckpoint, load_reference, reference_logits
 from workers.models.llama import LlamaModel
-from workers.native import library
-from workers.native.model import NativeModel
+from workers.native.model import NativeDtype, NativeModel
 from workers.weights.checkpoint import open_checkpoint
 from workers.weights.packed_cache import load_packed
 from workers.weights.packed_mode import PackingMode
@@ -33,10 +32,9 @@ def model(weights: Path, dtype: torch.dtype) -> LlamaModel:
 
 
 @functools.cache
-def native_model(weights: Path, arithmetic: int) -> NativeModel:
-    mode = PackingMode.EXACT if arithmetic == library.EXACT else PackingMode.INT8
-    packed = load_packed(weights, "", mode, None)
-    return NativeModel(packed, arithmetic=arithmetic, threads=torch.get_num_threads())
+def native_model(weights: Path, dtype: NativeDtype) -> NativeModel:
+    mode = PackingMode.INT8 if dtype is NativeDtype.INT8 else PackingMode.EXACT
+    return NativeModel(load_packed(weights, "", mode, None), dtype, threads=2)
 
 
 @functools.cache

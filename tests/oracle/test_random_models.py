@@ -33,7 +33,7 @@ from workers.fake import fake_manifest
 from workers.forward import LoadedModel
 from workers.models.llama import LlamaModel
 from workers.native import library
-from workers.native.model import NativeModel
+from workers.native.model import NativeDtype, NativeModel
 from workers.paged import assemble
 from workers.types import SamplingParams
 from workers.weights.checkpoint import open_checkpoint
@@ -131,7 +131,7 @@ def engines(directory: Path, kernels: str) -> NewEngine:
     model: LoadedModel
     if kernels == "native":
         packed = load_packed(directory, "", PackingMode.EXACT, None)
-        model = NativeModel(packed, arithmetic=library.EXACT, threads=2)
+        model = NativeModel(packed, NativeDtype.FP32, threads=2)
     else:
         model = LlamaModel(open_checkpoint(directory), torch.float32)
     manifest = fake_manifest(vocab_size=VOCAB_SIZE, max_model_len=128)

@@ -17,11 +17,13 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError, ModelFileError
 from workers.fake import fake_manifest
 from workers.memory import free_memory, size_pool
+from workers.native import library
 from workers.paged import choose_max_model_len
-from workers.types import FinishReason, GenerateWork, ModelFiles, SamplingParams, TokenDelta, WorkId
+from workers.types import FinishReason, GenerateWork, ModelFiles, SamplingParams, SteppedEngine, TokenDelta, WorkId
 from workers.weights.checkpoint import open_checkpoint
 
 NewFiles = Callable[..., ModelFiles]
+needs_library = pytest.mark.skipif(library.library() is None, reason="native kernels: the C library was not built")
 
 
 @pytest.fixture
@@ -35,9 +37,13 @@ def new_files(tmp_path: Path) -> NewFiles:
     return make
 
 
+def built(config: EngineConfig, files: ModelFiles) -> SteppedEngine:
+    return build_engine(config, files, hash_key=b"key", threads=torch.get_num_threads())
+
+
 def build(config: EngineConfig, files: ModelFiles) -> list[TokenDelta]:
     """Build, answer one request, close."""
-    engine = build_engine(config, files, hash_key=b"key", threads=torch.get_num_threads())
+    engine = built(config, files)
     work_id = WorkId("test", 1)
     engine.submit(
         GenerateWork(work_id=work_id, prompt=[1, 2, 3], sampling=SamplingParams(temperature=0.0), max_tokens=4)
@@ -59,7 +65,7 @@ def test_paged(new_files: NewFiles) -> None:
 
 def test_info(new_files: NewFiles) -> None:
     engine = build_engine(
-        EngineConfig(dtype="bf16", max_model_len=32, max_num_sequences=3),
+        EngineConfig(dtype="bf16", kernels="torch", max_model_len=32, max_num_sequences=3),
         new_files(),
         hash_key=b"key",
         threads=torch.get_num_threads(),
@@ -68,6 +74,22 @@ def test_info(new_files: NewFiles) -> None:
     assert (info.engine, info.dtype, info.vocab_size, info.max_model_len) == ("paged", "bf16", VOCAB, 32)
     assert info.num_blocks == 3 * 2
     assert info.kernels in ("onednn", "widened")
+
+
+@needs_library
+def test_native_kernels(new_files: NewFiles) -> None:
+    """Heads of 16 are no whole groups, so that nothing can be rounded to int8."""
+    for dtype, chosen in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        info = built(EngineConfig(dtype=dtype, num_blocks=16), new_files()).info
+        assert info.dtype == chosen
+        assert info.kernels.startswith("native ")
+    with pytest.raises(ConfigError, match="must be multiples of 32, are 64, 16, 64"):
+        built(EngineConfig(dtype="int8", num_blocks=16), new_files())
+
+
+def test_torch_computes_no_int8(new_files: NewFiles) -> None:
+    with pytest.raises(ConfigError, match=r"engine.dtype must be auto, fp32 or bf16 here, is 'int8'"):
+        built(EngineConfig(dtype="int8", kernels="torch"), new_files())
 
 
 def test_fake_opens_the_manifest_alone(new_files: NewFiles, tmp_path: Path) -> None:

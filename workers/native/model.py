@@ -7,6 +7,7 @@ rows and blocks; no sequences beyond their tokens and tables, no sampling. Knows
 from __future__ import annotations
 
 import ctypes
+import enum
 import weakref
 from array import array
 from collections.abc import Sequence as Seq
@@ -26,9 +27,20 @@ from workers.plan import Chunk
 from workers.weights.packed import PackedLayer, PackedModel
 from workers.weights.shape import ModelShape
 
-_CACHE_DTYPES = {library.EXACT: torch.float32, library.INT8: torch.float16}
 _CACHE_TYPES = {torch.float32: library.CACHE_F32, torch.float16: library.CACHE_F16}
-_DTYPE_NAMES = {library.EXACT: "fp32", library.INT8: "int8"}
+
+
+class NativeDtype(enum.Enum):
+    """What `EngineConfig.dtype` means here: how products treat activations, and what the cache keeps."""
+
+    FP32 = (library.EXACT, torch.float32)
+    BF16 = (library.EXACT, torch.float16)
+    """Nothing is rounded but keys and values, and these less than to bf16."""
+    INT8 = (library.INT8, torch.float16)
+
+    def __init__(self, arithmetic: int, cache: torch.dtype) -> None:
+        self.arithmetic = arithmetic
+        self.cache = cache
 
 
 def can_round(shape: ModelShape) -> bool:
@@ -37,17 +49,17 @@ def can_round(shape: ModelShape) -> bool:
 
 
 class NativeModel:
-    """`arithmetic` is ``library.EXACT`` or, for shapes that `can_round`, ``library.INT8``."""
+    """INT8 is for shapes that `can_round`."""
 
     adapters: Set[str] = frozenset()
 
-    def __init__(self, packed: PackedModel, *, arithmetic: int, threads: int) -> None:
+    def __init__(self, packed: PackedModel, dtype: NativeDtype, *, threads: int) -> None:
         found = library.library()
         assert found is not None
-        assert arithmetic == library.EXACT or can_round(packed.shape)
+        assert dtype is not NativeDtype.INT8 or can_round(packed.shape)
         self.shape: ModelShape = packed.shape
-        self.dtype_name = _DTYPE_NAMES[arithmetic]
-        self.cache_dtype = _CACHE_DTYPES[arithmetic]
+        self.dtype_name = dtype.name.lower()
+        self.cache_dtype = dtype.cache
         self.kernels = f"native {library.instructions()}"
         self._library = found
         self._threads = threads
@@ -62,7 +74,7 @@ class NativeModel:
             head_dim=self.shape.head_dim,
             ffn=self.shape.ffn_size,
             vocab=self.shape.vocab_size,
-            arithmetic=arithmetic,
+            arithmetic=dtype.arithmetic,
             norm_eps=self.shape.norm_eps,
             norm=_address(packed.norm),
             frequencies=_address(self._frequencies),
