@@ -23,6 +23,7 @@ from workers.build import read_manifest
 from workers.config import EngineConfig
 from workers.errors import ConfigError, ModelFileError
 from workers.native import library
+from workers.native.packing import Format
 from workers.paged import choose_max_model_len
 from workers.types import ModelFiles
 from workers.weights.checkpoint import open_checkpoint
@@ -34,6 +35,11 @@ MOST_MEASURED_MS = 2_000.0
 """A step that is predicted to take longer is not measured."""
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRODUCTS = {
+    "fp32": (Format.F32, library.EXACT),
+    "int8": (Format.Q8, library.INT8),
+    "int8 x int4": (Format.Q4, library.INT8),
+}
 
 Predictions = tuple[Prediction, ...]
 Measure = Callable[[WeightFormat, Demand, Predictions], Mapping[int, float]]
@@ -48,7 +54,7 @@ class Means:
     source: str
     gb_per_s: float
     tflops: Mapping[str, float]
-    """By what is multiplied: fp32, int8, bf16."""
+    """By what is multiplied, as `Setup.products` names it."""
     memory_gb: float
     """Free before the model is loaded."""
 
@@ -192,7 +198,6 @@ def _promised(device: Device) -> Means:
 def _measured(setup: Setup, threads: int, free_bytes: int, note: Callable[[str], None]) -> Means:
     note("measuring memory bandwidth and compute")
     names = {setup.products(weights) for weights in setup.formats}
-    arithmetics = {"fp32": library.EXACT, "int8": library.INT8}
     return Means(
         name="this machine",
         source=f"measured with {threads} {'thread' if threads == 1 else 'threads'}",
@@ -201,7 +206,7 @@ def _measured(setup: Setup, threads: int, free_bytes: int, note: Callable[[str],
             name: (
                 machine.measure_torch_products(_TORCH_DTYPES[name], threads)
                 if setup.native is None
-                else machine.measure_products(arithmetics[name], threads)
+                else machine.measure_products(*_PRODUCTS[name], threads)
             )
             / 1e12
             for name in sorted(names)

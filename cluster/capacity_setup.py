@@ -22,7 +22,7 @@ ON_DEVICES = "bf16"
 """What devices are taken to multiply: narrower weights are widened on the way."""
 
 _NAMED = {PackingMode.BF16: BF16, PackingMode.INT8: INT8, PackingMode.INT4: INT4}
-_ROUNDED = (Format.Q8, Format.Q4)
+_ROUNDED = {Format.Q8: "int8", Format.Q4: "int8 x int4"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +39,10 @@ class Setup:
     """Why whole steps cannot be measured, in words."""
 
     def products(self, weights: WeightFormat) -> str:
-        """Return what is multiplied with such weights: fp32, int8 or bf16."""
+        """Return what is multiplied with such weights: fp32, int8, int8 x int4 or bf16."""
         if self.native is None:
             return self.cache
-        return "int8" if self.native is NativeDtype.INT8 and weights.layers in _ROUNDED else "fp32"
+        return _ROUNDED.get(weights.layers, "fp32") if self.native is NativeDtype.INT8 else "fp32"
 
 
 def on_device(config: EngineConfig, checkpoint: Checkpoint) -> Setup:

@@ -80,12 +80,11 @@ def measure_bandwidth(threads: int) -> float:
     return values.nbytes / _best_s([part.max for part in parts])
 
 
-def measure_products(arithmetic: int, threads: int) -> float:
+def measure_products(form: Format, arithmetic: int, threads: int) -> float:
     """Return the operations a second that so many threads of the C library reach, together, on data in their caches."""
     found = library.library()
     assert found is not None
-    pack = pack_f32 if arithmetic == library.EXACT else quantise_q8
-    operands = [_Operands(pack) for _ in range(threads)]
+    operands = [_Operands(_PACK[form]) for _ in range(threads)]
     return threads * _OPERATIONS / _best_s([partial(own.multiply, found, arithmetic) for own in operands])
 
 

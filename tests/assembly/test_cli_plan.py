@@ -68,7 +68,7 @@ def test_a_data_sheet_and_the_model_s_own_shape_give_exact_figures(default_model
 @pytest.mark.parametrize(
     ("dtype", "cache", "products", "names"),
     [
-        ("int8", "fp16", ["fp32", "int8", "int8"], ["bf16", "int8", "int4"]),
+        ("int8", "fp16", ["fp32", "int8", "int8 x int4"], ["bf16", "int8", "int4"]),
         ("fp32", "fp32", ["fp32"] * 4, ["fp32", "bf16", "int8", "int4"]),
     ],
 )
