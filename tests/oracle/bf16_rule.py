@@ -17,6 +17,7 @@ from load_tests.rigs.reference import gaps, reference_logits
 from load_tests.rigs.teacher import teacher_forced
 from tests.oracle import loaded
 from tests.oracle.answers import committed_answers
+from workers.forward import LoadedModel
 
 MAX_RMS_RATIO = 1.1
 TAU = 2.0
@@ -52,18 +53,17 @@ def rms(error: torch.Tensor) -> float:
     return error.square().mean().sqrt().item()
 
 
-def assert_bf16_rule(weights: Path, prompt: list[int], answers: Iterable[tuple[int, ...]]) -> None:
-    """Check our bf16 model of `weights` on a prompt of the oracle, and what it answered to it."""
-    check_logits(weights, tuple(prompt))
+def assert_bf16_rule(model: LoadedModel, weights: Path, prompt: list[int], answers: Iterable[tuple[int, ...]]) -> None:
+    """Check a bf16 model of `weights` on a prompt of the oracle, and what it answered to it."""
+    check_logits(model, weights, tuple(prompt))
     for answer in set(answers):
         check_answer(weights, tuple(prompt), answer)
 
 
 @functools.cache
-def check_logits(weights: Path, prompt: tuple[int, ...]) -> None:
+def check_logits(model: LoadedModel, weights: Path, prompt: tuple[int, ...]) -> None:
     """Teacher-forced, in chunks of either size, the RMS error is at most 1.1 times that of transformers' bf16."""
     judgement = judge(weights, prompt)
-    model = loaded.model(weights, torch.bfloat16)
     for chunk_tokens in (256, 16):
         error = rms(teacher_forced(model, list(judgement.tokens), chunk_tokens) - judgement.expected)
         assert error <= MAX_RMS_RATIO * judgement.rms, f"RMS error {error:.3f}, theirs {judgement.rms:.3f}"

@@ -28,9 +28,7 @@ def fp32_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> Loa
     """The model by each kind of kernels."""
     if request.param == "torch":
         return loaded.model(default_model.weights, torch.float32)
-    if library.library() is None:
-        pytest.skip("native kernels: the C library was not built")
-    return loaded.native_model(default_model.weights, NativeDtype.FP32)
+    return native(default_model, NativeDtype.FP32)
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +36,23 @@ def torch_model(default_model: ModelFiles) -> LlamaModel:
     return loaded.model(default_model.weights, torch.float32)
 
 
+@pytest.fixture(scope="session", params=["native", "torch"])
+def bf16_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> LoadedModel:
+    """The model by each kind of kernels."""
+    if request.param == "torch":
+        return loaded.model(default_model.weights, torch.bfloat16)
+    return native(default_model, NativeDtype.BF16)
+
+
 @pytest.fixture(scope="session")
-def bf16_model(default_model: ModelFiles) -> LlamaModel:
-    return loaded.model(default_model.weights, torch.bfloat16)
+def int8_model(default_model: ModelFiles) -> LoadedModel:
+    return native(default_model, NativeDtype.INT8)
+
+
+def native(model: ModelFiles, dtype: NativeDtype) -> LoadedModel:
+    if library.library() is None:
+        pytest.skip("native kernels: the C library was not built")
+    return loaded.native_model(model.weights, dtype)
 
 
 @pytest.fixture(scope="session")
