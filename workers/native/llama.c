@@ -28,8 +28,10 @@ enum { NORM, QKV, PLACE, ATTEND, OUTPUT, FFN_NORM, GATE_UP, DOWN, PER_LAYER };
 /* Query rows of one attention task: few enough to share out, enough to use a key more than once. */
 #define ATTEND_ROWS 16
 
-/* A run of panels is claimed at once so that a tile takes a few microseconds: this many multiply-adds, at least. */
+/* A run of panels is claimed at once so that a tile takes a few microseconds, this many multiply-adds at least, and so
+   that no thread has more than TILES of them: kernels prepare the rows anew for each tile. */
 #define TILE_WORK (1 << 17)
+#define TILES 5
 
 typedef struct {
     int32_t chunk, first_row, num_rows, kv_head;
@@ -48,7 +50,7 @@ struct octavo_context {
     int32_t threads;
     char *scratch; /* [threads][scratch_bytes] */
     size_t scratch_bytes;
-    float *gates; /* [threads][row_capacity][GATE_COLUMNS] */
+    float *gates; /* [threads][row_capacity][GATE_COLUMNS]; with few rows, fewer and wider ones */
     pool_section *sections;
 
     int32_t row_capacity, task_capacity;
@@ -61,9 +63,13 @@ struct octavo_context {
     int32_t num_tasks;
 };
 
-/* Gate and up panels of one tile: two of each make one whole group of `inner` to round. */
+/* Gate and up panels of one tile: two of each make one whole group of `inner` to round. Up to FEW_ROWS rows have tiles of
+   FEW_GATES times as many panels, in the memory that ROW_UNIT rows have. */
 #define GATE_PANELS 4
 #define GATE_COLUMNS (GATE_PANELS * OCTAVO_PANEL)
+#define FEW_ROWS 16
+#define FEW_GATES 4
+#define ROW_UNIT (FEW_ROWS * FEW_GATES)
 
 static void release_rows(octavo_context *c)
 {
@@ -104,7 +110,7 @@ static int reserve_rows(octavo_context *c, int32_t num_rows)
     if (num_rows <= c->row_capacity)
         return 1;
     const octavo_model *m = c->model;
-    size_t rows = ((size_t)num_rows + 63) / 64 * 64, half = (size_t)m->head_dim / 2;
+    size_t rows = ((size_t)num_rows + ROW_UNIT - 1) / ROW_UNIT * ROW_UNIT, half = (size_t)m->head_dim / 2;
     size_t heads = (size_t)m->num_heads * m->head_dim, qkv = heads + 2 * (size_t)m->num_kv_heads * m->head_dim;
     int is_rounded = m->arithmetic == OCTAVO_INT8;
     release_rows(c);
@@ -184,12 +190,12 @@ static int32_t rows_per_tile(const octavo_context *c, int32_t rows)
     return size > 0 ? size : 1;
 }
 
-/* Panels per tile, a multiple of `unit`. */
-static int32_t panels_per_tile(const octavo_matrix *w, int32_t rows, int32_t unit)
+static int32_t panels_per_tile(const octavo_context *c, const octavo_matrix *w, int32_t rows)
 {
-    int64_t work = (int64_t)w->inputs * OCTAVO_PANEL * rows * unit;
-    int64_t units = (TILE_WORK + work - 1) / work;
-    return (int32_t)(units < 1 ? 1 : units) * unit;
+    int64_t work = (int64_t)w->inputs * OCTAVO_PANEL * rows;
+    int32_t most = TILES * c->threads, even = (octavo_num_panels(w) + most - 1) / most;
+    int32_t enough = (int32_t)((TILE_WORK + work - 1) / work);
+    return rows > FEW_ROWS || enough > even ? enough : even;
 }
 
 typedef void (*rows_body)(octavo_context *c, int32_t first, int32_t end, const void *argument);
@@ -205,7 +211,7 @@ static void over_rows(octavo_context *c, pool_section *s, int32_t rows, rows_bod
 static void product(octavo_context *c, pool_section *s, int32_t thread, const octavo_matrix *w, const octavo_rows *x, float *y,
                     int32_t add)
 {
-    int32_t size = panels_per_tile(w, x->rows, 1), panels = octavo_num_panels(w);
+    int32_t size = panels_per_tile(c, w, x->rows), panels = octavo_num_panels(w);
     int32_t num_tiles = (panels + size - 1) / size;
     for (int32_t tile; (tile = section_claim(s)) < num_tiles; section_done(s)) {
         int32_t first = tile * size;
@@ -218,14 +224,15 @@ static void product(octavo_context *c, pool_section *s, int32_t thread, const oc
 static void gated_product(octavo_context *c, pool_section *s, int32_t thread, const octavo_matrix *w, const octavo_rows *x)
 {
     int32_t ffn = c->model->ffn, panels = octavo_num_panels(w);
-    int32_t num_tiles = (panels + GATE_PANELS - 1) / GATE_PANELS;
+    int32_t most = x->rows > FEW_ROWS ? GATE_PANELS : GATE_PANELS * FEW_GATES, columns = most * OCTAVO_PANEL;
+    int32_t num_tiles = (panels + most - 1) / most;
     float *gates = c->gates + (size_t)thread * c->row_capacity * GATE_COLUMNS;
     for (int32_t tile; (tile = section_claim(s)) < num_tiles; section_done(s)) {
-        int32_t first = tile * GATE_PANELS, count = min32(GATE_PANELS, panels - first);
+        int32_t first = tile * most, count = min32(most, panels - first);
         int32_t column = first / 2 * OCTAVO_PANEL, size = count / 2 * OCTAVO_PANEL;
-        c->kernels->linear(w, first, count, x, gates, GATE_COLUMNS, 0, c->scratch + c->scratch_bytes * thread);
+        c->kernels->linear(w, first, count, x, gates, (size_t)columns, 0, c->scratch + c->scratch_bytes * thread);
         for (int32_t row = 0; row < x->rows; row++) {
-            const float *gate = gates + (size_t)row * GATE_COLUMNS;
+            const float *gate = gates + (size_t)row * columns;
             float *inner = c->inner.exact + (size_t)row * ffn + column;
             for (int32_t p = 0; p < count / 2; p++)
                 c->kernels->silu_product(gate + 2 * p * OCTAVO_PANEL, gate + (2 * p + 1) * OCTAVO_PANEL, OCTAVO_PANEL,
