@@ -128,7 +128,7 @@ class Octavo:
     """`octavo serve` with one replica, reached through its router. Speculation and answer caches stay off.
 
     `model` is what --model gets; None: the model file that the peers have. `arithmetic` is the oracle's rule for its
-    answers, "exact" or "int8".
+    answers, "exact", "bf16" or "int8".
     """
 
     name: str
@@ -165,7 +165,7 @@ LLAMA_SAME = "llama.cpp, same file"
 LLAMA_BEST = "llama.cpp, Q4_0"
 VLLM = "vLLM"
 
-EXACT = Octavo(name="octavo-fp32", arithmetic="exact", settings={"DTYPE": "fp32", "WEIGHTS": "exact"})
+BF16 = Octavo(name="octavo-bf16", arithmetic="bf16", settings={"DTYPE": "bf16", "WEIGHTS": "exact"})
 INT8 = Octavo(name="octavo-int8", arithmetic="int8", settings={"DTYPE": "int8"})
 TORCH = Octavo(
     name="octavo-torch",
@@ -179,7 +179,7 @@ VLLM_BF16 = Vllm(name="vllm-bf16", dtype="bfloat16")
 VLLM_FP32 = Vllm(name="vllm-fp32", dtype="float32")
 
 _EVERYWHERE: tuple[Contestant, ...] = (
-    EXACT,
+    BF16,
     LlamaCpp(name="llama-q4_1", family=LLAMA_SAME, weights=MODEL_FILE),
     INT8,
     LlamaCpp(name="llama-q4_0-fa", family=LLAMA_BEST, weights="model/q4_0.gguf", options=("-fa", "on", "--kv-unified")),

@@ -58,7 +58,7 @@ def rows(runs: list[Run], **others: object) -> Mapping[str, Bar]:
 
 
 def test_ratios_are_to_the_best_peer() -> None:
-    found = rows([*PEERS, run("octavo-fp32", "Octavo", 165.0), run("octavo-int8", "Octavo", 210.0)])
+    found = rows([*PEERS, run("octavo-bf16", "Octavo", 165.0), run("octavo-int8", "Octavo", 210.0)])
     assert found["conc16, bf16, x best peer"] == Bar(
         "conc16, bf16, x best peer", 1.65, 1.6, True, "165 tokens/s; llama-q4_0 100"
     )
@@ -70,7 +70,7 @@ def test_ratios_are_to_the_best_peer() -> None:
 
 
 def test_first_token_is_beside_the_fastest() -> None:
-    ours = [run("octavo-fp32", "Octavo", 1.0, first_ms=70.0), run("octavo-int8", "Octavo", 1.0, first_ms=60.0)]
+    ours = [run("octavo-bf16", "Octavo", 1.0, first_ms=70.0), run("octavo-int8", "Octavo", 1.0, first_ms=60.0)]
     found = rows([*PEERS, *ours])
     assert found["first token, bf16, x best peer"].value == 0.875
     assert found["first token, bf16, x best peer"].ok

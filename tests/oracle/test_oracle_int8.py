@@ -1,11 +1,11 @@
-"""Activations rounded to int8: no further from the fp32 reference than rounding them in the reference itself takes it."""
+"""Activations rounded to int8: no further from the fp32 reference than the same rounding in the reference itself."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from load_tests.rigs.answer_rules import judge, rounded_activations
+from load_tests.rigs.answer_rules import judge, rounded_activations, to_int8
 from load_tests.rigs.reference import reference_logits
 from load_tests.rigs.teacher import teacher_forced
 from tests.oracle import loaded
@@ -22,7 +22,8 @@ NUM_TOKENS = 16
 def test_logits(
     default_model: ModelFiles, int8_model: LoadedModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
-    assert_logits(default_model, int8_model, [entry for entry in committed if len(entry.prompt) < 40][::2], expected_logits)
+    entries = [entry for entry in committed if len(entry.prompt) < 40][::2]
+    assert_logits(default_model, int8_model, entries, expected_logits)
 
 
 def test_answers(
@@ -48,13 +49,13 @@ def test_answers_to_every_prompt(
 def assert_logits(
     files: ModelFiles, model: LoadedModel, entries: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
-    """Teacher-forced, in chunks of many rows, of few and of one. Over all prompts together: where few numbers decide, one
-    that rounds the other way moves the error of a short prompt by a quarter."""
+    """Teacher-forced, in chunks of many rows, of few and of one. Over all prompts together: one number that rounds the
+    other way moves the error of a short prompt by a quarter."""
     reference = loaded.reference(files.weights, torch.float32)
     theirs, ours = [], []
     for number, entry in enumerate(entries):
         tokens, expected = [*entry.prompt, *entry.answer], expected_logits(entry)
-        with rounded_activations(reference):
+        with rounded_activations(reference, to_int8):
             theirs.append(reference_logits(reference, tokens) - expected)
         ours.append(teacher_forced(model, tokens, (256, 5, 1)[number % 3]) - expected)
     error, limit = rms(torch.cat(ours)), MAX_RMS_RATIO * rms(torch.cat(theirs))
