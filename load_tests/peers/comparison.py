@@ -15,8 +15,8 @@ from load_tests.peers.runs import Medians
 from load_tests.workloads import WORKLOADS, Workload
 
 OURS = {"bf16": BF16, "int8": INT8}
-"""Column of the table of bars to who is judged by it: weights as they are, and activations rounded less than to bf16, or to
-int8."""
+"""Column of the table of bars to who is judged by it: weights as they are, and activations rounded less than to bf16,
+or to int8."""
 SPEED = {
     "single": {"bf16": 1.05, "int8": 1.1},
     "conc16": {"bf16": 1.6, "int8": 2.2},
