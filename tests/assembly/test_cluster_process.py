@@ -70,11 +70,12 @@ def test_the_rays_of_this_machine_are_found_by_their_raylets(tmp_path: Path) -> 
 
 @pytest.fixture
 def our_loggers() -> Iterator[None]:
-    names = ("cluster", "router", "workers", "octavo")
-    before = {name: (logging.getLogger(name).handlers, logging.getLogger(name).propagate) for name in names}
+    loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     yield
-    for name, (handlers, propagate) in before.items():
-        logging.getLogger(name).handlers, logging.getLogger(name).propagate = handlers, propagate
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("our_loggers")
