@@ -4,6 +4,8 @@ One server at a time, ours and the peers' in turns, and that several times over;
 prompts, in the next one new ones. Then the oracle judges a sample of our answers, perplexity and start-up are measured.
 Writes results/peers.json (a row for each bar) and results/peers_runs.json (every figure); prints both as tables.
 
+Ctrl-C ends the rounds early; what was measured until then is judged all the same.
+
 Exit codes: 0 every bar is met; 1 one is not; 2 wrong usage.
 """
 
@@ -67,15 +69,20 @@ class Bench:
         self.cases: dict[str, list[Case]] = {}
 
     def run(self) -> None:
-        for repetition in range(self._plan.repetitions):
-            for contestant in self._plan.contestants:
-                load, busy = machine.load_average(), machine.await_quiet(QUIET_CORES, self._quiet_timeout_s)
-                _say(
-                    f"repetition {repetition + 1}, {contestant.name}: load {load}, {busy} cores busy with other things"
-                )
-                run = self._one(contestant, repetition, load, busy)
-                self.runs.append(run)
-                _say(f"  {run.failure}" if run.failure else f"  ready in {run.ready_s:.1f} s; {_brief(run)}")
+        """Run the plan, or what there is time for until Ctrl-C."""
+        try:
+            for repetition in range(self._plan.repetitions):
+                for contestant in self._plan.contestants:
+                    self._take_turn(contestant, repetition)
+        except KeyboardInterrupt:
+            _say(f"stopped early: {len(self.runs)} runs count")
+
+    def _take_turn(self, contestant: Contestant, repetition: int) -> None:
+        load, busy = machine.load_average(), machine.await_quiet(QUIET_CORES, self._quiet_timeout_s)
+        _say(f"repetition {repetition + 1}, {contestant.name}: load {load}, {busy} cores busy with other things")
+        run = self._one(contestant, repetition, load, busy)
+        self.runs.append(run)
+        _say(f"  {run.failure}" if run.failure else f"  ready in {run.ready_s:.1f} s; {_brief(run)}")
 
     @property
     def _quiet_timeout_s(self) -> float:
@@ -195,7 +202,7 @@ def report(plan: Plan, bench: Bench, findings: Findings) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "machine": machine.describe(),
         "seed": plan.seed,
-        "repetitions": plan.repetitions,
+        "repetitions": max((run.repetition + 1 for run in bench.runs), default=0),
         "is_smoke": plan.is_smoke,
         "runs": [dataclasses.asdict(run) for run in bench.runs],
         "verdicts": findings.verdicts,
