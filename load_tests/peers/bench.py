@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -260,12 +261,18 @@ def _say(text: str) -> None:
     print(f"bench-peers: {text}", flush=True)
 
 
+def _end(*_: object) -> None:
+    """SIGTERM ends the servers as well."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main() -> int:
     plan = parse()
     tokenizer = plan.folder / TOKENIZER
     if not tokenizer.exists():
         print(f"bench-peers: {tokenizer} is missing; load_tests/peers/README.md says how it is made", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, _end)
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as cache:
         bench = Bench(plan, NaturalText.read(tokenizer), Path(cache))
         bench.run()

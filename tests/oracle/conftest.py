@@ -23,12 +23,25 @@ NewEngine = Callable[..., PagedEngine]
 ExpectedLogits = Callable[[Committed], torch.Tensor]
 
 
-@pytest.fixture(scope="session", params=["native", "torch"])
+KERNELS = ("chosen", pytest.param("torch", marks=pytest.mark.exact))
+"""Those that this machine chooses; torch as well in `make exact`."""
+
+
+@pytest.fixture(scope="session", params=KERNELS)
 def fp32_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> LoadedModel:
-    """The model by each kind of kernels."""
-    if request.param == "torch":
-        return loaded.model(default_model.weights, torch.float32)
-    return native(default_model, NativeDtype.FP32)
+    return loaded_model(default_model, request.param, NativeDtype.FP32)
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def bf16_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> LoadedModel:
+    return loaded_model(default_model, request.param, NativeDtype.BF16)
+
+
+@pytest.fixture(scope="session")
+def int8_model(default_model: ModelFiles) -> LoadedModel:
+    if library.library() is None:
+        pytest.skip("native kernels: the C library was not built")
+    return loaded.native_model(default_model.weights, NativeDtype.INT8)
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +49,9 @@ def torch_model(default_model: ModelFiles) -> LlamaModel:
     return loaded.model(default_model.weights, torch.float32)
 
 
-@pytest.fixture(scope="session", params=["native", "torch"])
-def bf16_model(request: pytest.FixtureRequest, default_model: ModelFiles) -> LoadedModel:
-    """The model by each kind of kernels."""
-    if request.param == "torch":
-        return loaded.model(default_model.weights, torch.bfloat16)
-    return native(default_model, NativeDtype.BF16)
-
-
-@pytest.fixture(scope="session")
-def int8_model(default_model: ModelFiles) -> LoadedModel:
-    return native(default_model, NativeDtype.INT8)
-
-
-def native(model: ModelFiles, dtype: NativeDtype) -> LoadedModel:
-    if library.library() is None:
-        pytest.skip("native kernels: the C library was not built")
+def loaded_model(model: ModelFiles, kernels: str, dtype: NativeDtype) -> LoadedModel:
+    if kernels == "torch" or library.library() is None:
+        return loaded.model(model.weights, torch.float32 if dtype is NativeDtype.FP32 else torch.bfloat16)
     return loaded.native_model(model.weights, dtype)
 
 

@@ -74,10 +74,20 @@ def test_teacher_forced_logits(
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_conditions(fp32_model: LoadedModel, committed: list[Committed], new_engine: NewEngine, number: int) -> None:
+    assert_condition(functools.partial(new_engine, fp32_model), committed, number)
+
+
+@pytest.mark.parametrize("number", range(0, len(CASES), 3))
+def test_conditions_with_torch(
+    torch_model: LlamaModel, committed: list[Committed], new_engine: NewEngine, number: int
+) -> None:
+    assert_condition(functools.partial(new_engine, torch_model), committed, number)
+
+
+def assert_condition(make: NewEngine, committed: list[Committed], number: int) -> None:
     case, entries = CASES[number], shorter(committed)
     first = sum(num_prompts(each) for each in CASES[:number])
     chosen = [entries[(first + i) % len(entries)] for i in range(num_prompts(case))]
-    make = functools.partial(new_engine, fp32_model)
     run_case(case, chosen, NUM_SHORT_TOKENS, make, block_size=BLOCK_SIZE, seed=number)
 
 
