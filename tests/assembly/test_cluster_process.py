@@ -42,6 +42,17 @@ def test_a_secret_is_32_bytes_or_their_digits(tmp_path: Path, monkeypatch: pytes
     assert pickle.loads(pickle.dumps(SecretSource()))() == secret
 
 
+@pytest.fixture
+def our_loggers() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("our_loggers")
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -66,16 +77,6 @@ def test_the_rays_of_this_machine_are_found_by_their_raylets(tmp_path: Path) -> 
         (tmp_path / pid / "cmdline").write_text(command)
     (tmp_path / "11").mkdir()
     assert running_rays(tmp_path) == {"127.0.0.1:6379", "10.0.0.7:6379"}
-
-
-@pytest.fixture
-def our_loggers() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("our_loggers")
