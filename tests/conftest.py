@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -58,3 +59,14 @@ def model_cluster(default_model: ModelFiles) -> Iterator[ClusterProcess]:
         OMP_NUM_THREADS="2",
     ) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def our_loggers() -> Iterator[None]:
+    """For tests that set logging up as a process of ours does: gives it back afterwards."""
+    loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

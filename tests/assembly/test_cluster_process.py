@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,16 +39,6 @@ def test_a_secret_is_32_bytes_or_their_digits(tmp_path: Path, monkeypatch: pytes
         read_secret(tmp_path / "missing")
     monkeypatch.setenv("OCTAVO_SECRET_FILE", str(raw))
     assert pickle.loads(pickle.dumps(SecretSource()))() == secret
-
-
-@pytest.fixture
-def our_loggers() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("our_loggers")
