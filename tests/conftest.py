@@ -61,9 +61,9 @@ def model_cluster(default_model: ModelFiles) -> Iterator[ClusterProcess]:
         yield cluster
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def our_loggers() -> Iterator[None]:
-    """For tests that set logging up as a process of ours does: gives it back afterwards."""
+    """Gives logging back after tests that set it up as a process of ours does, the command line's among them."""
     loggers = [logging.getLogger(name) for name in ("cluster", "router", "workers", "octavo")]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     yield

@@ -18,8 +18,6 @@ from workers.errors import ConfigError, ModelFileError, StartupError
 from workers.native import library
 from workers.types import ModelFiles
 
-pytestmark = pytest.mark.usefixtures("our_loggers")
-
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 

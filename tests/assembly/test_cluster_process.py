@@ -41,7 +41,6 @@ def test_a_secret_is_32_bytes_or_their_digits(tmp_path: Path, monkeypatch: pytes
     assert pickle.loads(pickle.dumps(SecretSource()))() == secret
 
 
-@pytest.mark.usefixtures("our_loggers")
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
@@ -68,7 +67,6 @@ def test_the_rays_of_this_machine_are_found_by_their_raylets(tmp_path: Path) -> 
     assert running_rays(tmp_path) == {"127.0.0.1:6379", "10.0.0.7:6379"}
 
 
-@pytest.mark.usefixtures("our_loggers")
 def test_log_lines_are_json_and_hold_only_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
     stop = telemetry.start("worker", {"OTEL_SDK_DISABLED": "true"}, LogConfig(format="json", level="warning"))
     logging.getLogger("router.somewhere").info("too quiet")
