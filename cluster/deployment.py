@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +86,28 @@ class Deployment:
             time.sleep(POLL_S)
 
     def remove(self, *, is_hurried: Callable[[], bool]) -> None:
-        """Let running requests finish and take the application away; at once when hurried. Never raises."""
+        """Let running requests finish and take the application away; do not wait for either when hurried. Never raises.
+
+        No call of ours is under way afterwards, unless Ray does not answer: one that finds Ray gone would end the
+        process with an error.
+        """
         if not self._is_deployed:
             return
-        drain_s = self._config.router.drain_grace_s + CALL_TIMEOUT_S
         if self._router is not None:
-            _bounded(lambda: self._router.broadcast("drain").results(timeout_s=drain_s), drain_s, is_hurried)
-        _bounded(lambda: serve.delete(self._name), DELETE_TIMEOUT_S, is_hurried)
+            _attempt(self._drain, self._config.router.drain_grace_s + CALL_TIMEOUT_S, is_hurried)
+        _attempt(self._delete, DELETE_TIMEOUT_S, is_hurried)
+
+    def _drain(self, is_over: Callable[[], bool]) -> None:
+        drained = self._router.broadcast("drain")
+        while not is_over():
+            with suppress(TimeoutError):
+                drained.results(timeout_s=POLL_S)
+                return
+
+    def _delete(self, is_over: Callable[[], bool]) -> None:
+        serve.delete(self._name, _blocking=False)
+        while self._name in serve.status().applications and not is_over():
+            time.sleep(POLL_S)
 
     def _state(self) -> _State:
         """Raises StartupError when it cannot become ready."""
@@ -121,20 +137,21 @@ class _State:
     text: str
 
 
-def _bounded(step: Callable[[], object], timeout_s: float, is_hurried: Callable[[], bool]) -> None:
-    """Do `step` in a thread and wait for it, `timeout_s` at most; hardly at all when hurried."""
+def _attempt(step: Callable[[Callable[[], bool]], None], timeout_s: float, is_hurried: Callable[[], bool]) -> None:
+    """Do `step`, which ends soon after its argument says that it is over; leave it alone if Ray does not answer it."""
+    end = time.monotonic() + timeout_s
 
-    def attempt() -> None:
+    def is_over() -> bool:
+        return is_hurried() or time.monotonic() >= end
+
+    def run() -> None:
         try:
-            step()
+            step(is_over)
         except Exception as error:
             logging.getLogger(__name__).warning("stopping: %s", error)
 
-    thread = threading.Thread(target=attempt, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    end = time.monotonic() + timeout_s
-    while thread.is_alive() and time.monotonic() < end:
+    while thread.is_alive() and not is_over():
         thread.join(POLL_S)
-        if is_hurried():
-            thread.join(5 * POLL_S)
-            return
+    thread.join(CALL_TIMEOUT_S)

@@ -146,7 +146,10 @@ def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
 
 
 def _disconnect() -> None:
-    """Leave Ray, which puts SIGTERM back to its default underneath Python."""
+    """Leave Ray, which puts SIGTERM back to its default underneath Python.
+
+    One that comes in this very moment ends the process with -15; our application is gone by then.
+    """
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)

@@ -50,6 +50,7 @@ class ClusterProcess:
             start_new_session=True,
         )
         self.ready: dict[str, Any] = {}
+        self._is_told_to_end = False
 
     @classmethod
     def serve(cls, *options: str, **variables: str) -> ClusterProcess:
@@ -80,17 +81,20 @@ class ClusterProcess:
         return (self.directory / "stderr").read_text()
 
     def signal(self, number: int = signal.SIGTERM) -> None:
+        self._is_told_to_end = True
         self.process.send_signal(number)
 
     def await_exit(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         return self.process.wait(timeout_s)
 
     def stop(self) -> int:
-        """End it as a user would; return its exit code. Asserts that no process of it is left."""
+        """End it as a user would, unless it was told already; return its exit code. No process of it may be left."""
         try:
-            if self.process.poll() is None:
+            if self.process.poll() is None and not self._is_told_to_end:
                 self.signal()
             code = self.await_exit()
+            if code != 0:
+                sys.stderr.write(self.errors())
             left = self.left()
             assert left == {}, f"left behind: {left}"
             return code

@@ -123,6 +123,12 @@ class ScriptedRouter(inference_service_pb2_grpc.InferenceServiceServicer):
         """Let no answer grow beyond so many tokens until `release`."""
         self._held_at = num_tokens
 
+    def let_grow(self, num_tokens: int) -> None:
+        """Let held answers grow to so many tokens."""
+        self.hold(num_tokens)
+        for request_id in list(self.journals):
+            self._pump(request_id)
+
     def release(self) -> None:
         self._held_at = None
         for request_id in list(self.journals):

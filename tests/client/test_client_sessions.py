@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import pytest
+from grpc.aio import _call
 from octavo.client import (
     Client,
     ConnectionFailedError,
@@ -15,6 +16,7 @@ from octavo.client import (
     RequestCancelledError,
     UnauthenticatedError,
     UnavailableError,
+    UnimplementedError,
 )
 from octavo.client.generation import Generation
 from octavo.names import Reason
@@ -60,9 +62,7 @@ async def test_an_answer_survives_many_breaks(client: Client, router: ScriptedRo
     router.hold(0)
     reading = asyncio.create_task(read(client.generate("p", max_tokens=40), received))
     for held in range(4, 40, 4):
-        router.hold(held)
-        for request_id in list(router.journals):
-            router._pump(request_id)
+        router.let_grow(held)
         await until(lambda held=held: len(received) == held)
         router.break_sessions()
         await until(lambda: any(journal.connection for journal in router.journals.values()))
@@ -213,16 +213,44 @@ async def test_a_session_that_is_refused_ends_its_requests_at_once(
         assert (await client.complete("p")).text == expected_text(8)
 
 
+async def test_the_routers_status_counts_when_a_write_met_the_end_of_the_call(
+    client: Client, router: ScriptedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc.aio sets INTERNAL when a write fails, and the router's status only afterwards."""
+    has_failed = asyncio.Event()
+
+    async def write(call: Any, _message: object) -> None:
+        call._cython_call.set_internal_error("the stream is over")
+        has_failed.set()
+        await call._raise_for_status()
+
+    async def read(call: Any) -> None:
+        await has_failed.wait()
+        await call._raise_for_status()
+
+    monkeypatch.setattr(_call.StreamStreamCall, "write", write)
+    monkeypatch.setattr(_call.StreamStreamCall, "read", read)
+    answer = asyncio.create_task(client.complete("p"))
+    await has_failed.wait()
+    await until(lambda: router.sessions)
+    router.break_sessions(grpc.StatusCode.UNIMPLEMENTED)
+    with pytest.raises(UnimplementedError, match="broken by the test"):
+        await answer
+    assert router.num_sessions == 1
+
+
 async def test_go_away_lets_running_answers_finish_and_new_ones_go_elsewhere(
     client: Client, router: ScriptedRouter
 ) -> None:
     router.hold(2)
-    old = asyncio.create_task(client.complete("old", max_tokens=6))
-    await until(lambda: router.starts)
+    received: list[int] = []
+    old = asyncio.create_task(read(client.generate("old", max_tokens=6), received))
+    await until(lambda: len(received) == 2)
     first = router.sessions[0]
     router.announce_go_away()
     await until(lambda: first.go_away is None)
-    await asyncio.sleep(0.2)  # it has been sent; nothing tells from outside when the client has read it
+    router.let_grow(3)
+    await until(lambda: len(received) == 3)  # what came after GoAway on the same stream: the client has read both
     new = client.generate("new", max_tokens=4)
     await until(lambda: len(router.starts) == 2)
     assert router.num_sessions == 2
@@ -230,7 +258,8 @@ async def test_go_away_lets_running_answers_finish_and_new_ones_go_elsewhere(
         "a Session after GoAway has its own connection"
     )
     router.release()
-    assert (await old).token_ids == expected_ids(6)
+    await old
+    assert tuple(received) == expected_ids(6)
     assert (await new.complete()).token_ids == expected_ids(4)
     assert [list(start.attach_offsets) for start in router.starts] == [[], []]
     await until(lambda: first not in router.sessions)

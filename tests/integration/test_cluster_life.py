@@ -112,6 +112,31 @@ async def test_attached_to_a_ray_of_others_it_drains_and_takes_only_itself_away(
 
 
 @pytest.mark.cluster
+async def test_a_second_signal_does_not_wait_for_running_answers(other_ray: ClusterProcess) -> None:
+    cluster = ClusterProcess.serve(
+        *("--ray-address", other_ray.address, "--model", "fake", "--engine", "fake"),
+        OCTAVO_ENGINE__FAKE_STEP_S="1",
+        OCTAVO_ROUTER__DRAIN_GRACE_S="600",
+    )
+    try:
+        cluster.await_ready()
+        begun = asyncio.Event()
+        async with connected(cluster.address) as channel:
+            running = asyncio.create_task(generate(channel, request([5, 6, 7], 1000), on_tokens=begun.set))
+            await begun.wait()
+            cluster.signal()
+            async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30):
+                if health.status == NOT_SERVING:
+                    break
+            cluster.signal()
+            assert await asyncio.to_thread(cluster.stop) == 0
+            assert not running.done()  # Serve gives it the time to drain that was configured
+            running.cancel()
+    finally:
+        cluster.clean_up()
+
+
+@pytest.mark.cluster
 async def test_serve_deploy_takes_the_file_in_deploy(other_ray: ClusterProcess, tmp_path: Path) -> None:
     """The file as it is, but for the model and the port; deployed by Ray's own command, and taken away again."""
     port = free_port()

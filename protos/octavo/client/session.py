@@ -22,6 +22,10 @@ from octavo.v1 import inference_service_pb2_grpc as pb_grpc
 
 _LOGGER = logging.getLogger(__name__)
 
+_VERDICT_S = 0.5
+_VERDICT_POLL_S = 0.001
+"""How long to look for the status of a call after a write failed."""
+
 _PROVEN_AFTER_S = 1.0
 """A connected Session that lived this long was sound, even if nothing came."""
 
@@ -65,6 +69,7 @@ class Session:
         self._is_closing = False
         stub: pb_grpc.InferenceServiceAsyncStub = pb_grpc.InferenceServiceStub(channel)
         self._call = stub.Session()
+        self._has_failed_write = False
         self._task = self._loop.create_task(self._run(), name="octavo-session")
 
     @property
@@ -155,8 +160,10 @@ class Session:
                 if self._is_retiring and not self.exchanges:
                     await self._call.done_writing()
                     return
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            return  # the call is over; the reader learns why
+        except grpc.aio.AioRpcError:
+            self._has_failed_write = True  # the call is over; the reader learns why
+        except (grpc.aio.UsageError, asyncio.InvalidStateError):
+            return  # likewise
         except Exception:
             _LOGGER.exception("a Session's writer failed; the Session is given up")
             self._call.cancel()
@@ -169,7 +176,7 @@ class Session:
                     break
                 self._fan_out(response)
         except grpc.aio.AioRpcError as error:
-            return from_rpc(error)
+            return from_rpc(await self._verdict(error))
         except asyncio.CancelledError:
             if self._task.cancelling():  # not only the call: this task
                 raise
@@ -178,6 +185,23 @@ class Session:
         if self._is_closing or (self._is_retiring and not self.exchanges):
             return None
         return UnavailableError("the router closed the Session", reason=Reason.SESSION_LOST)
+
+    async def _verdict(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """Return how the router ended the call, if it did.
+
+        When a write meets the end of the call, grpc.aio calls that INTERNAL at once; the router's own status, which
+        tells whether another try makes sense, takes its place when it has been read, a moment later.
+        """
+        give_up = self._loop.time() + _VERDICT_S
+        while self._has_failed_write and error.code() is grpc.StatusCode.INTERNAL and self._loop.time() < give_up:
+            await asyncio.sleep(_VERDICT_POLL_S)
+            error = grpc.aio.AioRpcError(
+                await self._call.code(),
+                await self._call.initial_metadata(),
+                await self._call.trailing_metadata(),
+                details=await self._call.details(),
+            )
+        return error
 
     def _fan_out(self, response: pb.SessionResponse) -> None:
         for event in response.events:
