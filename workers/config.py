@@ -49,6 +49,9 @@ class EngineConfig:
     reserve: bool = False
     """Admit a sequence only when the blocks of its prompt and of max_tokens are free, and keep them for it: memory is
     predictable and nothing is ever preempted, but fewer sequences run at once."""
+    max_token_age_s: float = 0.016
+    """How long a token may wait for the next ones, so that one message carries them all; the first and the last of an
+    answer never wait. 0: a message for each step."""
     fake_step_s: float = 0.0
     """Engine `fake` only: how long a step takes."""
 
@@ -73,6 +76,12 @@ class EngineConfig:
             (self.chunk_tokens >= 1, "engine.chunk_tokens", "must be >= 1", self.chunk_tokens),
             (0 <= self.lookup_tokens <= 64, "engine.lookup_tokens", "must be in [0, 64]", self.lookup_tokens),
             (self.threads >= 0, "engine.threads", "must be >= 0", self.threads),
+            (
+                0 <= self.max_token_age_s <= 1,
+                "engine.max_token_age_s",
+                "must be in [0, 1]",
+                self.max_token_age_s,
+            ),
             (self.fake_step_s >= 0, "engine.fake_step_s", "must be >= 0", self.fake_step_s),
         ]
         for holds, key, rule, value in rules:

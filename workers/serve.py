@@ -53,7 +53,7 @@ class Worker:
         keys = ClusterKeys.derive(await asyncio.to_thread(secret))
         engine = await asyncio.to_thread(build_engine, config, files, hash_key=keys.prefix_hash, threads=config.threads)
         self._server = DataPlaneServer(replica_id=self._replica_id, key=keys.data_plane, host=data_host())
-        self._engine = EngineThread(engine, self._server.notify)
+        self._engine = EngineThread(engine, self._server.notify, max_token_age_s=config.max_token_age_s)
         await self._server.start(self._engine)
         _log.info("replica %s serves %s at %s", self._replica_id, engine.info.model, self._server.address)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 
 from octavo.names import Reason
 
+from workers.emission import Emission
 from workers.types import (
     EngineInfo,
     Finish,
@@ -38,11 +40,19 @@ class EngineThread:
     """Implements `Engine` over `engine`, which nobody else touches from now on.
 
     `notify` is called on the engine's thread when there are outputs or KV events to drain or the credit has changed; it
-    must neither block nor raise.
+    must neither block nor raise. Tokens may wait for `max_token_age_s` before it is, see `emission.py`.
     """
 
-    def __init__(self, engine: SteppedEngine, notify: Callable[[], None], *, name: str = "octavo-engine") -> None:
+    def __init__(
+        self,
+        engine: SteppedEngine,
+        notify: Callable[[], None],
+        *,
+        max_token_age_s: float = 0.0,
+        name: str = "octavo-engine",
+    ) -> None:
         self._engine = engine
+        self._emission = Emission(max_token_age_s)
         self._notify = notify
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
@@ -110,8 +120,9 @@ class EngineThread:
         while self._is_running:
             try:
                 self._take_commands(is_busy)
+                began = time.monotonic()
                 is_busy = self.failure is None and self._is_running and self._engine.step()
-                self._publish()
+                self._publish(began, is_busy=is_busy)
             except Exception as error:
                 is_busy = False
                 self._break(error)
@@ -127,6 +138,8 @@ class EngineThread:
                 self._inbox.get(timeout=BLOCKED_WAIT_S if self._open else None)()
             while True:
                 self._inbox.get_nowait()()
+                if self._emission.release():
+                    self._notify()
         except Empty:
             return
 
@@ -158,8 +171,8 @@ class EngineThread:
         with self._lock:
             self._outputs += deltas
 
-    def _publish(self) -> None:
-        """Hand over what the engine produced since the last time, and say so."""
+    def _publish(self, began: float, *, is_busy: bool) -> None:
+        """Hand over what the engine produced in the step that `began` then, and say so if it is to leave now."""
         outputs: list[TokenDelta] = []
         events: list[KvEvent] = []
         load = self._load
@@ -169,11 +182,13 @@ class EngineThread:
             load = self._engine.load()
         has_news = load.credit_tokens != self._load.credit_tokens
         self._load = load
+        now = time.monotonic()
         with self._lock:
             self._outputs += outputs
             self._events += events
-            has_news = has_news or bool(self._outputs or self._events)
-        if has_news:
+            is_due = self._emission.is_due(self._outputs, step_s=now - began, now=now, is_last=not is_busy)
+            has_only_events = bool(self._events) and not self._outputs
+        if is_due or has_only_events or has_news:
             self._notify()
 
     def _is_open(self, delta: TokenDelta) -> bool:

@@ -41,7 +41,7 @@ async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
     make = clock_engine if job["tells_time"] else FakeEngine
     engine = make(config, manifest=rig_manifest(), hash_key=keys.prefix_hash)
     server = DataPlaneServer(replica_id=job["id"], key=keys.data_plane)
-    thread = EngineThread(engine, server.notify)
+    thread = EngineThread(engine, server.notify, max_token_age_s=config.max_token_age_s)
     await server.start(thread)
     await _serve(server.address)
     await server.stop()

@@ -21,13 +21,13 @@ PATIENCE_S = 20.0
 class Consumer:
     """Drains an engine thread whenever it is notified, as a data plane does."""
 
-    def __init__(self, engine: SteppedEngine) -> None:
+    def __init__(self, engine: SteppedEngine, max_token_age_s: float = 0.0) -> None:
         self.news = threading.Event()
         self.num_notified = 0
         self.notified_by: set[str] = set()
         self.answers: dict[WorkId, Answer] = {}
         self.reader = EventReader()
-        self.thread = EngineThread(engine, self.notify)
+        self.thread = EngineThread(engine, self.notify, max_token_age_s=max_token_age_s)
 
     def notify(self) -> None:
         self.num_notified += 1
@@ -134,6 +134,18 @@ def test_an_idle_engine_neither_steps_nor_notifies(consume: Consume) -> None:
     time.sleep(0.1)
     assert (engine.num_steps, consumer.num_notified) == before
     assert engine.num_steps == 4
+
+
+def test_tokens_of_several_steps_are_told_at_once() -> None:
+    consumer = Consumer(FakeEngine(EngineConfig(engine="fake", fake_step_s=0.001)), max_token_age_s=60.0)
+    try:
+        consumer.thread.submit(work(1, [1], 200))
+        consumer.wait(lambda: consumer.ended(1))
+        assert len(consumer.answers[WorkId("r", 1)].tokens) == 200
+        assert consumer.num_notified < 20
+    finally:
+        consumer.thread.close()
+        assert consumer.thread.join(PATIENCE_S)
 
 
 def test_abort_and_deadline(consume: Consume) -> None:
