@@ -26,7 +26,7 @@ from load_tests.chart import draw
 from load_tests.measurement import AskError, Measurement, measure
 from load_tests.natural_text import NaturalText
 from load_tests.octavo_driver import OctavoDriver
-from load_tests.server import ServerError, watched
+from load_tests.server import ServerError, end_on_sigterm, watched
 from load_tests.workloads import WORKLOADS, Workload, make_prompts, warm_up_prompts
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,6 +104,7 @@ def main() -> None:
         "--model",
         arguments.model,
     ]
+    end_on_sigterm()
     try:
         report = run(command, variables, workloads, arguments.seed)
     except (ServerError, AskError) as error:

@@ -18,6 +18,8 @@ from load_tests import process_tree
 from load_tests.memory_watch import MemoryWatch
 
 STOP_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 10.0
+"""For what a server started, after its own end."""
 POLL_S = 0.1
 OURS = ("OCTAVO_", "OTEL_", "RAY_")
 """Variables of the surrounding shell that a contestant does not see."""
@@ -73,16 +75,19 @@ class ServerProcess:
         raise ServerError(f"not ready after {timeout_s:.0f} s: {self._last_words()}")
 
     def stop(self) -> None:
-        """Send SIGTERM and wait; kill what is left of its processes after that."""
+        """Send SIGTERM and wait; kill what is left of its processes after that, at once if a signal says to hurry."""
         family = process_tree.tree(self.pid)
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_TIMEOUT_S)
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        process_tree.await_end(family, 10.0)
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_TIMEOUT_S)
+        finally:
+            if self._process.poll() is None:
+                family = process_tree.tree(self.pid)
+                self._process.kill()
+                self._process.wait()
+            process_tree.await_end(family, END_TIMEOUT_S)
 
     def _until(self, timeout_s: float) -> Iterator[None]:
         give_up = time.perf_counter() + timeout_s
@@ -106,6 +111,15 @@ def watched(
             yield server, watch
     finally:
         server.stop()
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does, scope by scope, so that no server is left behind."""
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -27,7 +27,7 @@ from load_tests import machine, process_tree
 from load_tests.measurement import AskError
 from load_tests.octavo_driver import OctavoDriver
 from load_tests.serve_log import ReplicaStart, replica_starts
-from load_tests.server import ServerError, watched
+from load_tests.server import ServerError, end_on_sigterm, watched
 
 TIMEOUT_S = 180.0
 POLL_S = 0.02
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes; left out: stdout")
     parser.add_argument("serve", nargs="*", help="arguments for octavo serve, after --")
     arguments = parser.parse_args()
+    end_on_sigterm()
     model = arguments.model or _default_weights()
     with tempfile.TemporaryDirectory(prefix="ocs", dir="/tmp") as folder:
         report = measure(Path(folder), model, arguments.blocks, arguments.serve)

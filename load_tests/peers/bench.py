@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from load_tests.peers.comparison import OURS, Findings, compare
 from load_tests.peers.contestants import MODEL_FILE, TOKENIZER, Contestant, Octavo, Ready, all_contestants, defaults
 from load_tests.peers.runs import Run, by_contestant
 from load_tests.peers.tables import print_bars, print_figures
-from load_tests.server import ServerError, ServerProcess, free_port, watched
+from load_tests.server import ServerError, ServerProcess, end_on_sigterm, free_port, watched
 from load_tests.workloads import WORKLOADS, Workload, make_prompts, warm_up_prompts
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -261,18 +260,13 @@ def _say(text: str) -> None:
     print(f"bench-peers: {text}", flush=True)
 
 
-def _end(*_: object) -> None:
-    """SIGTERM ends the servers as well."""
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def main() -> int:
     plan = parse()
     tokenizer = plan.folder / TOKENIZER
     if not tokenizer.exists():
         print(f"bench-peers: {tokenizer} is missing; load_tests/peers/README.md says how it is made", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, _end)
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as cache:
         bench = Bench(plan, NaturalText.read(tokenizer), Path(cache))
         bench.run()

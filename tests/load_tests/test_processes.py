@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,38 @@ def test_the_machine_is_described() -> None:
     said = machine.describe()
     assert said["cores"] == len({*range(said["cores"])})  # type: ignore[misc, call-overload]
     assert machine.busy_cores(0.05) >= 0
+
+
+MAIN = """
+import importlib, sys
+sys.executable, module = sys.argv[1:3]
+sys.argv = sys.argv[2:]
+importlib.import_module(module).main()
+"""
+STUBBORN = """#!/bin/sh
+trap '' TERM
+echo $$ >"$(dirname "$0")/pid"
+exec sleep 60
+"""
+
+
+@pytest.mark.parametrize("module", ["load_tests.bench", "load_tests.startup"])
+def test_a_bench_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path, module: str) -> None:
+    """SIGTERM ended the bench and nothing else: its server lives in a session of its own."""
+    for name in ("python", "octavo"):
+        (tmp_path / name).write_text(STUBBORN)
+        (tmp_path / name).chmod(0o755)
+    command = [sys.executable, "-c", MAIN, str(tmp_path / "python"), module, "--model", "default"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as bench:
+        server = _pid_in(tmp_path / "pid")
+        bench.terminate()
+        time.sleep(0.2)
+        bench.send_signal(signal.SIGINT)  # a second signal says that there is no time to wait for it
+        assert bench.wait(30) != 0
+    assert process_tree.tree(server) == []
+
+
+def _pid_in(path: Path) -> int:
+    while not path.exists() or not path.read_text():
+        time.sleep(0.05)
+    return int(path.read_text())
