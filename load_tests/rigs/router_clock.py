@@ -4,6 +4,7 @@
 
 with 0.2 ms a tick, unambiguous up to 6.6 s; all processes of a machine share that clock. Otherwise it is the engine
 `fake`: scheduler, blocks, hashes, deadlines and credits are the real ones. Its answers differ from run to run.
+Steps end every `step_s`, whatever computing them takes: a rate of tokens can be asked for, and is kept while it can be.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ TICKS_PER_S: Final = 5_000
 
 @dataclass(frozen=True, slots=True)
 class ClockTicket:
-    """A step that takes `step_s` when it is read; what it samples is the time at its end."""
+    """A step that ends at `ends_at` (monotonic) when it is read; what it samples is the time at its end."""
 
     plan: StepPlan
-    step_s: float
+    ends_at: float
 
     def output(self) -> StepOutput:
-        if self.step_s:
-            time.sleep(self.step_s)
+        time.sleep(max(0.0, self.ends_at - time.monotonic()))
         word = (RIG_WORDS[int(time.monotonic() * TICKS_PER_S) % len(RIG_WORDS)],)
         return StepOutput(tuple(word if chunk.samples else () for chunk in self.plan.chunks))
 
@@ -42,9 +42,13 @@ class ClockRunner:
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
+        self._ends_at = 0.0
 
     def launch(self, plan: StepPlan) -> ClockTicket:
-        return ClockTicket(plan, self._step_s)
+        # Up to one step is caught up with; more would make a burst of what was late.
+        now = time.monotonic()
+        self._ends_at = self._step_s + (self._ends_at if now - self._ends_at < self._step_s else now)
+        return ClockTicket(plan, self._ends_at)
 
     def close(self) -> None:
         """Nothing is held."""

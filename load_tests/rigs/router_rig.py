@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -24,9 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from load_tests import process_tree
+
 ROOT = Path(__file__).parents[2]
 STOP_S = 10.0
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class RigConfig:
     chunk_tokens: int = 256
     prefix_cache: bool = True
     tells_time: bool = False
-    """Tokens say when they were made; see router_clock.py."""
+    """Tokens say when they were made, and steps begin every `step_s`; see router_clock.py."""
     port: int = 0
     router: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RouterConfig that differ from the defaults."""
@@ -55,6 +55,10 @@ class RouterRig:
         self._config = config
         self._processes: dict[str, subprocess.Popen[str]] = {}
         self.address = ""
+        self.replicas: dict[str, str] = {}
+        """Where the data ports are, by the replica's id."""
+        self.secret = secrets.token_bytes(32)
+        """The cluster's, which opens the data ports."""
 
     @property
     def pids(self) -> dict[str, int]:
@@ -63,10 +67,10 @@ class RouterRig:
 
     def cpu_s(self) -> dict[str, float]:
         """Return the CPU seconds that each process has used, user and system."""
-        return {name: _cpu_s(pid) for name, pid in self.pids.items()}
+        return {name: process_tree.cpu_s(pid) for name, pid in self.pids.items()}
 
     def __enter__(self) -> Self:
-        config, secret = self._config, secrets.token_hex(32)
+        config, secret = self._config, self.secret.hex()
         engine = {
             "fake_step_s": config.step_s,
             "max_num_sequences": config.num_sequences,
@@ -80,7 +84,8 @@ class RouterRig:
             for name in names:
                 job = {"role": "replica", "id": name, "engine": engine, "tells_time": config.tells_time}
                 self._start(name, {**job, "secret": secret})
-            replicas = [(name, self._await_address(name)) for name in names]
+            self.replicas = {name: self._await_address(name) for name in names}
+            replicas = list(self.replicas.items())
             job = {"role": "router", "port": config.port, "config": dict(config.router), "replicas": replicas}
             self._start("router", {**job, "secret": secret})
             self.address = self._await_address("router")
@@ -129,12 +134,6 @@ class RouterRig:
         if not line:
             raise RuntimeError(f"{name} of the rig did not start; it says above why")
         return str(json.loads(line)["address"])
-
-
-def _cpu_s(pid: int) -> float:
-    """Fields 14 and 15 of proc(5)'s stat, counted behind the command, which may have spaces."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 
 def main() -> None:
