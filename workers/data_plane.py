@@ -2,7 +2,7 @@
 
     engine thread --notify--> _collect (event loop) --> one Outbox per router --> one writer task per stream
 
-All of a router's tokens of a step, or of a few, go out in one message with the load and the KV events; what a slow router
+A router's tokens of a step, or of a few, go out in one message with the load and the KV events; what a slow router
 does not take, its outbox merges. A router that disconnects loses its works: they are aborted. The server owns port and
 streams, `WorkLedger` the books; neither knows requests, text or Ray.
 
