@@ -163,9 +163,9 @@ def _cpu_s(server: ServerProcess, ready: Ready) -> dict[str, float]:
     }
 
 
-def rig(name: str, *arguments: str, given: str | None = None) -> Any:
-    """Run a rig in a process of its own; return the JSON that it wrote, or None if it failed."""
-    command = [sys.executable, "-m", f"load_tests.rigs.{name}", *arguments]
+def output_of(name: str, *arguments: str, given: str | None = None) -> Any:
+    """Run a program of load_tests in a process of its own; return the JSON that it wrote, or None if it failed."""
+    command = [sys.executable, "-m", f"load_tests.{name}", *arguments]
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         _say(f"  {name} failed with code {done.returncode}")
@@ -179,7 +179,7 @@ def find_out(plan: Plan, bench: Bench) -> Findings:
     verdicts: dict[str, Any] = {}
     for name, cases in bench.cases.items():
         _say(f"the oracle judges {len(cases)} answers of {name}")
-        verdicts[name] = rig("judge", "--weights", str(weights), given=json.dumps(cases)) or []
+        verdicts[name] = output_of("rigs.judge", "--weights", str(weights), given=json.dumps(cases)) or []
     perplexity: dict[str, float] = {}
     starts: dict[str, Any] = {}
     ours = {contestant.name for contestant in plan.contestants}
@@ -188,13 +188,23 @@ def find_out(plan: Plan, bench: Bench) -> Findings:
             _say(f"perplexity of {contestant.name}")
             size = ("--windows", "1", "--window-tokens", "64") if plan.is_smoke else ()
             options = [part for key, value in contestant.settings.items() for part in (f"--{key.lower()}", value)]
-            report = rig("perplexity", "--model", str(weights), *options, *size)
+            report = output_of("rigs.perplexity", "--model", str(weights), *options, *size)
             if report is not None:
                 perplexity[column] = report["increase"]
     if OURS["int8"].name in ours:
         _say("starts of a replica")
-        starts = rig("replica_start", "--model", str(weights)) or {}
+        starts = both_starts(
+            output_of("startup", "--model", str(weights)), output_of("rigs.replica_start", "--model", str(weights))
+        )
     return Findings(medians=by_contestant(bench.runs), verdicts=verdicts, perplexity_increase=perplexity, starts=starts)
+
+
+def both_starts(served: Any, bare: Any) -> dict[str, Any]:
+    """Return the times of replicas that Serve started, with what `replica_start` says of their imports beside them."""
+    return {
+        which: {**(served or {}).get(which, {}), "imported": bare[which]["imported"] if bare else None}
+        for which in ("first", "later")
+    }
 
 
 def report(plan: Plan, bench: Bench, findings: Findings) -> dict[str, Any]:

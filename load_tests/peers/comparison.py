@@ -115,7 +115,7 @@ def _plain_machine(findings: Findings) -> list[Bar]:
         best = largest(findings.speeds(workload))
         ours = findings.of(TORCH.name).speed(workload.name, workload.unit)
         native = findings.of(BF16.name).speed(workload.name, workload.unit)
-        share = "" if ours is None or native is None else f"; {ours / native:.2f} of our native fp32"
+        share = "" if ours is None or native is None else f"; {ours / native:.2f} of {BF16.name}"
         rows.append(
             at_least(
                 f"{workload.name}, no compiler and no AVX-512, x best peer",

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from load_tests.bars import Bar
 from load_tests.measurement import Measurement
+from load_tests.peers.bench import both_starts
 from load_tests.peers.comparison import Findings, compare
 from load_tests.peers.contestants import LLAMA_BEST, LLAMA_SAME, VLLM
 from load_tests.peers.runs import Run, by_contestant
@@ -109,6 +110,27 @@ def test_memory_and_starts() -> None:
     assert found["start of a replica, first time"].ok
     assert not found["start of a replica, later time"].ok
     assert found["imports of a replica"].ok
+
+
+def test_starts_are_those_under_serve() -> None:
+    """The bar is about a replica's actor; a bare one, without Serve around it, only tells what it imported."""
+    served = {"first": {"seconds": 6.0, "detail": "a"}, "later": {"seconds": 4.0, "detail": "b"}, "load_before": 0.1}
+    bare = {which: {"seconds": 1.0, "detail": "c", "imported": []} for which in ("first", "later")}
+    starts = both_starts(served, bare)
+    assert starts["first"] == {"seconds": 6.0, "detail": "a", "imported": []}
+    found = rows([], starts=starts)
+    assert found["start of a replica, later time"].value == 4.0
+    assert found["imports of a replica"].ok
+    for only in (both_starts(served, None), both_starts(None, bare), both_starts(None, None)):
+        found = rows([], starts=only)
+        assert not (found["start of a replica, first time"].ok and found["imports of a replica"].ok)
+
+
+def test_without_a_compiler_the_share_says_of_what() -> None:
+    ours = [run("octavo-bf16", "Octavo", 200.0), run("octavo-torch", "Octavo", 60.0)]
+    row = rows([*PEERS, *ours])["conc16, no compiler and no AVX-512, x best peer"]
+    assert (row.value, row.ok) == (0.6, True)
+    assert row.detail == "60 tokens/s; llama-q4_0 100; 0.30 of octavo-bf16"
 
 
 def test_answers_and_perplexity() -> None:
