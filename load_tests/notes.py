@@ -1,4 +1,4 @@
-"""What the runs of one bench target showed: a row of figures for each run, in the order of the runs. JSON and back. Pure.
+"""What the runs of a bench showed: a row of figures for each run, in the order of the runs. Pure.
 
     notes.add("session", age_ms=12.5, sent=100, ended=100)
     notes.median("session", "age_ms")

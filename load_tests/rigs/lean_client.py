@@ -1,6 +1,7 @@
-"""A client that does as little as a client can, for measuring what a router can: a closed loop over Session or Generate.
+"""A client that does as little as it can, for measuring what a router can: a closed loop over Session or Generate.
 
-    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "seed", "clock"}    a line of JSON
+    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "seed", "clock"}
+    in    a line: begin
     out   {"event": "ready"}, then {"event": "done", ...LeanCounts}
     in    end of file: stop; also when the parent died
 

@@ -110,7 +110,11 @@ def left_behind(status: GetStatusResponse) -> list[str]:
     return [f"{what}: {number}" for what, number in left.items() if number]
 
 
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+
+
 async def _sample(pid: int, samples: list[float]) -> None:
     while True:
-        samples.append(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES)
+        samples.append(_resident_bytes(pid))
         await asyncio.sleep(_SAMPLE_S)
