@@ -7,6 +7,7 @@ starts from nothing.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -42,8 +43,14 @@ class ReplicaState:
 
     @property
     def credit_tokens(self) -> int:
-        """Prompt tokens that it can still take; not above zero: none."""
-        return self.load.credit_tokens - self._sent_tokens
+        """Prompt tokens that it can still take; not above zero: none, of tokens or of sequences."""
+        return self.load.credit_tokens - self._sent_tokens if self.credit_sequences > 0 else 0
+
+    @property
+    def credit_sequences(self) -> int:
+        """Choices that it can still take on; not above zero: none."""
+        places = self.load.credit_sequences
+        return sys.maxsize if places is None else places - self._sent_choices
 
     @property
     def num_uncounted(self) -> int:

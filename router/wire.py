@@ -92,6 +92,7 @@ def from_load(message: pb.Load, num_steps: int = 0) -> Load:
         num_free_blocks=message.num_free_blocks,
         owed_prefill_tokens=message.owed_prefill_tokens,
         credit_tokens=message.credit_tokens,
+        credit_sequences=message.credit_sequences if message.HasField("credit_sequences") else None,
         num_preemptions=message.num_preemptions,
         prefix_cache_queries=message.prefix_cache_queries,
         prefix_cache_hits=message.prefix_cache_hits,

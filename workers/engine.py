@@ -132,13 +132,15 @@ class PagedEngine:
     def load(self) -> Load:
         scheduler = self._scheduler
         owed = scheduler.owed_prefill_tokens
+        places = self._credit_sequences()
         return Load(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=self._pool.num_blocks,
             num_free_blocks=self._pool.num_free,
             owed_prefill_tokens=owed,
-            credit_tokens=self._credit_tokens(owed),
+            credit_tokens=self._credit_tokens(owed) if places else 0,
+            credit_sequences=places,
             num_preemptions=scheduler.num_preemptions,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,
@@ -255,12 +257,18 @@ class PagedEngine:
 
     def _credit_tokens(self, owed: int) -> int:
         """Prompt tokens of new work that keep the next two steps full."""
-        num_sequences = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_sequences == 0:
+        if not self._scheduler.running and not self._scheduler.waiting:
             return 2 * self._config.chunk_tokens
-        if num_sequences >= self._config.max_num_sequences or self._scheduler.is_short_of_blocks:
-            return 0
-        return max(0, 2 * self._config.chunk_tokens - owed)
+        return 0 if self._scheduler.is_short_of_blocks else max(0, 2 * self._config.chunk_tokens - owed)
+
+    def _credit_sequences(self) -> int:
+        """New sequences that find a place now, or within the two steps that it takes a router to hear of it and to
+        send: those that end by then make way, one in any case. All others wait in the router, where order can still
+        change: one that is here goes before whatever comes there."""
+        running = self._scheduler.running
+        num_ending = sum(s.work.max_tokens - s.num_answer_tokens <= 2 for s in running)
+        num_places = self._config.max_num_sequences - len(running) - len(self._scheduler.waiting)
+        return max(0, num_places + max(1, num_ending))
 
     def _check_when_due(self) -> None:
         now = self._clock()

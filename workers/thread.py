@@ -180,7 +180,7 @@ class EngineThread:
             outputs = [delta for delta in self._engine.drain_outputs() if self._is_open(delta)]
             events = self._engine.kv_events()
             load = self._engine.load()
-        has_news = load.credit_tokens != self._load.credit_tokens
+        has_news = _credit(load) != _credit(self._load)
         self._load = load
         now = time.monotonic()
         with self._lock:
@@ -206,6 +206,10 @@ class EngineThread:
         self._is_running = False
         for work_id in list(self._open):
             self._end(work_id, FinishReason.CANCELLED)
+
+
+def _credit(load: Load) -> tuple[int, int | None]:
+    return load.credit_tokens, load.credit_sequences
 
 
 def _num_choices(work: Work) -> int:

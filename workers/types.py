@@ -156,6 +156,8 @@ class Load:
     owed_prefill_tokens: int = 0
     credit_tokens: int = 0
     """Prompt tokens of new work that keep the next steps full; 0: send nothing."""
+    credit_sequences: int | None = None
+    """New sequences that find a place at once or within two steps; None: any number."""
     num_preemptions: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0

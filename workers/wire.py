@@ -116,6 +116,7 @@ def to_load(load: Load) -> pb.Load:
         num_free_blocks=load.num_free_blocks,
         owed_prefill_tokens=load.owed_prefill_tokens,
         credit_tokens=load.credit_tokens,
+        credit_sequences=load.credit_sequences,
         prefix_cache_queries=load.prefix_cache_queries,
         prefix_cache_hits=load.prefix_cache_hits,
         num_preemptions=load.num_preemptions,

@@ -86,3 +86,14 @@ def test_what_no_replica_of_ours_says_is_an_error(events: pb.KvEvents, text: str
 def test_a_replica_without_a_block_size_is_none_of_ours() -> None:
     with pytest.raises(ValueError, match="block_size must be at least 1, is 0"):
         ReplicaState("one").start(pb.HelloAck())
+
+
+def test_a_replica_without_places_has_no_credit() -> None:
+    """Tokens alone let dozens of short prompts wait in a replica, where nobody can put them in order any more."""
+    state = make_state(credit_tokens=100, credit_sequences=2)
+    state.sent(1, 10)
+    assert (state.credit_tokens, state.credit_sequences) == (90, 1)
+    state.sent(1, 10)
+    assert (state.credit_tokens, state.credit_sequences) == (0, 0)
+    state.update(report(1, credit_tokens=80))
+    assert state.credit_tokens == 80, "a replica that does not say takes any number"

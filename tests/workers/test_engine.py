@@ -416,7 +416,7 @@ def test_with_steps_in_flight_a_failure_ends_what_was_in_them() -> None:
 
 def test_load_and_credit() -> None:
     engine = ToyEngine(32, chunk_tokens=16, max_num_sequences=3)
-    assert engine.load() == Load(num_blocks=32, num_free_blocks=32, credit_tokens=32)
+    assert engine.load() == Load(num_blocks=32, num_free_blocks=32, credit_tokens=32, credit_sequences=4)
     engine.submit(work(1, range(20), 20))
     load = engine.load()
     assert (load.num_waiting, load.owed_prefill_tokens, load.credit_tokens) == (1, 20, 12)
@@ -429,7 +429,10 @@ def test_load_and_credit() -> None:
         engine.step_checked()
     assert (engine.load().owed_prefill_tokens, engine.load().credit_tokens) == (0, 32)
     engine.submit(work(3, [1], 3))
-    assert engine.load().credit_tokens == 0, "as many sequences as may be"
+    assert engine.load().credit_sequences == 1, "one may wait for the next place"
+    engine.submit(work(5, [2], 3))
+    assert (engine.load().credit_sequences, engine.load().credit_tokens) == (0, 0)
+    engine.abort(WorkId("r", 5))
     engine.step_checked()
     engine.abort(WorkId("r", 3))
     engine.submit(work(4, range(200, 250), 3))
@@ -440,6 +443,19 @@ def test_load_and_credit() -> None:
     load = engine.load()
     assert (load.num_free_blocks, load.credit_tokens) == (32, 32)
     assert (load.num_steps, load.num_computed_tokens) == (engine.runner.num_launches, engine.runner.num_rows)
+
+
+def test_credit_counts_the_places_that_become_free_by_the_time_others_come() -> None:
+    """A queue in the engine cannot be put in order any more, and a place that is empty for a step is lost."""
+    engine = ToyEngine(64, chunk_tokens=16, max_num_sequences=4)
+    for number in range(4):
+        engine.submit(work(number, [number + 1], 4))
+    places = []
+    while engine.load().num_running + engine.load().num_waiting:
+        places.append(engine.load().credit_sequences)
+        engine.step_checked()
+    assert places == [1, 1, 4, 4]
+    assert engine.load().credit_sequences == 5
 
 
 def test_close_ends_everything_once() -> None:

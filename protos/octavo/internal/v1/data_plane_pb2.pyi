@@ -672,6 +672,7 @@ class Load(google.protobuf.message.Message):
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
+    CREDIT_SEQUENCES_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_blocks: builtins.int
@@ -687,6 +688,8 @@ class Load(google.protobuf.message.Message):
     num_drafted_tokens: builtins.int
     """Guesses that were verified, and those of them that were right."""
     num_accepted_tokens: builtins.int
+    credit_sequences: builtins.int
+    """How many new sequences it can take on beside credit_tokens, those that will run when others end included; not set: any."""
     def __init__(
         self,
         *,
@@ -702,8 +705,11 @@ class Load(google.protobuf.message.Message):
         num_computed_tokens: builtins.int = ...,
         num_drafted_tokens: builtins.int = ...,
         num_accepted_tokens: builtins.int = ...,
+        credit_sequences: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences", "credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_credit_sequences", b"_credit_sequences"]) -> typing.Literal["credit_sequences"] | None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
 
