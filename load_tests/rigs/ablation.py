@@ -5,7 +5,8 @@ norms. Weights are packed as the engine packs the model's file, whose blocks sta
 dequantised numbers, as if the file had 16 or 32 bits. Every time is the best of as many as fit into --seconds.
 
 Errors are those of the weights as they are multiplied, against the dequantised file: the largest of all matrices, as a
-part of the matrix's largest weight, and the root of the mean square, as a part of that of all weights.
+part of the matrix's largest weight, and the root of the mean square, as a part of that of all weights. Perplexity is
+that of `rigs/perplexity.py`, over --windows of its windows.
 
 Writes ablation.json and ablation.md. Needs a quiet machine.
 """
@@ -17,6 +18,7 @@ import ctypes
 import dataclasses
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,9 @@ from torch.nn import functional
 from cluster.models import fetch_model
 from load_tests import machine
 from load_tests.markdown import table
+from load_tests.natural_text import NaturalText
+from load_tests.rigs.packing_losses import PackingLoss, packing_losses
+from load_tests.rigs.perplexity import SEED
 from workers import kernels
 from workers.native import library
 from workers.native.packing import PackedMatrix, unpack
@@ -40,6 +45,7 @@ from workers.weights.packed_mode import PackingMode, packed_parts
 from workers.weights.shape import ModelShape
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+WINDOW_TOKENS = 512
 RESULTS = Path(__file__).parents[1] / "results"
 
 Multiply = Callable[[int], None]
@@ -200,14 +206,14 @@ def weight_error(source: str, checkpoint: Checkpoint, mode: PackingMode, numbers
     )
 
 
-def markdown(cells: Sequence[Cell], errors: Sequence[WeightError]) -> str:
+def markdown(cells: Sequence[Cell], errors: Sequence[WeightError], losses: Sequence[PackingLoss] = ()) -> str:
     rows = sorted({cell.rows for cell in cells})
     found = {(cell.kernel, cell.rows): cell for cell in cells}
     names = list(dict.fromkeys(cell.kernel for cell in cells))
     headings = ("kernel, weights", *map(str, rows))
     times = [(name, *(f"{found[name, count].ms:.1f}" for count in rows)) for name in names]
     rates = [(name, *(f"{found[name, count].tokens_per_s:.0f}" for count in rows)) for name in names]
-    losses = [
+    wrong = [
         (
             f"{each.packing}, from {each.source}",
             each.formats,
@@ -217,11 +223,17 @@ def markdown(cells: Sequence[Cell], errors: Sequence[WeightError]) -> str:
         )
         for each in errors
     ]
+    increases = [
+        (f"{each.packing}, from {each.source}", each.dtype, f"{each.perplexity:.4f}", f"{each.increase:+.4%}")
+        for each in losses
+    ]
     return (
         f"Milliseconds by rows, all linear layers and the head, one thread:\n\n{table(headings, times)}\n"
         f"The same as tokens/s:\n\n{table(headings, rates)}\n"
         "Weights against the dequantised file:\n\n"
-        + table(("packing", "formats", "GB", "largest error", "RMS error"), losses)
+        + table(("packing", "formats", "GB", "largest error", "RMS error"), wrong)
+        + "\nPerplexity, beside fp32 transformers on the same weights:\n\n"
+        + table(("packing", "engine.dtype", "perplexity", "increase"), increases)
     )
 
 
@@ -229,6 +241,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     rows = [count for count in ROWS if count <= arguments.max_rows]
     set_threads(1)
+    load = machine.load_average()
     files = fetch_model(arguments.model)
     opened = open_checkpoint(files.weights)
     checkpoints: dict[str, Checkpoint] = {"file": opened, "numbers": NumbersOnly(opened)}
@@ -244,7 +257,12 @@ def main() -> None:
         for source, checkpoint in checkpoints.items()
         for mode in PackingMode
     ]
+    text = NaturalText.read(files.tokenizer_json)
+    windows = text.windows(random.Random(SEED), arguments.windows, WINDOW_TOKENS)
+    losses = list(packing_losses(checkpoints, windows, 1)) if windows else []
     report = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "load_before": load,
         "machine": machine.describe(),
         "model": arguments.model,
         "threads": 1,
@@ -252,11 +270,13 @@ def main() -> None:
         "seconds": arguments.seconds,
         "kernels": [dataclasses.asdict(cell) for cell in cells],
         "weights": [dataclasses.asdict(each) for each in errors],
+        "windows": arguments.windows,
+        "losses": [dataclasses.asdict(each) for each in losses],
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "ablation.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.out / "ablation.md").write_text(markdown(cells, errors))
-    sys.stdout.write(markdown(cells, errors))
+    (arguments.out / "ablation.md").write_text(markdown(cells, errors, losses))
+    sys.stdout.write(markdown(cells, errors, losses))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -264,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="default", help="as for octavo serve; without biases")
     parser.add_argument("--max-rows", type=int, default=ROWS[-1])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each kernel and number of rows")
+    parser.add_argument("--windows", type=int, default=20, help="of text, for perplexity; 0 leaves it out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for ablation.json and ablation.md")
     return parser
 

@@ -146,6 +146,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     arguments = _parser().parse_args()
+    load = machine.load_average()
     files = fetch_model(arguments.model)
     asker = Asker(files, read_manifest(files.manifest), arguments.max_tokens)
     config = EngineConfig(
@@ -170,6 +171,8 @@ def main() -> int:
         rows += own
         wrong += different
     report = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "load_before": load,
         "machine": machine.describe(),
         "model": asker.manifest.name,
         "dtype": model.dtype_name,

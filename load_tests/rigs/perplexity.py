@@ -26,6 +26,8 @@ from workers.weights.checkpoint import open_checkpoint
 
 SEED = 20_251
 """Of the windows that are compared from one commit to the next."""
+CHUNK_TOKENS = 256
+"""Rows of a step."""
 
 Logits = Callable[[list[int]], torch.Tensor]
 """Token ids to logits [tokens, vocab]."""
@@ -49,7 +51,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--weights", choices=WEIGHTS, default="auto")
     parser.add_argument("--kernels", choices=KERNELS, default="auto")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="rows of a step; 1 is how answers are decoded")
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=CHUNK_TOKENS, help="rows of a step; 1 is how answers are decoded"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--window-tokens", type=int, default=512)

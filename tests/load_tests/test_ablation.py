@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from load_tests.rigs.ablation import Cell, NumbersOnly, all_kernels, markdown, matrices_of, measure, weight_error
+from load_tests.rigs.packing_losses import packing_losses
 from tests.workers.random_models import write_random_model
 from workers.native import library
 from workers.native.packing import unpack
@@ -41,6 +43,27 @@ def test_a_tied_head_is_multiplied_with_and_an_embedding_is_not(checkpoint: Chec
         sizes = [(matrix.outputs, matrix.inputs) for matrix in matrices_of(each, PackingMode.EXACT)]
         assert len(sizes) == 2 * 4 + 1
         assert sizes.count((83, 64)) == 1
+
+
+@pytest.mark.skipif(library.library() is None, reason="the C library is not built")
+def test_perplexity_is_beside_the_numbers(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    plain = write_random_model(tmp_path / "model", "llama", head_dim=32, rope_parameters=rope)
+    checkpoint = open_checkpoint(plain)
+    draw = random.Random(5)
+    windows = [draw.choices(range(83), k=24) for _ in range(3)]
+    losses = list(packing_losses({"file": checkpoint, "numbers": NumbersOnly(checkpoint)}, windows, threads=1))
+    assert [(each.source, each.packing, each.dtype) for each in losses] == [
+        ("file", "exact", "bf16"),
+        ("file", "int8", "int8"),
+        ("numbers", "bf16", "bf16"),
+        ("numbers", "int8", "int8"),
+        ("numbers", "int4", "int8"),
+    ]
+    exact, rounded, *_, int4 = (abs(each.increase) for each in losses)
+    assert exact < rounded < int4
+    assert exact < 1e-2
+    assert "| int4, from numbers | int8 |" in markdown([], [], losses)
 
 
 def test_errors_are_against_the_numbers(checkpoint: Checkpoint) -> None:
