@@ -18,7 +18,6 @@ from workers.native.packing import (
     PANEL,
     Format,
     PackedMatrix,
-    interleave,
     join,
     pack_bf16,
     pack_f32,
@@ -135,19 +134,8 @@ def test_the_layout_of_q4_is_that_of_the_header() -> None:
 @pytest.mark.parametrize("pack", [pack_f32, quantise_q4])
 def test_joined_matrices_are_stacked(pack: Callable[[Any], PackedMatrix]) -> None:
     weights = [weight_of(outputs, 64, seed) for seed, outputs in enumerate((32, 16, 5))]
-    biases = [weight[:, 0] for weight in weights]
     parts = [pack(weight) for weight in weights]
-    joined = join([parts[0].with_bias(biases[0]), parts[1], parts[2].with_bias(biases[2])])
-    np.testing.assert_array_equal(unpack(joined), np.concatenate([unpack(part) for part in parts]))
-    assert joined.bias is not None
-    np.testing.assert_array_equal(joined.bias, np.concatenate([biases[0], np.zeros(16), biases[2]]))
-    assert join(parts).bias is None
-
-
-def test_interleaved_matrices_alternate_by_panel() -> None:
-    gate, up = weight_of(32, 64, 1), weight_of(32, 64, 2)
-    both = unpack(interleave(pack_f32(gate), pack_f32(up)))
-    np.testing.assert_array_equal(both, np.concatenate([gate[:16], up[:16], gate[16:], up[16:]]))
+    np.testing.assert_array_equal(unpack(join(parts)), np.concatenate([unpack(part) for part in parts]))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +149,6 @@ def test_interleaved_matrices_alternate_by_panel() -> None:
         (lambda: pack_f32(weight_of(4, 8)).with_bias(np.zeros(5)), r"4 numbers, is of size \[5\]"),
         (lambda: join([pack_f32(weight_of(5, 8)), pack_f32(weight_of(16, 8))]), "multiples of 16"),
         (lambda: join([pack_f32(weight_of(16, 32)), pack_bf16(weight_of(16, 32))]), "same format"),
-        (lambda: interleave(pack_f32(weight_of(5, 8)), pack_f32(weight_of(5, 8))), "multiple of 16, is 5"),
-        (lambda: interleave(pack_f32(weight_of(16, 8)), pack_f32(weight_of(16, 9))), "same format and size"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(act: Callable[[], object], rule: str) -> None:

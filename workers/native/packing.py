@@ -158,7 +158,7 @@ def quantise_q4(weight: Array) -> PackedMatrix:
 
 
 def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
-    """Return the outputs of all matrices one after another, as one matrix.
+    """Return the outputs of all matrices one after another, as one matrix without a bias.
 
     Raises ValueError if formats or inputs differ, or one before the last has a partial panel.
     """
@@ -169,24 +169,7 @@ def join(matrices: Sequence[PackedMatrix]) -> PackedMatrix:
         raise ValueError(f"outputs of matrices to join must be multiples of {PANEL}")
     joined, panels = _empty(first.format, sum(matrix.outputs for matrix in matrices), first.inputs)
     np.concatenate([matrix.data for matrix in matrices], out=panels)
-    return _with_biases(joined, [matrix.bias for matrix in matrices], [matrix.outputs for matrix in matrices])
-
-
-def interleave(first: PackedMatrix, second: PackedMatrix) -> PackedMatrix:
-    """Return panel 0 of `first`, panel 0 of `second`, panel 1 of `first`, ...: both have the same size and no bias.
-
-    Raises ValueError if they do not, or if outputs is no multiple of 16.
-    """
-    size = (first.format, first.outputs, first.inputs)
-    if size != (second.format, second.outputs, second.inputs) or first.bias is not None or second.bias is not None:
-        raise ValueError("matrices to interleave must have the same format and size, and no bias")
-    if first.outputs % PANEL:
-        raise ValueError(f"outputs of matrices to interleave must be a multiple of {PANEL}, is {first.outputs}")
-    matrix, panels = _empty(first.format, 2 * first.outputs, first.inputs)
-    pairs = panels.reshape(first.num_panels, 2, -1)
-    pairs[:, 0] = first.data.reshape(first.num_panels, -1)
-    pairs[:, 1] = second.data.reshape(second.num_panels, -1)
-    return matrix
+    return joined
 
 
 def unpack(matrix: PackedMatrix) -> npt.NDArray[np.float32]:
@@ -290,13 +273,3 @@ def _as_fp16(values: Array) -> Array:
     if not (np.abs(values) <= _MAX_FP16).all():
         raise ValueError(f"scales and minima must be finite and at most {_MAX_FP16:.0f}, is {np.abs(values).max()}")
     return values.astype("<f2")
-
-
-def _with_biases(
-    matrix: PackedMatrix, biases: Sequence[npt.NDArray[np.float32] | None], sizes: Sequence[int]
-) -> PackedMatrix:
-    """Join biases of matrices of these sizes; one without a bias has zeros if another has one."""
-    if all(bias is None for bias in biases):
-        return matrix
-    parts = [np.zeros(size, np.float32) if bias is None else bias for bias, size in zip(biases, sizes, strict=True)]
-    return matrix.with_bias(np.concatenate(parts))
