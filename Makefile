@@ -1,6 +1,6 @@
 # The interface of this repository. Each target works on a fresh clone: it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test exact bench bench-peers protos baseline
+.PHONY: help setup demo serve check test exact bench bench-peers bench-router protos baseline
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
@@ -29,6 +29,9 @@ bench: setup  ## measure this machine; writes load_tests/results/
 bench-peers: setup  ## the same beside llama.cpp and vLLM in P=DIR, held to the bars; 1 to 2 hours on a quiet machine
 	@test -n "$(P)" || { echo "bench-peers: give P=DIR, where load_tests/peers/install.sh put the peers" >&2; exit 2; }
 	@.venv/bin/python -m load_tests.peers.bench "$(P)" $(ARGS)
+
+bench-router: setup  ## the router held to its bars; 20 minutes on a quiet machine; ARGS="--bars speed,latency"
+	@.venv/bin/python -m load_tests.bench_router $(ARGS)
 
 protos:  ## rewrite the generated stubs from the .proto files
 	@bash scripts/protos.sh

@@ -129,6 +129,8 @@ class Attempt:
             group.first_token.add(first_token_s)
             group.total.add(end - self._due)
         self._tally.late += is_late
+        if call.usage is not None:
+            self._tally.queue.add(call.usage.queue_s)
         if self._num_tokens > 1 and not self._request.read_pause_s:
             self._tally.per_token.add(per_token_s)
         return True

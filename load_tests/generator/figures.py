@@ -15,6 +15,7 @@ TIMES = {
     "total_s": "from the scheduled arrival to the end",
     "age_s": "of a token at the client, since the engine made it",
     "lag_s": "by which the generator was late to send",
+    "queue_s": "in the router's queue, by its own accounts",
 }
 COUNTS = {
     "sent": "requests sent",
@@ -73,7 +74,7 @@ def compute_figures(
         "generator_cpu_us_per_request": _share(1e6 * sum(cpu_s), every.sent),
         "generator_cpu_share": max(cpu_s, default=0.0) / duration,
     }
-    histograms = (every.first_token, tally.per_token, tally.gap, every.total, tally.age, tally.lag)
+    histograms = (every.first_token, tally.per_token, tally.gap, every.total, tally.age, tally.lag, tally.queue)
     for name, histogram in zip(TIMES, histograms, strict=True):
         figures |= _points(name, histogram)
     return figures

@@ -13,7 +13,7 @@ from load_tests.generator.scenario import Scenario
 from load_tests.generator.tally import Tally
 from load_tests.generator.threshold import Threshold
 
-FORMAT = 1
+FORMAT = 2
 FILE = "report.json"
 
 

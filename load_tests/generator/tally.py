@@ -21,7 +21,7 @@ MAX_GROUPS = 64
 OTHERS = "others"
 NUM_INTERVALS = 120
 
-_HISTOGRAMS = ("per_token", "gap", "age", "lag")
+_HISTOGRAMS = ("per_token", "gap", "age", "lag", "queue")
 ENDS = ("ok", "cancelled", "refused", "failed")
 NO_TERMINAL = "NO_TERMINAL"
 GENERATOR_FULL = "GENERATOR_FULL"
@@ -90,6 +90,8 @@ class Tally:
     """Of tokens when they arrive, where the engine's tokens say the time."""
     lag: Histogram = field(default_factory=Histogram)
     """Between the planned and the real sending."""
+    queue: Histogram = field(default_factory=Histogram)
+    """In the router's queue, as the accounts of `ok` answers say."""
     last_end_s: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     replicas: dict[str, ReplicaShare] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class Tally:
             gap=Histogram.from_json(value["gap"]),
             age=Histogram.from_json(value["age"]),
             lag=Histogram.from_json(value["lag"]),
+            queue=Histogram.from_json(value["queue"]),
             all=Group.from_json(value["all"]),
             arrived={int(number): count for number, count in value["arrived"].items()},
             errors=Counter(value["errors"]),

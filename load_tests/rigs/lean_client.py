@@ -1,6 +1,6 @@
 """A client that does as little as it can, for measuring what a router can: a closed loop over Session or Generate.
 
-    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "seed", "clock"}
+    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "requests", "seed", "clock"}
     in    a line: begin
     out   {"event": "ready"}, then {"event": "done", ...LeanCounts}
     in    end of file: stop; also when the parent died
@@ -79,7 +79,8 @@ class LeanClient:
     @property
     def goes_on(self) -> bool:
         """Whether an end is followed by another request."""
-        return not self.is_stopped and time.monotonic() < self._ends_at
+        is_enough = 0 < self._job["requests"] <= self.counts.sent
+        return not (self.is_stopped or is_enough) and time.monotonic() < self._ends_at
 
     def request(self) -> tuple[str, pb.GenerateRequest]:
         """Return the next request and its name; count it as sent."""

@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from load_tests.rigs.lean_client import DRAIN_S, LeanCounts
 from load_tests.rigs.router_clock import TICKS_PER_S
 from load_tests.rigs.router_model import RIG_WORDS
-from load_tests.rigs.router_rig import ROOT, RouterRig
+from load_tests.rigs.router_rig import ROOT
 
 READY_S = 30.0
 
@@ -30,10 +30,21 @@ class LeanLoad:
     processes: int = 1
     tells_time: bool = True
     """Whether the rig's tokens say when they were made."""
+    requests: int = 0
+    """Send so many, within the duration; 0: as many as there is time for."""
 
 
-async def load(rig: RouterRig, load: LeanLoad) -> tuple[LeanCounts, dict[str, float]]:
-    """Send it; return what came, and the CPU seconds of each process of the rig meanwhile."""
+class Target(Protocol):
+    """What is loaded."""
+
+    @property
+    def address(self) -> str: ...
+    def cpu_s(self) -> dict[str, float]:
+        """Return the CPU seconds of each of its processes so far."""
+
+
+async def load(rig: Target, load: LeanLoad) -> tuple[LeanCounts, dict[str, float]]:
+    """Send it; return what came, and the CPU seconds of each process of the target meanwhile."""
     processes: list[asyncio.subprocess.Process] = []
     try:
         for index in range(load.processes):
@@ -112,6 +123,7 @@ async def _start(target: str, load: LeanLoad, index: int) -> asyncio.subprocess.
         "duration_s": load.duration_s,
         "warm_up_s": min(load.warm_up_s, load.duration_s / 2),
         "seed": index + 1,
+        "requests": load.requests // load.processes,
         "clock": [RIG_WORDS.start, len(RIG_WORDS), TICKS_PER_S] if load.tells_time else None,
     }
     _tell(process, job)
