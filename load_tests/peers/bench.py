@@ -166,11 +166,16 @@ def _cpu_s(server: ServerProcess, ready: Ready) -> dict[str, float]:
 def output_of(name: str, *arguments: str, given: str | None = None) -> Any:
     """Run a program of load_tests in a process of its own; return the JSON that it wrote, or None if it failed."""
     command = [sys.executable, "-m", f"load_tests.{name}", *arguments]
-    done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        _say(f"  {name} failed with code {done.returncode}")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            said, _ = program.communicate(given)
+        except BaseException:
+            program.terminate()  # not killed, as subprocess.run would: it may have a server to end
+            raise
+    if program.returncode != 0:
+        _say(f"  {name} failed with code {program.returncode}")
         return None
-    return json.loads(done.stdout)
+    return json.loads(said)
 
 
 def find_out(plan: Plan, bench: Bench) -> Findings:

@@ -98,6 +98,34 @@ def test_a_bench_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path, mod
     assert process_tree.tree(server) == []
 
 
+ASK = """
+import sys
+from load_tests.peers.bench import output_of
+from load_tests.server import end_on_sigterm
+sys.executable = sys.argv[1]
+end_on_sigterm()
+output_of("startup")
+"""
+ORDERLY = """#!/bin/sh
+trap 'sleep 1; touch "$(dirname "$0")/ended"; exit 0' TERM
+echo $$ >"$(dirname "$0")/pid"
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_program_of_a_bench_gets_the_time_to_end_its_own_servers(tmp_path: Path) -> None:
+    """One that is killed leaves them behind."""
+    (tmp_path / "python").write_text(ORDERLY)
+    (tmp_path / "python").chmod(0o755)
+    command = [sys.executable, "-c", ASK, str(tmp_path / "python")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as bench:
+        program = _pid_in(tmp_path / "pid")
+        bench.terminate()
+        assert bench.wait(30) == 128 + signal.SIGTERM
+    assert (tmp_path / "ended").exists()
+    assert process_tree.tree(program) == []
+
+
 def _pid_in(path: Path) -> int:
     while not path.exists() or not path.read_text():
         time.sleep(0.05)
