@@ -37,7 +37,7 @@ from router.flight import Flight
 from router.flights import Flights
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
-from router.placement import Placement
+from router.placement import LeastCost, Placement
 from router.replica_wait import ReplicaWait
 from router.sender import Sender
 from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
@@ -58,6 +58,7 @@ class Dispatcher:
         identity: RouterIdentity,
         *,
         rng: random.Random | None = None,
+        placement: Placement | None = None,
         link_times: LinkTimes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -73,9 +74,13 @@ class Dispatcher:
             max_batch_requests=config.max_batch_requests,
             max_batch_wait_s=config.max_batch_wait_s,
         )
-        self._fleet = Fleet(lambda address: ReplicaLink(address, identity, self, rng=self._rng, times=link_times))
+        self._fleet = Fleet(
+            lambda address, roster: ReplicaLink(address, identity, self, rng=self._rng, times=link_times, roster=roster)
+        )
         self._flights = Flights(self._fleet)
-        self._sender = Sender(self._fleet, self._flights, Placement(self._rng), hash_key=identity.keys.prefix_hash)
+        self._sender = Sender(
+            self._fleet, self._flights, placement or LeastCost(self._rng), hash_key=identity.keys.prefix_hash
+        )
         self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
         self._is_draining = False
         self._last_ended = asyncio.Event()
@@ -161,20 +166,20 @@ class Dispatcher:
         now = self._clock()
         for queued in self._batcher.expire(now):
             self._end_queued(queued, dispatch_errors.deadline_error(queued.request, now))
-        ready = self._fleet.ready()
-        self._replica_wait.see(now, has_replica=bool(ready))
+        has_ready = self._fleet.has_ready
+        self._replica_wait.see(now, has_replica=has_ready)
         left: list[Queued] = []
-        while ready and (batch := self._batcher.next_batch(now, _credit(ready))) is not None:
-            left += self._dispatch(batch, ready, now)
+        while has_ready and (batch := self._batcher.next_batch(now, self._fleet.credit_tokens)) is not None:
+            left += self._dispatch(batch, now)
         for queued in left:
             if self._flights.find(queued.key) is not None:
                 self._batcher.add(replace(queued, since=now))
         if (limit := self._replica_wait.overdue_since(now)) is not None:
             for queued in self._batcher.waiting_since(limit):
                 self._end_queued(queued, dispatch_errors.no_replica_error(self._replica_wait.max_wait_s))
-        self._arm(now, _credit(ready))
+        self._arm(now, self._fleet.credit_tokens)
 
-    def _dispatch(self, batch: DispatchBatch, ready: Sequence[ReplicaLink], now: float) -> list[Queued]:
+    def _dispatch(self, batch: DispatchBatch, now: float) -> list[Queued]:
         """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
         credit for each request of a batch.)"""
         left: list[Queued] = []
@@ -183,7 +188,7 @@ class Dispatcher:
             if flight is None:  # cancelled by what its neighbour's sink did
                 continue
             try:
-                if not self._sender.send(flight, ready, batch.batch_id, now):
+                if not self._sender.send(flight, batch.batch_id, now):
                     left.append(queued)
             except CapabilityError as error:
                 self._end(flight, error)
@@ -320,7 +325,3 @@ class Dispatcher:
         assert backlog.num_queued_requests == self._batcher.num_requests
         assert backlog.num_queued_tokens == self._batcher.num_tokens
         assert backlog.num_running_requests == num_aboard
-
-
-def _credit(ready: Sequence[ReplicaLink]) -> int:
-    return sum(max(link.state.credit_tokens, 0) for link in ready)

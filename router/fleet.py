@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 
 from router.flight import Flight
 from router.link import ReplicaLink
+from router.roster import Roster
 from router.types import ReplicaAddress, ReplicaView
 
 
 class Fleet:
-    """`make_link` makes the link to a replica; the fleet starts it."""
+    """`make_link` makes the link to a replica, which keeps the roster told; the fleet starts it."""
 
-    def __init__(self, make_link: Callable[[ReplicaAddress], ReplicaLink]) -> None:
+    def __init__(self, make_link: Callable[[ReplicaAddress, Roster], ReplicaLink]) -> None:
+        self.roster = Roster()
+        """The replicas that may be sent work, as placement sees them."""
         self._make_link = make_link
         self._present: dict[str, ReplicaLink] = {}
         """Links to the replicas of the set."""
@@ -33,7 +36,7 @@ class Fleet:
                 link.retire(is_idle=not self._aboard[link])
         for address in now.values():
             if address.replica_id not in self._present:
-                link = self._present[address.replica_id] = self._make_link(address)
+                link = self._present[address.replica_id] = self._make_link(address, self.roster)
                 self._aboard[link] = set()
                 link.start()
 
@@ -43,9 +46,25 @@ class Fleet:
         known = [link.capabilities for link in self._present.values() if link.capabilities]
         return min((needed - each for each in known), key=len, default=frozenset())
 
-    def ready(self) -> list[ReplicaLink]:
-        """Return the links that may be sent work, credit or not."""
-        return [link for link in self._present.values() if link.can_send]
+    @property
+    def has_ready(self) -> bool:
+        """Whether some replica may be sent work, credit or not."""
+        return self.roster.open != 0
+
+    @property
+    def credit_tokens(self) -> int:
+        """Prompt tokens that all replicas together can take."""
+        return self.roster.credit_tokens
+
+    @property
+    def credit_sequences(self) -> int:
+        """The same in sequences."""
+        return self.roster.credit_sequences
+
+    @property
+    def block_size(self) -> int:
+        """Of the replicas, or of some if they differ; 0 without any."""
+        return next(iter(self.roster.block_sizes), 0)
 
     def link(self, replica_id: str) -> ReplicaLink:
         return self._present[replica_id]
@@ -82,7 +101,9 @@ class Fleet:
 
     def check_integrity(self) -> None:
         """Assert that each link is where it must be; for tests."""
+        self.roster.check_integrity()
         assert set(self._present.values()) <= self._aboard.keys()
         for link, aboard in self._aboard.items():
             assert (self._present.get(link.replica_id) is link) != link.is_retired
+            assert link.can_send == link.state.is_open
             assert all(flight.link is link and not flight.is_ended for flight in aboard)

@@ -24,6 +24,7 @@ from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 from router.hello import MismatchError, RouterIdentity, shake_hands
 from router.link_outbox import WINDOW_BATCHES, LinkOutbox
 from router.replica_state import ReplicaState
+from router.roster import Roster
 from router.types import ReplicaAddress, ReplicaView
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -73,9 +74,10 @@ class ReplicaLink:
         *,
         rng: random.Random,
         times: LinkTimes | None = None,
+        roster: Roster | None = None,
     ) -> None:
         self.address = address
-        self.state = ReplicaState(address.replica_id)
+        self.state = ReplicaState(address.replica_id, roster)
         self.status = "connecting"
         self.detail = ""
         self._identity = identity
@@ -123,6 +125,7 @@ class ReplicaLink:
             engine=ack.engine,
             capabilities=self.capabilities,
             epoch=ack.epoch,
+            num_resyncs=self.state.num_resyncs,
             load=self.state.load,
         )
 
@@ -135,6 +138,7 @@ class ReplicaLink:
         """The replica has left the set: send nothing new. The stream lives on until it ends or `finish` is called,
         which `is_idle` (no work is on it) does at once."""
         self._is_retired = True
+        self.state.close()
         if is_idle:
             self.finish()
 
@@ -150,7 +154,8 @@ class ReplicaLink:
             await asyncio.gather(self._task, return_exceptions=True)
 
     def send(self, batch_id: int, work: pb.Work, num_tokens: int) -> None:
-        """Send `work`, which has a prompt of `num_tokens`, with others of the same batch. Only while `can_send`."""
+        """Send `work`, of which `num_tokens` are to be computed, with others of the same batch. Only while
+        `can_send`."""
         assert self.can_send
         self.state.sent(batch_id, num_tokens, num_choices=work.generate.n)
         self._outbox.add(batch_id, work)
@@ -159,6 +164,8 @@ class ReplicaLink:
     def abort(self, work_id: int, index: int | None = None) -> None:
         """Tell the replica to end a work, or one choice of it; without a stream it has already."""
         if self.status in ("ready", "draining"):
+            if index is None:
+                self.state.unexpect(work_id)
             self._outbox.abort(work_id, index)
             self._wake.set()
 
@@ -166,6 +173,7 @@ class ReplicaLink:
         """The replica has said that it takes no new work: with an announcement, or by turning a work down."""
         if self.status == "ready":
             self.status, self.detail = "draining", "the replica takes no new work"
+            self.state.close()
 
     async def _keep_attached(self) -> None:
         delay = self._times.min_backoff_s
@@ -232,6 +240,8 @@ class ReplicaLink:
         self.state.start(ack)
         self._ack = ack
         self.status, self.detail = "ready", ""
+        if self._is_retired:
+            self.state.close()
         self._num_silent_ticks = 0
         self._listener.link_changed(self)
 
@@ -270,6 +280,8 @@ class ReplicaLink:
             if message.HasField("step_batch"):
                 batch = message.step_batch
                 may_have_credit = self.state.update(batch)
+                if self.state.needs_resync:
+                    self._resync()
                 if batch.deltas:
                     self._listener.link_delivered(self, batch.deltas)
                 self._outbox.batch_taken()
@@ -277,6 +289,14 @@ class ReplicaLink:
                     self._wake.set()
             if may_have_credit or message.HasField("draining"):
                 self._listener.link_changed(self)
+
+    def _resync(self) -> None:
+        """What the replica had told of its cache is not what its engine has: ask for all of it."""
+        if self.state.num_resyncs == 1:
+            _log.warning("the cache of %s is not what was told of it; it is asked for anew", self.replica_id)
+        self.state.resync_asked()
+        self._outbox.resync()
+        self._wake.set()
 
     async def _write(self, call: Any) -> None:
         while True:

@@ -15,6 +15,7 @@ class LinkOutbox:
         self._dispatches: list[pb.AttachRequest] = []
         self._aborts: list[tuple[int, int | None]] = []
         """Work ids, with the index of a choice if only that one ends."""
+        self._wants_resync = False
         self._num_taken = 0
         """StepBatches taken in since credit was last given back."""
 
@@ -31,17 +32,22 @@ class LinkOutbox:
     def abort(self, work_id: int, index: int | None) -> None:
         self._aborts.append((work_id, index))
 
+    def resync(self) -> None:
+        """Ask for all resident blocks."""
+        self._wants_resync = True
+
     def batch_taken(self) -> None:
         """A StepBatch was taken in: it may come back as credit."""
         self._num_taken += 1
 
     def clear(self) -> None:
         self._dispatches, self._aborts, self._num_taken = [], [], 0
+        self._wants_resync = False
 
     def take(self) -> list[pb.AttachRequest]:
         """Return what is to be sent, aborts and credit with the last message: a work is aborted after it is sent."""
         messages, self._dispatches = self._dispatches, []
-        if self._aborts or self.owes_credit:
+        if self._aborts or self.owes_credit or self._wants_resync:
             if not messages:
                 messages.append(pb.AttachRequest())
             for work_id, index in self._aborts:
@@ -50,6 +56,9 @@ class LinkOutbox:
                 else:
                     messages[-1].abort.choices.add(work_id=work_id, index=index)
             self._aborts = []
+            if self._wants_resync:
+                messages[-1].resync.SetInParent()
+                self._wants_resync = False
             if self._num_taken:
                 messages[-1].credit.step_batches = self._num_taken
                 self._num_taken = 0

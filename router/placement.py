@@ -1,129 +1,237 @@
-"""Where a group of requests goes: the replica with the least cost in tokens. Pure: no clock, no asyncio, no gRPC.
+"""Where a request goes: the replica with the least cost in tokens. Pure: no clock, no asyncio, no gRPC.
 
     cost = prefill that the replica owes others + what of this prompt is not cached there + its decode load
 
-Replicas without credit are not asked. Ties go to the affinity key's favourite, or to chance: a fixed tie-break would
-send everything to one replica. The decision is a value with all its terms, so that it can be logged and replayed.
+A block that was sent to a replica with an earlier prompt and is not computed yet counts as cached there: the engine
+shares it while it computes it. What is owed of it is owed to this request as well and not to others, so a burst with
+one new prefix stays together until the rest of what is owed there costs more than to compute the prefix once more.
+
+Replicas without credit are not asked, unless all that they lack it for is such a shared prefix. Ties go to the affinity
+key's favourite, or to chance: a fixed tie-break would send everything to one replica. The decision is a value with all
+its terms, so that it can be logged and replayed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import random
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple, Protocol
 
+from router.affinity import favourite
+from router.prefix_index import slots_of
+from router.roster import DECODE_TOKENS, Placeable, Roster
 from router.types import Candidate, Decision, Request
 from workers.prefix import PrefixHasher
 
-DECODE_TOKENS = 32.0
-"""What a running sequence weighs: it takes a token of each of its replica's next steps. On the CPU a row of a decode
-step costs as much as 1 to 2 tokens of prefill, and an answer has some dozens of steps to go."""
-MAX_CANDIDATES = 16
-"""Of a decision, the cheapest first: what a span may carry."""
-
-
-class Placeable(Protocol):
-    """A replica as placement sees it; counts what the router has sent and the replica has not yet reported."""
-
-    @property
-    def replica(self) -> str: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def resident(self) -> AbstractSet[bytes]:
-        """Hashes of the blocks that are in its cache."""
-
-    @property
-    def owed_tokens(self) -> int: ...
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def credit_tokens(self) -> int: ...
+MAX_CANDIDATES: Final = 8
+"""Of a decision, the cheapest first: what a span and a Terminal may carry."""
+_HASHED_AT_ONCE: Final = 8
 
 
 class PromptHashes:
-    """The block hashes of one request's prompt, and of the received tokens of an only choice, made when first asked
-    for; replicas may differ in block size."""
+    """The block hashes of one request's prompt, and of the received tokens of an only choice, made as far as somebody
+    asks for them; replicas may differ in block size."""
 
-    __slots__ = ("_hashes", "_key", "_request")
+    __slots__ = ("_hashers", "_hashes", "_key", "_known", "_request")
 
     def __init__(self, key: bytes, request: Request) -> None:
         self._key = key
         self._request = request
+        received = request.received
+        self._known: Sequence[int] = [*request.prompt, *received[0]] if len(received) == 1 else request.prompt
+        self._hashers: dict[int, PrefixHasher] = {}
         self._hashes: dict[int, list[bytes]] = {}
 
     def of(self, block_size: int) -> list[bytes]:
-        hashes = self._hashes.get(block_size)
-        if hashes is None:
-            hasher = PrefixHasher(self._key, block_size)
-            root = hasher.root(self._request.salt, self._request.adapter)
-            received = self._request.received
-            known = [*self._request.prompt, *received[0]] if len(received) == 1 else self._request.prompt
-            hashes = self._hashes[block_size] = hasher.blocks(root, known)
-        return hashes
+        """Return the hashes of all full blocks."""
+        while self._hash_more(block_size, len(self._known)):
+            pass
+        return self._hashes[block_size]
+
+    def walk(self, block_size: int) -> Iterator[bytes]:
+        """Yield the hashes of all full blocks, in order; what is not asked for is not made."""
+        number = 0
+        while True:
+            hashes = self._hashes.get(block_size, ())
+            while number < len(hashes):
+                yield hashes[number]
+                number += 1
+            if not self._hash_more(block_size, _HASHED_AT_ONCE):
+                return
+
+    def _hash_more(self, block_size: int, num_blocks: int) -> bool:
+        """Hash the next `num_blocks`; return False if there is none left."""
+        hasher = self._hashers.get(block_size)
+        if hasher is None:
+            hasher = self._hashers[block_size] = PrefixHasher(self._key, block_size)
+            self._hashes[block_size] = []
+        hashes = self._hashes[block_size]
+        start = len(hashes) * block_size
+        tokens = self._known[start : start + num_blocks * block_size]
+        if len(tokens) < block_size:
+            return False
+        parent = hashes[-1] if hashes else hasher.root(self._request.salt, self._request.adapter)
+        hashes += hasher.blocks(parent, tokens)
+        return True
 
 
-class Placement:
+class Placement(Protocol):
+    """A way to choose. `LeastCost` is ours; benchmarks bring others to measure it by."""
+
+    def place(self, request: Request, hashes: PromptHashes, roster: Roster, *, attempt: int = 1) -> Decision | None:
+        """Return where `request` goes, or None when no replica has credit for it."""
+
+
+class _Group(NamedTuple):
+    """Replicas with the same part of a prompt: their cost differs by their load only."""
+
+    slots: int
+    matched_tokens: int
+
+
+class LeastCost:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
 
-    def place(
-        self, request: Request, hashes: PromptHashes, replicas: Sequence[Placeable], *, attempt: int = 1
-    ) -> Decision | None:
-        """Return where `request` goes, or None when no replica has credit."""
-        candidates = [_candidate(request, hashes, replica) for replica in replicas if replica.credit_tokens > 0]
-        if not candidates:
+    def place(self, request: Request, hashes: PromptHashes, roster: Roster, *, attempt: int = 1) -> Decision | None:
+        allowed = roster.able_to(request.needed_capabilities)
+        sharing, groups = _offers(request, hashes, roster, allowed)
+        num_able = (allowed & roster.able).bit_count()
+        num_able += sum(not roster.able >> slot & 1 for slot, _ in sharing)
+        if not num_able:
             return None
-        least = min(candidate.cost for candidate in candidates)
-        ties = [candidate for candidate in candidates if candidate.cost == least]
-        if len(candidates) == 1:
-            chosen, rule = candidates[0], "only"
-        elif len(ties) > 1 and request.affinity_key:
-            chosen, rule = max(ties, key=lambda c: _favour(request.affinity_key, c.replica)), "affinity"
+        num_tokens = request.num_known_tokens
+        cheapest: list[tuple[float, int, int]] = []
+        """(cost, matched tokens, slots)"""
+        for group in groups:
+            found = next(roster.by_load(group.slots), None)
+            if found is not None:
+                cheapest.append((found[0] + num_tokens - group.matched_tokens, group.matched_tokens, found[1]))
+        cheapest += ((candidate.cost, candidate.matched_tokens, 1 << slot) for slot, candidate in sharing)
+        least = min(cost for cost, _, _ in cheapest)
+        ties = 0
+        for cost, _, slots in cheapest:
+            if cost == least:
+                ties |= slots
+        # Of several with one cost in one group all are among these; no two groups share a slot.
+        is_tie = ties & (ties - 1) != 0
+        if is_tie and request.affinity_key:
+            slot = roster.circle.favourite(request.affinity_key, ties)
         else:
-            chosen = self._rng.choice(ties)
-            rule = "prefix" if _owes_to_cache(chosen, candidates) else "least_loaded"
+            slot = _draw(self._rng, ties) if is_tie else ties.bit_length() - 1
+        candidates = _listed(slot, sharing, groups, num_tokens, roster)
         return Decision(
-            replica=chosen.replica,
-            rule=rule,
-            matched_tokens=chosen.matched_tokens,
-            candidates=tuple(heapq.nsmallest(MAX_CANDIDATES, candidates, key=lambda c: c.cost)),
+            replica=candidates[0].replica,
+            rule=_rule(candidates, is_affine=is_tie and bool(request.affinity_key)),
+            matched_tokens=candidates[0].matched_tokens,
+            candidates=tuple(candidates),
             attempt=attempt,
         )
 
 
-def count_matched(hashes: Sequence[bytes], resident: AbstractSet[bytes]) -> int:
-    """Return how many leading `hashes` are resident."""
-    for count, block_hash in enumerate(hashes):
-        if block_hash not in resident:
-            return count
-    return len(hashes)
+def replay(decision: Decision, affinity_key: str) -> tuple[str, str]:
+    """Return the replica and the rule that follow from the terms of a decision's candidates.
+
+    Where several cost the same and there is no key chance has chosen, and the candidate that it chose comes first."""
+    candidates = sorted(decision.candidates, key=lambda candidate: candidate.cost)
+    ties = [candidate for candidate in candidates if candidate.cost == candidates[0].cost]
+    is_affine = len(ties) > 1 and bool(affinity_key)
+    if is_affine:
+        name = favourite(affinity_key, (candidate.replica for candidate in ties))
+        candidates.sort(key=lambda candidate: candidate.replica != name)
+    return candidates[0].replica, _rule(candidates, is_affine=is_affine)
 
 
-def _candidate(request: Request, hashes: PromptHashes, replica: Placeable) -> Candidate:
-    size = replica.block_size
+def _offers(
+    request: Request, hashes: PromptHashes, roster: Roster, allowed: int
+) -> tuple[list[tuple[int, Candidate]], list[_Group]]:
+    """Return the replicas that compute a part of the prompt that they have not, by slot; and all others in groups.
+
+    The last token of a prompt is always computed: its logits choose the first token of the answer.
+    """
     num_tokens = request.num_known_tokens
-    matched = count_matched(hashes.of(size), replica.resident) * size if replica.resident else 0
-    # The last token of a prompt is always computed: its logits choose the first token of the answer.
-    matched = min(matched, (num_tokens - 1) // size * size)
+    sharing: list[tuple[int, Candidate]] = []
+    groups: list[_Group] = []
+    rest = allowed
+    for size in roster.block_sizes:
+        longest = (num_tokens - 1) // size * size
+        runs, shared = roster.index.match(hashes.walk(size))
+        for num_blocks, slots in runs:
+            groups.append(_Group(slots & allowed, min(num_blocks * size, longest)))
+            rest &= ~slots
+        for slot, (num_blocks, num_resident) in shared.items():
+            if not allowed >> slot & 1:
+                continue
+            rest &= ~(1 << slot)
+            matched, resident = min(num_blocks * size, longest), min(num_resident * size, longest)
+            replica = roster[slot]
+            if replica.credit_sequences > 0 and replica.credit_tokens + matched - resident > 0:
+                owed = max(replica.owed_tokens - (matched - resident), 0)
+                sharing.append((slot, _candidate(replica, matched, num_tokens, owed)))
+    groups.append(_Group(rest, 0))
+    return sharing, groups
+
+
+def _candidate(replica: Placeable, matched_tokens: int, num_tokens: int, owed_tokens: int) -> Candidate:
     return Candidate(
         replica=replica.replica,
-        matched_tokens=matched,
-        owed_tokens=float(replica.owed_tokens),
-        uncached_tokens=float(num_tokens - matched),
+        matched_tokens=matched_tokens,
+        owed_tokens=float(owed_tokens),
+        uncached_tokens=float(num_tokens - matched_tokens),
         decode_tokens=DECODE_TOKENS * replica.num_running,
     )
 
 
-def _owes_to_cache(chosen: Candidate, candidates: Sequence[Candidate]) -> bool:
-    """Say whether `chosen` might have lost to one with less of the prompt cached, had nobody cached any of it."""
+def _listed(
+    chosen: int, sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], num_tokens: int, roster: Roster
+) -> list[Candidate]:
+    """Return the chosen candidate and the cheapest of the others, in the order of their cost."""
+    by_cost: list[tuple[float, int, int]] = []
+    for group in groups:
+        num_listed = 0
+        for load, slots in roster.by_load(group.slots):
+            cost = load + num_tokens - group.matched_tokens
+            for slot in slots_of(slots):
+                by_cost.append((cost, slot, group.matched_tokens))
+                num_listed += 1
+                if num_listed > MAX_CANDIDATES:
+                    break
+            if num_listed > MAX_CANDIDATES:
+                break
+    shared = dict(sharing)
+    by_cost += ((candidate.cost, slot, 0) for slot, candidate in sharing)
+    cheapest = heapq.nsmallest(MAX_CANDIDATES, by_cost, key=lambda one: (one[1] != chosen, one[0]))
+    if cheapest[0][1] != chosen:
+        matched = next(group.matched_tokens for group in groups if group.slots >> chosen & 1)
+        cheapest = [(0.0, chosen, matched), *cheapest[: MAX_CANDIDATES - 1]]
+    return [
+        shared.get(slot) or _candidate(roster[slot], matched, num_tokens, roster[slot].owed_tokens)
+        for _, slot, matched in cheapest
+    ]
+
+
+def _rule(candidates: Sequence[Candidate], *, is_affine: bool) -> str:
+    """Say why the first of `candidates` was chosen: for what it has cached if it might have lost to one with less of
+    the prompt, had nobody cached any of it."""
+    chosen = candidates[0]
+    if len(candidates) == 1:
+        return "only"
+    if is_affine:
+        return "affinity"
     bare = chosen.cost + chosen.matched_tokens
-    return any(c.matched_tokens < chosen.matched_tokens and c.cost + c.matched_tokens <= bare for c in candidates)
+    is_prefix = any(c.matched_tokens < chosen.matched_tokens and c.cost + c.matched_tokens <= bare for c in candidates)
+    return "prefix" if is_prefix else "least_loaded"
 
 
-def _favour(affinity_key: str, replica: str) -> bytes:
-    """Rank replicas for a key (rendezvous hashing): few keys move when a replica comes or goes."""
-    return hashlib.blake2b(f"{len(affinity_key)}:{affinity_key}{replica}".encode(), digest_size=8).digest()
+def _draw(rng: random.Random, slots: int) -> int:
+    """Return one of `slots`, each as likely as any other: the half of them in which it is, again and again."""
+    number, low, high = rng.randrange(slots.bit_count()), 0, slots.bit_length()
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = (slots >> low & (1 << (middle - low)) - 1).bit_count()
+        if number < below:
+            high = middle
+        else:
+            low, number = middle, number - below
+    return low

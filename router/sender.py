@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from router import dispatch_errors
 from router.fleet import Fleet
 from router.flight import Flight
 from router.flights import Flights
-from router.link import ReplicaLink
 from router.placement import Placement, PromptHashes
 from router.types import Decision
 from router.wire import to_work
@@ -23,21 +20,20 @@ class Sender:
         self._placement = placement
         self._hash_key = hash_key
 
-    def send(self, flight: Flight, ready: Sequence[ReplicaLink], batch_id: int, now: float) -> bool:
+    def send(self, flight: Flight, batch_id: int, now: float) -> bool:
         """Place and send a request; return False, and no effect, if it has to wait on: the replicas that can do it have
-        no credit or are not among the `ready` ones. Raises CapabilityError if no replica can do it."""
+        no credit or are not ready. Raises CapabilityError if no replica can do it."""
         if flight.hashes is None:
             flight.hashes = PromptHashes(self._hash_key, flight.request)
-        needed = flight.request.needed_capabilities
-        states = [link.state for link in ready if not needed or needed <= link.capabilities]
-        decision = self._placement.place(flight.request, flight.hashes, states, attempt=flight.attempt)
+        request = flight.request
+        decision = self._placement.place(request, flight.hashes, self._fleet.roster, attempt=flight.attempt)
         if decision is not None:
-            self._send(flight, decision, batch_id, now)
-        elif missing := self._fleet.lacks(needed):
+            self._send(flight, flight.hashes, decision, batch_id, now)
+        elif missing := self._fleet.lacks(request.needed_capabilities):
             raise dispatch_errors.capability_error(missing)
         return decision is not None
 
-    def _send(self, flight: Flight, decision: Decision, batch_id: int, now: float) -> None:
+    def _send(self, flight: Flight, hashes: PromptHashes, decision: Decision, batch_id: int, now: float) -> None:
         request = flight.request
         link = self._fleet.link(decision.replica)
         traceparent, tracestate = request.traceparent, request.tracestate
@@ -53,7 +49,8 @@ class Sender:
             traceparent=traceparent,
             tracestate=tracestate,
         )
-        link.send(batch_id, work, request.num_known_tokens)
+        link.send(batch_id, work, request.num_known_tokens - decision.matched_tokens)
+        link.state.expect(flight.work_id, hashes.of(link.state.block_size))
         for index in flight.cancelled_choices:
             link.abort(flight.work_id, index)
         flight.sink.dispatched(decision, now - request.accepted_at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from workers.errors import OctavoError
 from workers.types import Finish, Load, SamplingParams, TokenLogprobs, needed_capabilities
@@ -53,13 +53,14 @@ class Request:
         return len(self.prompt) + sum(map(len, self.received))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A replica that could have taken a batch, and its cost in tokens."""
+class Candidate(NamedTuple):
+    """A replica that could have taken a request, and its cost in tokens."""
 
     replica: str
     matched_tokens: int = 0
+    """Cached there, or being computed there for an earlier request."""
     owed_tokens: float = 0.0
+    """Prefill that it owes others."""
     uncached_tokens: float = 0.0
     decode_tokens: float = 0.0
 
@@ -128,6 +129,8 @@ class ReplicaView:
     engine: str = ""
     capabilities: frozenset[str] = frozenset()
     epoch: int = 0
+    num_resyncs: int = 0
+    """How often what it had told of its cache turned out wrong, and all of it was asked for."""
     load: Load = field(default_factory=Load)
 
 

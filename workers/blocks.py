@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from functools import reduce
 
-from workers.types import KvEvent, KvEventKind
+from workers.prefix import DIGEST_MASK, toggle
+from workers.types import KvEvent, KvEventKind, Resident
 
 
 class Block:
@@ -40,6 +42,8 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         """The next one to be reused first: blocks without a hash, then by the time of their release."""
         self._resident: dict[bytes, int] = {}
+        self._digest = 0
+        """Of the hashes in `_resident`."""
         self._promised: dict[bytes, int] = {}
         self._events: list[KvEvent] = []
 
@@ -69,6 +73,10 @@ class BlockPool:
     def resident_hashes(self) -> frozenset[bytes]:
         """Return the hashes under which blocks can be found now."""
         return frozenset(self._resident)
+
+    def resident(self) -> Resident:
+        """Return how many hashes that are, and their digest."""
+        return Resident(len(self._resident), self._digest & DIGEST_MASK)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """Return the blocks of the longest leading part of `hashes` that is resident. `acquire` them before use."""
@@ -115,6 +123,7 @@ class BlockPool:
         if block_hash is not None and block_hash not in self._resident:
             entry.hash = block_hash
             self._resident[block_hash] = block
+            self._digest = toggle(self._digest, block_hash)
             self._events.append(KvEvent(KvEventKind.STORED, block_hash))
 
     def write(self, block: int, filler: Hashable) -> int | None:
@@ -161,6 +170,12 @@ class BlockPool:
         events, self._events = self._events, []
         return events
 
+    def events_anew(self) -> list[KvEvent]:
+        """Return the events by which a reader that knows anything or nothing knows the resident set, and drop those
+        that were not drained."""
+        self._events = []
+        return [KvEvent(KvEventKind.CLEARED), *(KvEvent(KvEventKind.STORED, name) for name in self._resident)]
+
     def check_integrity(self, tables: Iterable[Sequence[int]] | None = None) -> None:
         """Recompute every invariant and assert it; with the block tables of all holders, the reference counts too."""
         resident: dict[bytes, int] = {}
@@ -176,6 +191,7 @@ class BlockPool:
                 assert block.hash not in names, f"two blocks under hash {block.hash.hex()}"
                 names[block.hash] = number
         assert resident == self._resident
+        assert reduce(toggle, resident, 0) == self._digest
         assert promised == self._promised
         assert len(self._free) + sum(block.references > 0 for block in self._blocks) == self.num_blocks
         has_hash = [self._blocks[number].hash is not None for number in self._free]
@@ -199,6 +215,7 @@ class BlockPool:
         """Make a block that is not pending unfindable."""
         if block.hash is not None:
             del self._resident[block.hash]
+            self._digest = toggle(self._digest, block.hash)
             self._events.append(KvEvent(KvEventKind.REMOVED, block.hash))
             block.hash = None
 

@@ -126,8 +126,8 @@ class PagedEngine:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def kv_events(self) -> list[KvEvent]:
-        return self._pool.drain_events()
+    def kv_events(self, *, anew: bool = False) -> list[KvEvent]:
+        return self._pool.events_anew() if anew else self._pool.drain_events()
 
     def load(self) -> Load:
         scheduler = self._scheduler
@@ -148,6 +148,7 @@ class PagedEngine:
             num_steps=scheduler.num_steps,
             num_drafted_tokens=scheduler.num_drafted_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
+            resident=self._pool.resident(),
         )
 
     def close(self) -> None:

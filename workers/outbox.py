@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from workers.types import KvEvent, KvEventKind, Load, TokenDelta
+from workers.types import KvEvent, KvEventKind, Load, Resident, TokenDelta
 from workers.wire import add_to, to_load
 
 
@@ -25,6 +25,7 @@ class Outbox:
         self._deltas: dict[tuple[int, int], pb.WorkDelta] = {}
         self._kv = PendingKv()
         self._load: Load | None = None
+        self._of_engine: Resident | None = None
         self._last_batch_id = 0
         self._credit = 0
         self._draining: pb.Draining | None = None
@@ -56,9 +57,11 @@ class Outbox:
         if len(self._kv) > self._max_kv_events:
             self._kv.restart(self._resident())
 
-    def report(self, load: Load, last_batch_id: int) -> None:
-        """`load` counts the works of this router's dispatches up to `last_batch_id`."""
+    def report(self, load: Load, last_batch_id: int, of_engine: Resident | None = None) -> None:
+        """`load` counts the works of this router's dispatches up to `last_batch_id`. `of_engine` is what the engine has
+        after all KV events that were added; None if that is not known."""
         self._load = load
+        self._of_engine = of_engine
         self._last_batch_id = last_batch_id
 
     def announce_draining(self, grace_s: float) -> None:
@@ -78,6 +81,8 @@ class Outbox:
                 batch.load.CopyFrom(to_load(self._load))
                 batch.step = self._load.num_steps
                 batch.last_batch_id = self._last_batch_id
+                if self._of_engine is not None:
+                    batch.resident.num_blocks, batch.resident.digest = self._of_engine
                 self._load = None
             if self._kv:
                 batch.kv_events.CopyFrom(self._kv.take())

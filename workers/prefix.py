@@ -13,6 +13,14 @@ from array import array
 from collections.abc import Sequence
 
 HASH_BYTES = 16
+DIGEST_MASK = (1 << 64) - 1
+
+
+def toggle(digest: int, block_hash: bytes) -> int:
+    """Return the digest of a set of hashes after this one has joined or left it; that of the empty set is 0.
+
+    It does not depend on the order. What crosses the data plane is ``digest & DIGEST_MASK``."""
+    return digest ^ int.from_bytes(block_hash, "little")
 
 
 class PrefixHasher:

@@ -63,6 +63,8 @@ class RouterStream:
                 self._ledger.submit(self.router, message.dispatch, time.monotonic())
             if message.HasField("abort"):
                 self._ledger.abort(self.router, message.abort)
+            if message.HasField("resync"):
+                self._ledger.collect(anew=True)
             if message.HasField("credit"):
                 self.router.outbox.grant(message.credit.step_batches)
                 self.wake.set()

@@ -94,7 +94,9 @@ class EngineThread:
             outputs, self._outputs = self._outputs, []
         return outputs
 
-    def kv_events(self) -> list[KvEvent]:
+    def kv_events(self, *, anew: bool = False) -> list[KvEvent]:
+        if anew:
+            self._inbox.put(self._tell_cache)
         with self._lock:
             events, self._events = self._events, []
         return events
@@ -181,15 +183,21 @@ class EngineThread:
             events = self._engine.kv_events()
             load = self._engine.load()
         has_news = _credit(load) != _credit(self._load)
-        self._load = load
         now = time.monotonic()
         with self._lock:
+            # With the events, so that a reader between two equal loads has all events that the load knows of.
+            self._load = load
             self._outputs += outputs
             self._events += events
             is_due = self._emission.is_due(self._outputs, step_s=now - began, now=now, is_last=not is_busy)
             has_only_events = bool(self._events) and not self._outputs
         if is_due or has_only_events or has_news:
             self._notify()
+
+    def _tell_cache(self) -> None:
+        events = self._engine.kv_events(anew=True)
+        with self._lock:
+            self._events = events
 
     def _is_open(self, delta: TokenDelta) -> bool:
         """Whether this delta belongs to a choice that has not ended; note if it ends with it."""

@@ -145,6 +145,13 @@ class KvEvent:
     block_hash: bytes = b""
 
 
+class Resident(NamedTuple):
+    """A set of resident blocks, for comparison: how many, and the lower 64 bits of their `workers.prefix` digest."""
+
+    num_blocks: int
+    digest: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What a replica has on its hands. Counters (`num_preemptions` and below) only grow."""
@@ -167,6 +174,8 @@ class Load:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     """Of those drafted."""
+    resident: Resident | None = field(default=None, compare=False)
+    """What can be found in the cache, by the engine's own books; None if it keeps none that can be compared."""
 
 
 CAPABILITY_GENERATE = "generate"
@@ -230,8 +239,11 @@ class Engine(Protocol):
 
     def load(self) -> Load: ...
 
-    def kv_events(self) -> list[KvEvent]:
-        """Return the events since the last call, in order; a reader that has them all knows the resident set."""
+    def kv_events(self, *, anew: bool = False) -> list[KvEvent]:
+        """Return the events since the last call, in order; a reader that has them all knows the resident set.
+
+        With `anew` the engine tells of its cache from the beginning, in this call's events or in those of a later one:
+        CLEARED, then what is resident."""
 
     def close(self) -> None:
         """Stop; works still running end with `FinishReason.CANCELLED` if anybody drains. Idempotent."""

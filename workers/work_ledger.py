@@ -106,17 +106,21 @@ class WorkLedger:
                 work.aborted_choices.add(choice.index)
                 self._engine.abort(work_id, choice.index)
 
-    def collect(self) -> None:
-        """Take what the engine produced and hand it to the outboxes."""
-        deltas, events = self._engine.drain_outputs(), self._engine.kv_events()
+    def collect(self, *, anew: bool = False) -> None:
+        """Take what the engine produced and hand it to the outboxes. With `anew` the engine is asked to tell all that
+        it has in its cache, to all routers: if one was told wrong, so were the others."""
+        deltas, before = self._engine.drain_outputs(), self._engine.load()
+        events = self._engine.kv_events(anew=True) if anew else self._engine.kv_events()
         # After the outputs: a load that is too new only counts works as taken that are about to be seen.
         load = self._engine.load()
+        # If nothing happened meanwhile, the events are all that led to what the engine has now.
+        of_engine = load.resident if load.resident == before.resident else None
         self._keep_resident(events)
         for delta in deltas:
             self._deliver(delta)
         for router in self._routers.values():
             router.outbox.add_kv_events(events)
-            router.outbox.report(load, router.last_counted_batch(load.num_steps))
+            router.outbox.report(load, router.last_counted_batch(load.num_steps), of_engine)
             router.on_news(router.outbox.has_deltas)
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.placement import DECODE_TOKENS, MAX_CANDIDATES, Placement, PromptHashes, count_matched
+from router.placement import MAX_CANDIDATES, LeastCost, PromptHashes, replay
+from router.prefix_index import count_matched
+from router.roster import DECODE_TOKENS, Roster
 from router.types import Decision, Request
 from workers.prefix import PrefixHasher
 from workers.types import SamplingParams
@@ -19,18 +21,27 @@ KEY = b"key"
 
 @dataclass
 class Replica:
-    """A hand-made `Placeable`."""
+    """A hand-made `Placeable`. `resident` is in the roster's index once it has joined; `pending` is expected."""
 
     replica: str
     owed_tokens: int = 0
     num_running: int = 0
     credit_tokens: int = 100
+    credit_sequences: int = 10
     block_size: int = 4
-    resident: set[bytes] = field(default_factory=set)
+    resident: dict[bytes, None] = field(default_factory=dict)
+    pending: list[bytes] = field(default_factory=list)
+    capabilities: frozenset[str] = frozenset()
+    is_open: bool = True
 
     def holds(self, prompt: list[int], num_blocks: int, salt: bytes = b"") -> Replica:
         hasher = PrefixHasher(KEY, self.block_size)
-        self.resident.update(hasher.blocks(hasher.root(salt), prompt)[:num_blocks])
+        self.resident.update(dict.fromkeys(hasher.blocks(hasher.root(salt), prompt)[:num_blocks]))
+        return self
+
+    def expects(self, prompt: list[int]) -> Replica:
+        hasher = PrefixHasher(KEY, self.block_size)
+        self.pending += [name for name in hasher.blocks(hasher.root(), prompt) if name not in self.resident]
         return self
 
 
@@ -48,9 +59,22 @@ def make_request(prompt: list[int], *, affinity_key: str = "", salt: bytes = b""
     )
 
 
+def make_roster(*replicas: Replica) -> Roster:
+    roster = Roster()
+    for replica in replicas:
+        slot = roster.join(replica)
+        roster.index.store(slot, replica.resident)
+        roster.index.expect(slot, replica.pending)
+    roster.check_integrity()
+    return roster
+
+
 def place(*replicas: Replica, prompt: list[int] | None = None, seed: int = 1, **fields: object) -> Decision | None:
     request = make_request(prompt or list(range(10)), **fields)  # type: ignore[arg-type]
-    return Placement(random.Random(seed)).place(request, PromptHashes(KEY, request), replicas)
+    decision = LeastCost(random.Random(seed)).place(request, PromptHashes(KEY, request), make_roster(*replicas))
+    if decision is not None:
+        assert replay(decision, request.affinity_key) == (decision.replica, decision.rule)
+    return decision
 
 
 def chosen(*replicas: Replica, **fields: object) -> str:
@@ -82,12 +106,12 @@ def test_the_only_one_and_nobody() -> None:
 
 def test_ties_are_spread() -> None:
     """A fixed tie-break sends every router to the same replica (llm-d-router#2515)."""
-    placement = Placement(random.Random(3))
+    placement = LeastCost(random.Random(3))
     request = make_request([1, 2, 3])
-    replicas = [Replica(name) for name in "abcd"]
+    roster = make_roster(*(Replica(name) for name in "abcd"))
     counts = Counter[str]()
     for _ in range(400):
-        decision = placement.place(request, PromptHashes(KEY, request), replicas)
+        decision = placement.place(request, PromptHashes(KEY, request), roster)
         assert decision is not None
         counts[decision.replica] += 1
     assert all(60 <= counts[name] <= 140 for name in "abcd")

@@ -31,6 +31,7 @@ class AttachRequest(google.protobuf.message.Message):
     DISPATCH_FIELD_NUMBER: builtins.int
     ABORT_FIELD_NUMBER: builtins.int
     CREDIT_FIELD_NUMBER: builtins.int
+    RESYNC_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """On the first message only."""
@@ -41,6 +42,8 @@ class AttachRequest(google.protobuf.message.Message):
     def abort(self) -> Global___Abort: ...
     @property
     def credit(self) -> Global___Credit: ...
+    @property
+    def resync(self) -> Global___Resync: ...
     def __init__(
         self,
         *,
@@ -48,9 +51,10 @@ class AttachRequest(google.protobuf.message.Message):
         dispatch: Global___Dispatch | None = ...,
         abort: Global___Abort | None = ...,
         credit: Global___Credit | None = ...,
+        resync: Global___Resync | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["abort", b"abort", "credit", b"credit", "dispatch", b"dispatch", "hello", b"hello"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["abort", b"abort", "credit", b"credit", "dispatch", b"dispatch", "hello", b"hello"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["abort", b"abort", "credit", b"credit", "dispatch", b"dispatch", "hello", b"hello", "resync", b"resync"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abort", b"abort", "credit", b"credit", "dispatch", b"dispatch", "hello", b"hello", "resync", b"resync"]) -> None: ...
 
 Global___AttachRequest: typing_extensions.TypeAlias = AttachRequest
 
@@ -515,6 +519,20 @@ class Credit(google.protobuf.message.Message):
 Global___Credit: typing_extensions.TypeAlias = Credit
 
 @typing.final
+class Resync(google.protobuf.message.Message):
+    """Asks for all resident blocks: KvEvents that clear and store follow in a later StepBatch. A replica that does not know
+    this message sends no `resident` that could give rise to it.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___Resync: typing_extensions.TypeAlias = Resync
+
+@typing.final
 class StepBatch(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -523,6 +541,7 @@ class StepBatch(google.protobuf.message.Message):
     LOAD_FIELD_NUMBER: builtins.int
     KV_EVENTS_FIELD_NUMBER: builtins.int
     LAST_BATCH_ID_FIELD_NUMBER: builtins.int
+    RESIDENT_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Engine steps so far; a batch may merge several."""
     last_batch_id: builtins.int
@@ -533,6 +552,12 @@ class StepBatch(google.protobuf.message.Message):
     def load(self) -> Global___Load: ...
     @property
     def kv_events(self) -> Global___KvEvents: ...
+    @property
+    def resident(self) -> Global___Resident:
+        """What the engine has, by its own books, after all kv_events of this and earlier messages; absent while some are on
+        their way to this message's writer.
+        """
+
     def __init__(
         self,
         *,
@@ -541,11 +566,33 @@ class StepBatch(google.protobuf.message.Message):
         load: Global___Load | None = ...,
         kv_events: Global___KvEvents | None = ...,
         last_batch_id: builtins.int = ...,
+        resident: Global___Resident | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kv_events", b"kv_events", "load", b"load"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "last_batch_id", b"last_batch_id", "load", b"load", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["kv_events", b"kv_events", "load", b"load", "resident", b"resident"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "last_batch_id", b"last_batch_id", "load", b"load", "resident", b"resident", "step", b"step"]) -> None: ...
 
 Global___StepBatch: typing_extensions.TypeAlias = StepBatch
+
+@typing.final
+class Resident(google.protobuf.message.Message):
+    """A set of resident blocks, for comparison."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    num_blocks: builtins.int
+    digest: builtins.int
+    """The hashes as little-endian numbers, added without carry (exclusive or), the lower 64 bits."""
+    def __init__(
+        self,
+        *,
+        num_blocks: builtins.int = ...,
+        digest: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "num_blocks", b"num_blocks"]) -> None: ...
+
+Global___Resident: typing_extensions.TypeAlias = Resident
 
 @typing.final
 class WorkDelta(google.protobuf.message.Message):
