@@ -17,6 +17,8 @@ EXACT, INT8 = 0, 1
 """enum octavo_arithmetic."""
 CACHE_F32, CACHE_F16 = 0, 1
 """enum octavo_cache_type."""
+NOT_THERE = -2
+"""What octavo_run returns for a token that the model, or a block that the cache has not."""
 
 _log = logging.getLogger(__name__)
 

@@ -134,6 +134,23 @@ static int reserve_rows(octavo_context *c, int32_t num_rows)
     return 1;
 }
 
+/* Whether the model has the step's tokens, and the cache its blocks: what it has not would be read or written anywhere. */
+static int is_within_bounds(const octavo_context *c)
+{
+    const octavo_step *step = &c->step;
+    for (int32_t row = 0; row < step->num_rows; row++)
+        if ((uint32_t)step->tokens[row] >= (uint32_t)c->model->vocab)
+            return 0;
+    for (int32_t i = 0; i < step->num_chunks; i++) {
+        const octavo_chunk *chunk = &step->chunks[i];
+        const int32_t *table = step->tables + chunk->table;
+        for (int32_t b = 0; b <= (chunk->start + chunk->count - 1) / c->cache->block_size; b++)
+            if ((uint32_t)table[b] >= (uint32_t)c->cache->num_blocks)
+                return 0;
+    }
+    return 1;
+}
+
 /* Where each row's key and value go, and which tasks attention has. Key heads are outermost: what sequences share, or a
    chunk's rows, is then read from the core's own cache. */
 static int plan_step(octavo_context *c)
@@ -390,6 +407,8 @@ int32_t octavo_run(octavo_context *c, const octavo_step *step)
 {
     pool_settle(c->pool);
     c->step = *step;
+    if (!is_within_bounds(c))
+        return -2;
     if (!reserve_rows(c, step->num_rows > step->num_sampling ? step->num_rows : step->num_sampling) || !plan_step(c))
         return -1;
     for (int32_t i = 0; i < num_sections(c->model); i++)

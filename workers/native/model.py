@@ -102,6 +102,8 @@ class _Context:
         self.pointer = pointer
         self._kept = kept
         self.close = weakref.finalize(self, lib.octavo_close, pointer)
+        # At exit a thread may still be in a step, which would go on in memory that was given back.
+        self.close.atexit = False
 
 
 class NativeForward:
@@ -138,7 +140,11 @@ class NativeForward:
             logits=buffers.logits.data_ptr(),
             best=_address(buffers.best),
         )
-        if self._context.run(self._context.pointer, ctypes.byref(step)):
+        assert self._context.close.alive, "computes nothing after close"
+        result = self._context.run(self._context.pointer, ctypes.byref(step))
+        if result == library.NOT_THERE:
+            raise IndexError(f"a token is not in [0, {self._vocab_size}), or a block is not the cache's")
+        if result:
             raise MemoryError(f"no memory for a step of {len(tokens)} rows")
         return Logits(buffers.logits[: len(sampling)], buffers.best[: len(sampling)].tolist())
 

@@ -91,7 +91,8 @@ const char *octavo_instructions(void);
 /* Make threads for a model. The calling thread of octavo_run is one of `threads`. NULL: no memory or no threads. */
 octavo_context *octavo_open(const octavo_model *model, const octavo_cache *cache, int32_t threads);
 
-/* Compute `step`. One call at a time per context. Returns 0, or -1 if there is no memory for the step's rows. */
+/* Compute `step`, which has a row. One call at a time per context, none after octavo_close. Returns 0; -1 if there is no
+   memory for the step's rows; -2, having computed nothing, for a token that the model or a block that the cache has not. */
 int32_t octavo_run(octavo_context *context, const octavo_step *step);
 
 void octavo_close(octavo_context *context);
