@@ -34,6 +34,10 @@ _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 
 
+class _OtherDtypeError(Exception):
+    """Activations of this shape are not what `auto` hoped for."""
+
+
 def load_model(
     config: EngineConfig,
     files: ModelFiles,
@@ -80,14 +84,21 @@ def _load_native(
 ) -> NativeModel:
     """Raises UnpackableError for a model that only torch computes."""
 
-    def load(dtype: str) -> PackedModel:
-        mode = packing_mode(config.weights, dtype)
-        return load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed, check=check)
+    def load(dtype: NativeDtype) -> PackedModel:
+        def check_all(shape: ModelShape) -> None:
+            check(shape)
+            if choose_dtype(config, shape) is not dtype:
+                raise _OtherDtypeError
 
-    packed = load("int8" if config.dtype == "auto" else config.dtype)
-    dtype = choose_dtype(config, packed.shape)
-    if config.dtype == "auto" and dtype is not NativeDtype.INT8:
-        packed = load("fp32")
+        mode = packing_mode(config.weights, dtype.name.lower())
+        return load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed, check=check_all)
+
+    dtype = NativeDtype.INT8 if config.dtype == "auto" else NativeDtype[config.dtype.upper()]
+    try:
+        packed = load(dtype)
+    except _OtherDtypeError:
+        dtype = NativeDtype.FP32
+        packed = load(dtype)
     # Sampling is all that torch does then; threads of its own would spin against the library's.
     set_threads(1)
     return NativeModel(packed, dtype, threads=threads)

@@ -87,6 +87,17 @@ def test_native_kernels(new_files: NewFiles) -> None:
         built(EngineConfig(dtype="int8", num_blocks=16), new_files())
 
 
+@needs_library
+def test_nothing_is_packed_that_is_not_used(new_files: NewFiles, tmp_path: Path) -> None:
+    """What activations can be rounded to is known from the shape, before minutes of packing."""
+    files = replace(new_files(), packed=tmp_path / "packed")
+    with pytest.raises(ConfigError, match="must be multiples of 32"):
+        built(EngineConfig(dtype="int8", num_blocks=16), files)
+    assert not list((tmp_path / "packed").glob("*.packed"))
+    assert built(EngineConfig(num_blocks=16), files).info.dtype == "fp32"
+    assert [path.name for path in (tmp_path / "packed").glob("*.packed")] == ["exact.packed"]
+
+
 def test_torch_computes_no_int8(new_files: NewFiles) -> None:
     with pytest.raises(ConfigError, match=r"engine.dtype must be auto, fp32 or bf16 here, is 'int8'"):
         built(EngineConfig(dtype="int8", kernels="torch"), new_files())
