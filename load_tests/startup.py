@@ -49,7 +49,10 @@ def main() -> None:
     end_on_sigterm()
     model = arguments.model or _default_weights()
     with tempfile.TemporaryDirectory(prefix="ocs", dir="/tmp") as folder:
-        report = measure(Path(folder), model, arguments.blocks, arguments.serve)
+        try:
+            report = measure(Path(folder), model, arguments.blocks, arguments.serve)
+        except (ServerError, AskError) as error:
+            raise SystemExit(f"startup: {error}") from None
     text = json.dumps(report, indent=1) + "\n"
     if arguments.out is None:
         sys.stdout.write(text)
