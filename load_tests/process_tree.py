@@ -58,6 +58,16 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
 
 
+def busiest_threads_s(pid: int, count: int) -> float:
+    """Return the processor time so far of the `count` threads of a process that took most; 0 if it has ended."""
+    times = []
+    for task in (_PROC / str(pid) / "task").glob("[0-9]*"):
+        fields = _stat_at(task)
+        if fields is not None:
+            times.append(int(fields[11]) + int(fields[12]))
+    return sum(sorted(times, reverse=True)[:count]) / _TICKS_PER_S
+
+
 def await_end(processes: list[Process], timeout_s: float) -> None:
     """Wait until all of them have ended; kill those that have not after `timeout_s`."""
     give_up = time.monotonic() + timeout_s
@@ -80,8 +90,12 @@ def _look(pid: int) -> tuple[Process, int] | None:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """Return what /proc/PID/stat says after the command, which may contain anything; None if it has ended."""
+    return _stat_at(_PROC / str(pid))
+
+
+def _stat_at(directory: Path) -> list[str] | None:
+    """Return what `stat` there says after the command, which may contain anything; None if process or thread ended."""
     try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(") ")[2].split()
+        return (directory / "stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return None

@@ -28,7 +28,16 @@ from load_tests.bars import exit_code, write_bars
 from load_tests.measurement import AskError, Measurement, Sample, measure
 from load_tests.natural_text import NaturalText
 from load_tests.peers.comparison import OURS, Findings, compare
-from load_tests.peers.contestants import MODEL_FILE, TOKENIZER, Contestant, Octavo, Ready, all_contestants, defaults
+from load_tests.peers.contestants import (
+    THREADS,
+    MODEL_FILE,
+    TOKENIZER,
+    Contestant,
+    Octavo,
+    Ready,
+    all_contestants,
+    defaults,
+)
 from load_tests.peers.runs import Run, by_contestant
 from load_tests.peers.tables import print_bars, print_figures
 from load_tests.server import ServerError, ServerProcess, end_on_sigterm, free_port, watched
@@ -152,14 +161,14 @@ def _cases(arithmetic: str, prompts: list[list[int]], samples: Sequence[Sample],
 
 
 def _cpu_s(server: ServerProcess, ready: Ready) -> dict[str, float]:
-    """Return the processor seconds so far of what computes, of the server's other processes, and of this process."""
+    """Return the processor seconds so far of the engine's threads, which are the busiest of what computes, of all else
+    of the server, and of this process."""
     pids = {process.pid for process in process_tree.tree(server.pid)}
-    replicas = pids & set(ready.replicas)
-    own = time.process_time()
+    engine = sum(process_tree.busiest_threads_s(pid, THREADS) for pid in pids & set(ready.replicas))
     return {
-        "replicas": sum(map(process_tree.cpu_s, replicas)),
-        "others": sum(map(process_tree.cpu_s, pids - replicas)),
-        "driver": own,
+        "engine": engine,
+        "others": sum(map(process_tree.cpu_s, pids)) - engine,
+        "driver": time.process_time(),
     }
 
 

@@ -29,6 +29,8 @@ PLAIN_MACHINE = 0.5
 """Without AVX-512 and without a compiler."""
 REPLICA_BYTES = 1.2e9
 START_S = {"first": 8.0, "later": 5.0}
+SHARE_OF_OTHERS = 0.1
+"""Of the cluster's processor time: what event loops, router and Ray may take beside the engine."""
 PERPLEXITY = {"bf16": 0.001, "int8": 0.005}
 PEERS = (VLLM, LLAMA_SAME, LLAMA_BEST)
 
@@ -142,6 +144,9 @@ def _resources(findings: Findings) -> list[Bar]:
         known = [count for count in cached if count is not None]
         count = sum(known) if len(known) == len(cached) else None
         rows.append(at_most(f"cached tokens outside prefix, {column}", count, 0))
+        share = ours.share_of_others("conc16")
+        detail = "of the cluster's processor time during conc16"
+        rows.append(at_most(f"all that is not the engine, {column}", share, SHARE_OF_OTHERS, detail))
     return rows
 
 

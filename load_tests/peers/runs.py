@@ -27,7 +27,7 @@ class Run:
     peak_tree_bytes: int | None = None
     peak_replica_bytes: int | None = None
     cpu_s: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By workload: processor seconds of the computing processes, of the server's others, of the driver."""
+    """By workload: processor seconds of the engine's threads, of the rest of the server, of the driver."""
     measurements: Sequence[Measurement] = ()
     failure: str | None = None
 
@@ -50,6 +50,11 @@ class Medians:
         """Return the cached tokens of the repetition with the most of them."""
         counts = [each.cached_tokens for each in self._of(workload) if each.cached_tokens is not None]
         return max(counts, default=None)
+
+    def share_of_others(self, workload: str) -> float | None:
+        """Return which part of the server's processor time is not the engine's."""
+        spent = [run.cpu_s[workload] for run in self.runs if workload in run.cpu_s]
+        return _median(each["others"] / (each["engine"] + each["others"]) for each in spent if each["engine"])
 
     @property
     def family(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -110,6 +111,17 @@ def test_memory_and_starts() -> None:
     assert found["start of a replica, first time"].ok
     assert not found["start of a replica, later time"].ok
     assert found["imports of a replica"].ok
+
+
+def test_what_is_not_the_engine_takes_a_share_of_the_processor() -> None:
+    spent = [{"conc16": {"engine": 90.0, "others": others, "driver": 50.0}} for others in (10.0, 30.0, 6.0)]
+    ours = [
+        dataclasses.replace(run("octavo-int8", "Octavo", 1.0, repetition=i), cpu_s=each) for i, each in enumerate(spent)
+    ]
+    found = rows([*PEERS, *ours, run("octavo-bf16", "Octavo", 1.0)])
+    assert found["all that is not the engine, int8"].value == 0.1
+    assert found["all that is not the engine, int8"].ok
+    assert not found["all that is not the engine, bf16"].ok
 
 
 def test_starts_are_those_under_serve() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def test_a_server_is_awaited_watched_and_ended(tmp_path: Path) -> None:
         assert watch.peak_tree > watch.peak_of([server.pid]) > 64 << 20
         assert watch.peak_of([]) == watch.peak_tree
         assert process_tree.cpu_s(server.pid) >= 0
+        assert process_tree.busiest_threads_s(os.getpid(), 1) > 0
     assert process_tree.tree(server.pid) == []
     assert process_tree.tree(child) == []
 
@@ -61,6 +63,7 @@ def test_what_has_ended_has_nothing() -> None:
     assert process_tree.tree(child.pid) == []
     assert process_tree.pss_bytes(child.pid) == 0
     assert process_tree.cpu_s(child.pid) == 0.0
+    assert process_tree.busiest_threads_s(child.pid, 2) == 0.0
 
 
 def test_the_machine_is_described() -> None:
