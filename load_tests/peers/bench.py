@@ -29,8 +29,8 @@ from load_tests.measurement import AskError, Measurement, Sample, measure
 from load_tests.natural_text import NaturalText
 from load_tests.peers.comparison import OURS, Findings, compare
 from load_tests.peers.contestants import (
-    THREADS,
     MODEL_FILE,
+    THREADS,
     TOKENIZER,
     Contestant,
     Octavo,
