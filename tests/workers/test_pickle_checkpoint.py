@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,30 @@ def test_cut_files(folder: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ModelFileError, match=r"^pytorch_model\.bin: .*corrupt"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_flipped_bytes(folder: Path, *, is_new: bool) -> None:
+    """Whatever the loader makes of them, it is a broken model file or tensors."""
+    path, generator = folder / "pytorch_model.bin", random.Random(1)
+    torch.save({"a": torch.zeros(64), "b": torch.ones(3).half()}, path, _use_new_zipfile_serialization=is_new)
+    whole, num_refused = path.read_bytes(), 0
+    for _ in range(300):
+        broken = bytearray(whole)
+        for _ in range(generator.choice((1, 2, 4))):
+            broken[generator.randrange(len(broken))] = generator.randrange(256)
+        path.write_bytes(broken)
+        try:
+            open_checkpoint(folder)
+        except ModelFileError:
+            num_refused += 1
+    assert 0 < num_refused < 300
+
+
+def test_parameters(folder: Path) -> None:
+    """Packing needs arrays, which a tensor that wants a gradient refuses to become."""
+    torch.save({"a": torch.nn.Parameter(torch.tensor([1.5, -2.0]))}, folder / "pytorch_model.bin")
+    assert open_checkpoint(folder).tensor("a", 2).numpy().tolist() == [1.5, -2.0]
 
 
 def test_broken_tensors(folder: Path) -> None:

@@ -50,11 +50,12 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelFileError(f"{path.name}: holds more than tensors, or is corrupt: {_first_line(error)}") from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # of any kind: broken bytes end in a KeyError, an AssertionError, struct.error
         raise ModelFileError(f"{path.name}: corrupt or truncated: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{path.name}: must hold tensors by name, holds a {type(content).__name__}")
-    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    # Parameters, as some files hold, would not become arrays.
+    return {str(name): value.detach() for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def _first_line(error: Exception) -> str:
