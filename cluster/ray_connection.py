@@ -33,8 +33,15 @@ _PROC = Path("/proc")
 _GCS = "--gcs-address="
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """With 0, a call that comes after the end, as from a thread that a hurried stop left behind, starts no new Ray."""
-_OWN_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", ON_LOOPBACK: "0"}
-"""Ray would run replicas at niceness 15, behind everything else on a laptop."""
+_OWN_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    ON_LOOPBACK: "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+}
+"""Ray would run replicas at niceness 15, behind everything else on a laptop, and look ten times a second at a cluster of
+one node on which nothing changes."""
 
 
 @contextmanager
