@@ -60,10 +60,9 @@ class Outcome:
     is_whole: bool = True
 
     def take(self, report: dict[str, Any]) -> None:
-        """Take in what a rig wrote; terminals are judged over all runs at the end, not once a rig."""
+        """Take in what a rig wrote."""
         runs = report.pop("runs")
-        own = [Bar(**bar) for bar in report.pop("bars")]
-        self.bars += own[:-1]
+        self.bars += [Bar(**bar) for bar in report.pop("bars")]
         self.runs += [{"rig": report["rig"], **run} for run in runs]
         self.reports.append(report)
         self.is_whole = self.is_whole and report["is_whole"]

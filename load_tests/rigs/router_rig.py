@@ -46,6 +46,8 @@ class RigConfig:
     port: int = 0
     router: Mapping[str, Any] = field(default_factory=dict)
     """Fields of RouterConfig that differ from the defaults."""
+    placement: str = ""
+    """One of router_policies.py; empty: the router's own."""
 
 
 class RouterRig:
@@ -87,6 +89,7 @@ class RouterRig:
             self.replicas = {name: self._await_address(name) for name in names}
             replicas = list(self.replicas.items())
             job = {"role": "router", "port": config.port, "config": dict(config.router), "replicas": replicas}
+            job["placement"] = config.placement
             self._start("router", {**job, "secret": secret})
             self.address = self._await_address("router")
         except BaseException:
