@@ -66,6 +66,14 @@ def weights(tmp_path: Path) -> Path:
     return write_random_model(tmp_path, "llama")
 
 
+def test_a_library_of_another_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    assert library.library.__wrapped__() is None
+    assert f"has ABI {library.ABI - 1} instead of {library.ABI}: run setup again" in caplog.text
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
