@@ -40,8 +40,8 @@ _OWN_RAY = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
     "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
-"""Ray would run replicas at niceness 15, behind everything else on a laptop, and look ten times a second at a cluster of
-one node on which nothing changes."""
+"""Ray would run replicas at niceness 15, behind everything else on a laptop, and look ten times a second at a cluster
+of one node on which nothing changes."""
 
 
 @contextmanager
