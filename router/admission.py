@@ -1,8 +1,10 @@
 """What may wait: a backlog bounded in tokens and requests, which count once for each of their choices. More is refused
 at once, with the numbers.
 
-A `Permit` spans the whole life of a request: it counts as queued until it is dispatched, then as running, and is
-released exactly once. Pure: `now` is an argument. Knows no replicas and no order.
+Tenants share it: when it is full, one that has less of it than an equal part gets room at the cost of the one that has
+most, and only who has its part already is refused. A `Permit` spans the whole life of a request: it counts as queued
+until it is dispatched, then as running, and is released exactly once. Pure: `now` is an argument. Knows no replicas and
+no order. Remembers no tenant of whom nothing waits.
 """
 
 from __future__ import annotations
@@ -25,25 +27,48 @@ class Admission:
         self._queued_requests = 0
         self._queued_choices = 0
         self._running_requests = 0
+        self._tenants: dict[str, _Part] = {}
+        """Those of which something is queued."""
         self._throughput = Throughput()
 
-    def admit(self, num_tokens: int, now: float, *, num_choices: int = 1) -> Permit:
+    def admit(self, num_tokens: int, now: float, *, tenant: str = "", num_choices: int = 1) -> Permit:
         """Return a permit for a prompt of `num_tokens`, which all choices share and the caller must release.
 
         Raises OverloadedError when it would exceed the backlog. A request that finds the queue empty is taken on
         whatever its size, else it could never be.
         """
-        tokens, choices = self._queued_tokens + num_tokens, self._queued_choices + num_choices
-        if self._queued_requests and (tokens > self._max_tokens or choices > self._max_requests):
-            raise OverloadedError(
-                f"{self._queued_choices} requests with {self._queued_tokens} tokens are queued and this one has "
-                f"{num_tokens}; at most {self._max_requests} requests and {self._max_tokens} tokens may be, "
-                f"each choice of a request counts as one",
-                retry_after_s=self._retry_after_s(num_tokens, now),
-            )
-        permit = Permit(self, num_tokens, num_choices)
+        if self._exceeds(num_tokens, num_choices):
+            raise self.refusal(num_tokens, now)
+        permit = Permit(self, tenant, num_tokens, num_choices)
         permit._queue(1)
         return permit
+
+    def who_gives_way(self, num_tokens: int, now: float, *, tenant: str = "", num_choices: int = 1) -> str | None:
+        """Return the tenant of whom a waiting request must go before `admit` has room for this one; None if it has.
+
+        Raises OverloadedError when `tenant` would then have more than an equal part of the backlog.
+        """
+        if not self._exceeds(num_tokens, num_choices):
+            return None
+        own = self._tenants.get(tenant) or _Part()
+        num_parts = len(self._tenants) + (tenant not in self._tenants)
+        tokens, choices = own.tokens + num_tokens, own.choices + num_choices
+        if tokens * num_parts > self._max_tokens or choices * num_parts > self._max_requests:
+            raise self.refusal(num_tokens, now)
+        return max(self._tenants, key=lambda name: self._tenants[name].share(self._max_tokens, self._max_requests))
+
+    def refusal(self, num_tokens: int, now: float) -> OverloadedError:
+        """Return what a request of `num_tokens` is refused with."""
+        return OverloadedError(
+            f"{self._queued_choices} requests with {self._queued_tokens} tokens are queued and this one has "
+            f"{num_tokens}; at most {self._max_requests} requests and {self._max_tokens} tokens may be, "
+            f"each choice of a request counts as one",
+            retry_after_s=self._retry_after_s(num_tokens, now),
+        )
+
+    def _exceeds(self, num_tokens: int, num_choices: int) -> bool:
+        tokens, choices = self._queued_tokens + num_tokens, self._queued_choices + num_choices
+        return self._queued_requests > 0 and (tokens > self._max_tokens or choices > self._max_requests)
 
     def backlog(self) -> Backlog:
         return Backlog(
@@ -52,6 +77,14 @@ class Admission:
             num_running_requests=self._running_requests,
             max_queued_tokens=self._max_tokens,
         )
+
+    def check_integrity(self) -> None:
+        """Assert that tenants' parts are the whole; for tests."""
+        parts = self._tenants.values()
+        assert sum(part.requests for part in parts) == self._queued_requests
+        assert sum(part.choices for part in parts) == self._queued_choices
+        assert sum(part.tokens for part in parts) == self._queued_tokens
+        assert all(part.requests > 0 for part in parts)
 
     def _retry_after_s(self, num_tokens: int, now: float) -> float:
         """Estimate when as many tokens as this request needs will have left the queue."""
@@ -63,10 +96,11 @@ class Admission:
 class Permit:
     """A request's share of the backlog. queued -> running -> released; back to queued when its replica was lost."""
 
-    __slots__ = ("_admission", "_num_choices", "_num_tokens", "_state")
+    __slots__ = ("_admission", "_num_choices", "_num_tokens", "_state", "_tenant")
 
-    def __init__(self, admission: Admission, num_tokens: int, num_choices: int) -> None:
+    def __init__(self, admission: Admission, tenant: str, num_tokens: int, num_choices: int) -> None:
         self._admission = admission
+        self._tenant = tenant
         self._num_tokens = num_tokens
         self._num_choices = num_choices
         self._state = "queued"
@@ -101,6 +135,24 @@ class Permit:
         self._admission._queued_requests += sign
         self._admission._queued_choices += sign * self._num_choices
         self._admission._queued_tokens += sign * self._num_tokens
+        part = self._admission._tenants.setdefault(self._tenant, _Part())
+        part.requests += sign
+        part.choices += sign * self._num_choices
+        part.tokens += sign * self._num_tokens
+        if not part.requests:
+            del self._admission._tenants[self._tenant]
+
+
+class _Part:
+    """What one tenant has of the backlog."""
+
+    __slots__ = ("choices", "requests", "tokens")
+
+    def __init__(self) -> None:
+        self.requests = self.choices = self.tokens = 0
+
+    def share(self, max_tokens: int, max_requests: int) -> float:
+        return max(self.tokens / max_tokens, self.choices / max_requests)
 
 
 class Throughput:

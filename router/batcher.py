@@ -1,57 +1,69 @@
-"""Who goes next, together with whom: the requests that wait before a replica, as a pure structure.
+"""Who goes next, together with whom: the requests that wait before the replicas, as a pure structure.
 
-Order: priority (lower first), then deadline, then acceptance. Expired requests are handed back, never dispatched. A
-batch goes at once while there is credit and nothing was held back; after a lack of credit it goes when its budget is
-full or its oldest request has waited `max_batch_wait_s`. Has no clock (`now` is an argument), no asyncio, no gRPC, and
-does not know which replicas exist: placement decides where each group of a batch goes.
+An `Order` says who goes first (`router/order.py`). With it go those that share its beginning
+(`router/prefix_groups.py`), within the same priority, tenant and batch, so that one replica computes it once. Whose
+deadline has passed, or cannot be met any more by the speed measured, is handed back and never dispatched. A batch goes
+at once while there is credit and nothing was held back; after a lack of credit it goes when its budget is full or its
+oldest request has waited `max_batch_wait_s`. Has no clock (`now` is an argument), no asyncio, no gRPC; does not know
+which replicas exist: placement decides where each group of a batch goes. Hashes no prompt while a single request waits.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
+from router.order import Order
+from router.prefix_groups import PrefixGroups
+from router.queued import Queued
 from router.removable_heap import RemovableHeap
-from router.types import Request
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Queued:
-    """A request that waits. `key` is the dispatcher's number for it; `since` is when this wait began."""
-
-    key: int
-    request: Request
-    attempt: int = 1
-    since: float
-
-    @property
-    def num_tokens(self) -> int:
-        return self.request.num_known_tokens
+from router.speeds import Speeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchBatch:
-    """What leaves the queue together. A group goes to one replica; here each request is a group of its own."""
+    """What leaves the queue together. A group shares its beginning and goes to one replica if that is cheaper."""
 
     batch_id: int
     groups: tuple[tuple[Queued, ...], ...]
     num_tokens: int
+    """Prompt tokens; of those that a group shares, each once."""
 
 
 class Batcher:
-    def __init__(self, *, max_batch_tokens: int, max_batch_requests: int, max_batch_wait_s: float) -> None:
+    """`speeds`: how long answers take; None: deadlines are kept to the moment, and nothing is foreseen."""
+
+    def __init__(
+        self,
+        order: Order,
+        *,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        max_batch_wait_s: float,
+        speeds: Speeds | None = None,
+    ) -> None:
         assert max_batch_tokens >= 1
         assert max_batch_requests >= 1
+        self._order = order
         self._max_tokens = max_batch_tokens
         self._max_requests = max_batch_requests
         self._max_wait_s = max_batch_wait_s
+        self._speeds = speeds
         self._queued: dict[int, Queued] = {}
         """In the order of `since`."""
-        self._order = RemovableHeap()
-        self._deadlines = RemovableHeap()
+        self._tenants: dict[str, dict[int, Queued]] = {}
+        """The same by tenant."""
+        self._ends = RemovableHeap()
+        """When each of them will have waited too long."""
+        self._hopeless: list[Queued] = []
+        """Found so when it was their turn, and not yet handed back."""
+        self._groups = PrefixGroups()
         self._num_tokens = 0
         self._num_batches = 0
-        self._is_held = False
-        """Whether something here was refused for lack of credit since the queue was last empty."""
+        self._held_since: float | None = None
+        """Since when something here has been refused for lack of credit, without the queue having been empty."""
+        self._held_s = 0.0
+        """How long that was the case before."""
 
     @property
     def num_requests(self) -> int:
@@ -67,36 +79,54 @@ class Batcher:
         """When the longest wait here began; None when nothing waits."""
         return self._oldest_since() if self._queued else None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether there is a backlog: something waits that there was no credit for."""
+        return self._held_since is not None
+
+    def backlog_s(self, now: float) -> float:
+        """Return for how long in all there was a backlog: the clock of `Order`."""
+        return self._held_s + (0.0 if self._held_since is None else max(now - self._held_since, 0.0))
+
     def add(self, queued: Queued) -> None:
         """Let `queued` wait. Its key must be new and its `since` not before that of any other."""
         assert queued.key not in self._queued
-        request = queued.request
         self._queued[queued.key] = queued
-        self._order.push(queued.key, (request.priority, request.deadline, request.accepted_at))
-        self._deadlines.push(queued.key, request.deadline)
+        self._tenants.setdefault(queued.request.tenant, {})[queued.key] = queued
+        self._order.add(queued, self.backlog_s(queued.since))
+        self._ends.push(queued.key, self._end(queued, queued.since))
+        self._groups.add(queued)
         self._num_tokens += queued.num_tokens
 
-    def remove(self, key: int) -> Queued | None:
+    def remove(self, key: int, now: float) -> Queued | None:
         """Take a request out of the queue and return it; None if it does not wait here."""
-        queued = self._queued.pop(key, None)
-        if queued is None:
-            return None
-        self._order.discard(key)
-        self._deadlines.discard(key)
-        self._num_tokens -= queued.num_tokens
-        self._is_held = self._is_held and bool(self._queued)
+        queued = self._queued.get(key)
+        if queued is not None:
+            self._order.remove(queued, self.backlog_s(now))
+            self._forget(queued, now)
         return queued
 
+    def newest(self, tenant: str) -> Queued | None:
+        """Return the tenant's request that has waited for the shortest time, if it was never sent; None if there is
+        none."""
+        waiting = reversed(self._tenants.get(tenant, {}).values())
+        return next((queued for queued in waiting if queued.attempt == 1), None)
+
     def expire(self, now: float) -> list[Queued]:
-        """Remove and return the requests whose deadline is not after `now`."""
-        expired = []
-        while (first := self._deadlines.first()) is not None and first[0] <= now:
-            queued = self.remove(first[1])
-            assert queued is not None
-            expired.append(queued)
+        """Remove and return the requests whose deadline is not after `now`, or cannot be met any more."""
+        expired, self._hopeless = self._hopeless, []
+        while (first := self._ends.first()) is not None and first[0] <= now:
+            queued = self._queued[first[1]]
+            end = self._end(queued, now)
+            if end <= now:
+                self.remove(queued.key, now)
+                expired.append(queued)
+            else:  # replicas have become faster meanwhile
+                self._ends.discard(queued.key)
+                self._ends.push(queued.key, end)
         return expired
 
-    def waiting_since(self, limit: float) -> list[Queued]:
+    def waiting_since(self, limit: float, now: float) -> list[Queued]:
         """Remove and return the requests that have waited since `limit` or longer."""
         overdue = []
         for queued in self._queued.values():
@@ -104,31 +134,42 @@ class Batcher:
                 break
             overdue.append(queued)
         for queued in overdue:
-            self.remove(queued.key)
+            self.remove(queued.key, now)
         return overdue
 
-    def next_batch(self, now: float, credit_tokens: int) -> DispatchBatch | None:
-        """Return the batch that goes now, or None. Call `expire(now)` first, and again until this returns None.
+    def next_batch(
+        self, now: float, credit_tokens: int, *, credit_sequences: int = sys.maxsize, block_size: int = 0
+    ) -> DispatchBatch | None:
+        """Return the batch that goes now, or None. Call `expire(now)` before, and again after the last one.
 
-        `credit_tokens` is what all replicas together can take; the last request of a batch may exceed it.
+        The credit is what all replicas together can take; the last request of a batch may exceed it. `block_size` is
+        that of the replicas; 0: nobody knows, and nothing is grouped.
         """
         if not self._queued:
             return None
-        if credit_tokens <= 0:
-            self._is_held = True
+        if credit_tokens <= 0 or credit_sequences <= 0:
+            if self._held_since is None:
+                self._held_since = now
             return None
-        if self._is_held and not self._is_full() and now < self._oldest_since() + self._max_wait_s:
+        if self.is_held and not self._is_full() and now < self._oldest_since() + self._max_wait_s:
             return None
-        return self._take(now, min(credit_tokens, self._max_tokens))
+        budget = _Budget(min(credit_tokens, self._max_tokens), self._max_tokens, credit_sequences, self._max_requests)
+        groups = []
+        while budget.has_room and (first := self._next(now)) is not None and budget.fits(first.num_tokens):
+            groups.append(self._take_group(first, now, budget, block_size))
+        if not groups:
+            return None
+        self._num_batches += 1
+        return DispatchBatch(batch_id=self._num_batches, groups=tuple(groups), num_tokens=budget.num_tokens)
 
     def next_event(self, credit_tokens: int) -> float | None:
         """Return when `expire` or `next_batch` will have something to do if nothing else happens, or None."""
-        deadline = self._deadlines.first()
-        if deadline is None:
+        end = self._ends.first()
+        if end is None:
             return None
         if credit_tokens > 0:
-            return min(float(deadline[0]), self._oldest_since() + self._max_wait_s)
-        return float(deadline[0])
+            return min(float(end[0]), self._oldest_since() + self._max_wait_s)
+        return float(end[0])
 
     def _is_full(self) -> bool:
         return self._num_tokens >= self._max_tokens or len(self._queued) >= self._max_requests
@@ -136,27 +177,98 @@ class Batcher:
     def _oldest_since(self) -> float:
         return next(iter(self._queued.values())).since
 
-    def _take(self, now: float, max_tokens: int) -> DispatchBatch:
-        taken: list[Queued] = []
-        num_tokens = 0
-        while len(taken) < self._max_requests and num_tokens < max_tokens and (first := self._order.first()):
-            candidate = self._queued[first[1]]
-            assert candidate.request.deadline > now, "expire() comes before next_batch()"
-            if taken and num_tokens + candidate.num_tokens > self._max_tokens:
-                break
-            self.remove(candidate.key)
-            taken.append(candidate)
-            num_tokens += candidate.num_tokens
-        self._num_batches += 1
-        return DispatchBatch(
-            batch_id=self._num_batches, groups=tuple((queued,) for queued in taken), num_tokens=num_tokens
+    def _next(self, now: float) -> Queued | None:
+        """Return who goes next; put those aside that could not be in time."""
+        while (queued := self._order.next(now, self.backlog_s(now))) is not None and self._end(queued, now) <= now:
+            self.remove(queued.key, now)
+            self._hopeless.append(queued)
+        return queued
+
+    def _take_group(self, first: Queued, now: float, budget: _Budget, block_size: int) -> tuple[Queued, ...]:
+        self._take(first, now)
+        budget.spend(first, first.num_tokens)
+        group = [first]
+        if block_size and self._queued and budget.has_places:
+            for rider, num_shared in self._groups.companions(first, block_size):
+                num_tokens = rider.num_tokens - num_shared
+                if not (budget.has_places and budget.fits(num_tokens)):
+                    break
+                if self._may_ride(first, rider, now):
+                    self._take(rider, now)
+                    budget.spend(rider, num_tokens)
+                    group.append(rider)
+        return tuple(group)
+
+    def _may_ride(self, first: Queued, rider: Queued, now: float) -> bool:
+        return (
+            (rider.request.priority, rider.request.tenant) == (first.request.priority, first.request.tenant)
+            and self._end(rider, now) > now
+            and self._order.may_ride(rider, now, self.backlog_s(now))
         )
+
+    def _take(self, queued: Queued, now: float) -> None:
+        self._order.take(queued, self.backlog_s(now), is_held=self.is_held)
+        self._forget(queued, now)
+
+    def _forget(self, queued: Queued, now: float) -> None:
+        """`queued` has left the order."""
+        del self._queued[queued.key]
+        tenant = self._tenants[queued.request.tenant]
+        del tenant[queued.key]
+        if not tenant:
+            del self._tenants[queued.request.tenant]
+        self._ends.discard(queued.key)
+        self._groups.remove(queued)
+        self._num_tokens -= queued.num_tokens
+        if not self._queued:
+            self._held_s, self._held_since = self.backlog_s(now), None
+
+    def _end(self, queued: Queued, now: float) -> float:
+        """Return when `queued` has waited too long: when its client's deadline cannot be met any more, as far as
+        anybody knows."""
+        request = queued.request
+        if self._speeds is None or not request.has_own_deadline:
+            return request.deadline
+        return request.deadline - (self._speeds.service_s(request, now) or 0.0)
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests."""
         self._order.check_integrity()
-        self._deadlines.check_integrity()
-        assert len(self._queued) == len(self._order) == len(self._deadlines)
-        assert all(key in self._order and key in self._deadlines for key in self._queued)
+        self._ends.check_integrity()
+        self._groups.check_integrity(self._queued)
+        assert len(self._queued) == len(self._ends) == sum(map(len, self._tenants.values()))
+        assert all(self._tenants.values())
+        assert all(key in self._ends for key in self._queued)
         assert self._num_tokens == sum(queued.num_tokens for queued in self._queued.values())
-        assert self._queued or not self._is_held
+        assert self._queued or not self.is_held
+
+
+class _Budget:
+    """What a batch may still hold."""
+
+    __slots__ = ("_credit_tokens", "_max_tokens", "_num_places", "_num_requests", "num_tokens")
+
+    def __init__(self, credit_tokens: int, max_tokens: int, num_places: int, num_requests: int) -> None:
+        self._credit_tokens = credit_tokens
+        self._max_tokens = max_tokens
+        self._num_places = num_places
+        self._num_requests = num_requests
+        self.num_tokens = 0
+
+    @property
+    def has_places(self) -> bool:
+        """For one more request that shares what is computed anyway."""
+        return self._num_places > 0 and self._num_requests > 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.has_places and self.num_tokens < self._credit_tokens
+
+    def fits(self, num_tokens: int) -> bool:
+        """The first one always does."""
+        return not self.num_tokens or self.num_tokens + num_tokens <= self._max_tokens
+
+    def spend(self, queued: Queued, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self._num_places -= queued.request.n
+        self._num_requests -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from workers.errors import ConfigError
@@ -16,6 +17,12 @@ class RouterConfig:
     max_batch_tokens: int = 8_192
     max_batch_requests: int = 64
     max_batch_wait_s: float = 0.004
+    batching: bool = True
+    """False: first come, first served, one by one, whatever the priority, tenant and beginning, and no deadline is
+    foreseen: for comparison."""
+    tenant_header: str = ""
+    """The metadata key of Generate and Session calls that says who pays. Empty: everybody is one tenant. Whoever can
+    reach the port can write it: name one only if a trusted proxy in front sets it and removes what clients wrote."""
     default_max_tokens: int = 256
     """For requests that name none; never more than the context leaves."""
     default_timeout_s: float = 600.0
@@ -39,7 +46,17 @@ class RouterConfig:
 
     def check(self) -> None:
         """Raises ConfigError with the rule and the value."""
+        _check_header(self.tenant_header)
         for name in self.__slots__:
             value = getattr(self, name)
-            if not value > 0:
+            if not isinstance(value, bool | str) and not value > 0:
                 raise ConfigError(f"router.{name} must be > 0, is {value!r}")
+
+
+def _check_header(key: str) -> None:
+    is_key = re.fullmatch(r"[a-z0-9_.-]{1,64}", key) is not None
+    if key and (not is_key or key.endswith("-bin") or key.startswith(("grpc-", ":"))):
+        raise ConfigError(
+            f"router.tenant_header must be empty or a metadata key of at most 64 characters [a-z0-9_.-] that neither "
+            f"begins with grpc- nor ends with -bin, is {key!r}"
+        )

@@ -6,8 +6,16 @@ from typing import Final
 
 from octavo.names import Reason
 
+from router.admission import MAX_RETRY_S, MIN_RETRY_S
 from router.types import Request
-from workers.errors import CancelledRequestError, CapabilityError, DeadlineError, UnavailableError, Violation
+from workers.errors import (
+    CancelledRequestError,
+    CapabilityError,
+    DeadlineError,
+    OverloadedError,
+    UnavailableError,
+    Violation,
+)
 from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, CAPABILITY_RECEIVED_CHOICES
 
 _FIELDS: Final = {
@@ -29,6 +37,31 @@ def capability_error(missing: frozenset[str]) -> CapabilityError:
 def deadline_error(request: Request, now: float) -> DeadlineError:
     waited = now - request.accepted_at
     return DeadlineError(f"the deadline passed {waited:.3f} s after the request was accepted")
+
+
+def unreachable_error(request: Request, now: float) -> DeadlineError:
+    waited, left = now - request.accepted_at, request.deadline - now
+    return DeadlineError(
+        f"after {waited:.3f} s in the queue the {left:.3f} s that are left do not suffice for an answer, by the speed "
+        f"of late",
+        reason=Reason.DEADLINE_UNREACHABLE,
+    )
+
+
+def too_short_error(request: Request, now: float, *, service_s: float, shortfall_s: float) -> OverloadedError:
+    return OverloadedError(
+        f"the deadline is in {request.deadline - now:.3f} s; by the speed of late an answer takes {service_s:.3f} s, "
+        f"which with the queue before it is {shortfall_s:.3f} s too long",
+        reason=Reason.DEADLINE_TOO_SHORT,
+        retry_after_s=min(max(shortfall_s, MIN_RETRY_S), MAX_RETRY_S),
+    )
+
+
+def gave_way_error(refusal: OverloadedError) -> OverloadedError:
+    return OverloadedError(
+        "this request had to give way: the queue is full, and its tenant had most of it",
+        retry_after_s=refusal.retry_after_s,
+    )
 
 
 def no_replica_error(wait_s: float) -> UnavailableError:

@@ -26,18 +26,20 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
 from router import dispatch_errors
-from router.admission import Admission
+from router.admission import Admission, Permit
 from router.alarm import Alarm
-from router.batcher import Batcher, DispatchBatch, Queued
+from router.batcher import DispatchBatch
 from router.config import RouterConfig
 from router.dispatch_spans import DispatchSpans
 from router.finish_errors import error_of
 from router.fleet import Fleet
 from router.flight import Flight
 from router.flights import Flights
+from router.forecast import make_queue
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
-from router.placement import LeastCost, Placement
+from router.placement import LeastCost, Placement, PromptHashes
+from router.queued import Queued
 from router.replica_wait import ReplicaWait
 from router.sender import Sender
 from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
@@ -69,11 +71,7 @@ class Dispatcher:
         self._admission = Admission(
             max_queued_tokens=config.max_queued_tokens, max_queued_requests=config.max_queued_requests
         )
-        self._batcher = Batcher(
-            max_batch_tokens=config.max_batch_tokens,
-            max_batch_requests=config.max_batch_requests,
-            max_batch_wait_s=config.max_batch_wait_s,
-        )
+        self._batcher, self._forecast = make_queue(config)
         self._fleet = Fleet(
             lambda address, roster: ReplicaLink(address, identity, self, rng=self._rng, times=link_times, roster=roster)
         )
@@ -136,8 +134,10 @@ class Dispatcher:
         if missing := self._fleet.lacks(request.needed_capabilities):
             raise dispatch_errors.capability_error(missing)
         now = self._clock()
-        permit = self._admission.admit(request.num_known_tokens, now, num_choices=request.n)
+        self._forecast.check(request, now)
+        permit = self._admit(request, now)
         flight = self._flights.add(request, sink, permit)
+        flight.hashes = PromptHashes(self._identity.keys.prefix_hash, request)
         flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
         self._queue(flight, now)
         return partial(self._cancel, flight)
@@ -150,8 +150,21 @@ class Dispatcher:
 
     # The queue.
 
+    def _admit(self, request: Request, now: float) -> Permit:
+        """Return a permit; who has more than an equal part of a full backlog gives way. Raises OverloadedError."""
+        size = request.num_known_tokens
+        while True:
+            tenant = self._admission.who_gives_way(size, now, tenant=request.tenant, num_choices=request.n)
+            if tenant is None:
+                return self._admission.admit(size, now, tenant=request.tenant, num_choices=request.n)
+            refusal = self._admission.refusal(size, now)
+            newest = self._batcher.newest(tenant)
+            if newest is None:
+                raise refusal
+            self._end_queued(newest, dispatch_errors.gave_way_error(refusal))
+
     def _queue(self, flight: Flight, now: float) -> None:
-        self._batcher.add(Queued(key=flight.key, request=flight.request, attempt=flight.attempt, since=now))
+        self._batcher.add(self._forecast.queued(flight, now))
         self._pump_soon()
 
     def _pump_soon(self) -> None:
@@ -164,20 +177,33 @@ class Dispatcher:
         """Send what can be sent now, and see to it that the rest is looked at in time."""
         self._is_pump_due = False
         now = self._clock()
-        for queued in self._batcher.expire(now):
-            self._end_queued(queued, dispatch_errors.deadline_error(queued.request, now))
+        self._expire(now)
         has_ready = self._fleet.has_ready
         self._replica_wait.see(now, has_replica=has_ready)
         left: list[Queued] = []
-        while has_ready and (batch := self._batcher.next_batch(now, self._fleet.credit_tokens)) is not None:
+        while has_ready and (batch := self._next_batch(now)) is not None:
             left += self._dispatch(batch, now)
+        self._expire(now)
         for queued in left:
             if self._flights.find(queued.key) is not None:
                 self._batcher.add(replace(queued, since=now))
         if (limit := self._replica_wait.overdue_since(now)) is not None:
-            for queued in self._batcher.waiting_since(limit):
+            for queued in self._batcher.waiting_since(limit, now):
                 self._end_queued(queued, dispatch_errors.no_replica_error(self._replica_wait.max_wait_s))
         self._arm(now, self._fleet.credit_tokens)
+
+    def _expire(self, now: float) -> None:
+        for queued in self._batcher.expire(now):
+            request = queued.request
+            is_past = request.deadline <= now
+            error = dispatch_errors.deadline_error if is_past else dispatch_errors.unreachable_error
+            self._end_queued(queued, error(request, now))
+
+    def _next_batch(self, now: float) -> DispatchBatch | None:
+        fleet = self._fleet
+        return self._batcher.next_batch(
+            now, fleet.credit_tokens, credit_sequences=fleet.credit_sequences, block_size=fleet.block_size
+        )
 
     def _dispatch(self, batch: DispatchBatch, now: float) -> list[Queued]:
         """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
@@ -186,11 +212,16 @@ class Dispatcher:
         for queued in itertools.chain.from_iterable(batch.groups):
             flight = self._flights.find(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
+                self._forecast.unsent(queued)
                 continue
+            # Before it goes: its sink may end it while it is told that it has gone.
+            self._forecast.sent(flight, queued, now)
             try:
                 if not self._sender.send(flight, batch.batch_id, now):
+                    self._forecast.recalled(queued)
                     left.append(queued)
             except CapabilityError as error:
+                self._forecast.recalled(queued)
                 self._end(flight, error)
         return left
 
@@ -220,6 +251,7 @@ class Dispatcher:
             self._pump_soon()
 
     def link_delivered(self, link: ReplicaLink, deltas: Sequence[pb.WorkDelta]) -> None:
+        now = self._clock()
         for delta in deltas:
             flight = self._flights.find_work(delta.work_id, link)
             if flight is None:
@@ -229,7 +261,9 @@ class Dispatcher:
             if delta.index not in flight.open_choices:
                 continue  # of a choice that nobody wants any more
             if delta.token_ids:
-                flight.is_untouched = False
+                if flight.first_token_at is None:
+                    flight.first_token_at, flight.is_untouched = now, False
+                flight.num_tokens += len(delta.token_ids)
                 logprobs = from_logprobs(delta.logprobs) if delta.logprobs else ()
                 flight.sink.tokens(delta.index, list(delta.token_ids), logprobs)
             if delta.HasField("finish") and delta.index in flight.open_choices and not flight.is_ended:
@@ -256,20 +290,20 @@ class Dispatcher:
             self._lose(flight, finish.error_message, finish.error_reason)
         else:
             if not flight.open_choices:
-                self._flights.leave(flight)
+                self._leave(flight)
             self._end(flight, error_of(finish))
 
     def _end_if_whole(self, flight: Flight) -> None:
         """End a request of which no choice is left: the replica has no more of it."""
         if not flight.open_choices and not flight.is_ended:
-            self._flights.leave(flight)
+            self._leave(flight, is_answered=True)
             self._end(flight, None)
 
     def _lose(self, flight: Flight, message: str, reason: str) -> None:
         """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
         if flight.is_ended:  # by what the sink of another one did
             return
-        self._flights.leave(flight)
+        self._leave(flight, is_lost=True)
         if not flight.is_untouched or flight.num_losses >= MAX_LOSSES:
             self._end(flight, dispatch_errors.lost_error(message))
             return
@@ -304,9 +338,9 @@ class Dispatcher:
             return
         flight.is_ended = True
         self._flights.remove(flight)
-        self._batcher.remove(flight.key)
+        self._batcher.remove(flight.key, self._clock())
         work_id = flight.work_id
-        if (link := self._flights.leave(flight)) is not None:
+        if (link := self._leave(flight)) is not None:
             link.abort(work_id)
         flight.permit.release()
         if flight.spans is not None:
@@ -315,11 +349,20 @@ class Dispatcher:
         if self._is_draining and not self._flights:
             self._last_ended.set()
 
+    def _leave(self, flight: Flight, *, is_answered: bool = False, is_lost: bool = False) -> ReplicaLink | None:
+        """Take a request off its replica's books, if it is on any; return that link."""
+        link = self._flights.leave(flight)
+        if link is not None:
+            self._forecast.over(flight, self._clock(), is_answered=is_answered, is_lost=is_lost)
+        return link
+
     def check_integrity(self) -> None:
         """Assert that every book agrees with every other; for tests."""
+        self._admission.check_integrity()
         self._batcher.check_integrity()
         self._flights.check_integrity()
         num_aboard = len(self._flights.aboard)
+        self._forecast.check_integrity(num_aboard)
         assert len(self._flights) == self._batcher.num_requests + num_aboard
         backlog = self.backlog()
         assert backlog.num_queued_requests == self._batcher.num_requests

@@ -15,15 +15,19 @@ class Flight:
     __slots__ = (
         "attempt",
         "cancelled_choices",
+        "charge",
+        "first_token_at",
         "hashes",
         "is_ended",
         "is_untouched",
         "key",
         "link",
         "num_losses",
+        "num_tokens",
         "open_choices",
         "permit",
         "request",
+        "sent_at",
         "sink",
         "spans",
         "work_id",
@@ -44,6 +48,13 @@ class Flight:
         self.spans: DispatchSpans | None = None
         self.link: ReplicaLink | None = None
         self.work_id = 0
+        # Of the present attempt, or of the last one.
+        self.sent_at = 0.0
+        self.first_token_at: float | None = None
+        self.num_tokens = 0
+        """Generated, of all choices."""
+        self.charge = 0
+        """What its tenant was charged for it."""
         self.is_untouched = True
         """Whether the sink has had no token yet, so that another replica may begin anew."""
         self.is_ended = False

@@ -87,7 +87,13 @@ class Router:
         self._dispatcher.start()
         self._watch(group, workers)
         self._server = RouterServer(
-            config, self._models, self._dispatcher, router_id=self._router_id, version=version, so_reuseport=True
+            config,
+            self._models,
+            self._dispatcher,
+            router_id=self._router_id,
+            version=version,
+            so_reuseport=True,
+            salt_key=identity.keys.tenant_salt,
         )
         host, port = listen
         # The public port is the same for all routers of a node; the other one leads to this router alone.

@@ -28,6 +28,7 @@ from octavo.v1.status_service_pb2_grpc import add_StatusServiceServicer_to_serve
 
 from router import status
 from router.config import RouterConfig
+from router.identity import Identities
 from router.intake import Intake
 from router.model import ServedModel
 from router.servicer import InferenceServicer
@@ -51,7 +52,7 @@ class RouterServer:
     """Make it on the event loop that it shall run on. `models` may not be changed afterwards.
 
     `so_reuseport`: whether other routers of this machine may listen on the same port; then a port that is in use by
-    one of them goes unnoticed.
+    one of them goes unnoticed. `salt_key`: `ClusterKeys.tenant_salt`, needed if tenants are told apart.
     """
 
     def __init__(
@@ -63,14 +64,16 @@ class RouterServer:
         router_id: str,
         version: str,
         so_reuseport: bool = False,
+        salt_key: bytes = b"",
     ) -> None:
         self._intake = Intake(config, models, backend, router_id=router_id)
-        self._sessions = Sessions(self._intake)
+        identities = Identities(config.tenant_header, salt_key=salt_key)
+        self._sessions = Sessions(self._intake, identities)
         self._max_message_bytes = config.max_message_bytes
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
         self._is_bound = False
-        self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions))
+        self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions, identities))
         self._add(add_ModelServiceServicer_to_server, ModelServicer(models, backend, self._intake.validator))
         status_servicer = StatusServicer(backend, self._intake, self._sessions, router_id=router_id, version=version)
         self._add(add_StatusServiceServicer_to_server, status_servicer)

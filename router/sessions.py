@@ -9,14 +9,16 @@ from octavo.v1.inference_service_pb2 import GoAway
 
 from router import status
 from router.entries import Entries
-from router.identity import identify
+from router.identity import Identities
 from router.intake import Intake
 from router.session import Session
+from workers.errors import OctavoError
 
 
 class Sessions:
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: Intake, identities: Identities) -> None:
         self._intake = intake
+        self._identities = identities
         self._entries = Entries()
         self._open: set[Session] = set()
         self._go_away: GoAway | None = None
@@ -32,7 +34,11 @@ class Sessions:
 
     async def serve(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Serve one Session call to its end."""
-        session = Session(self._intake, self._entries, context, identify(context))
+        try:
+            identity = self._identities.identify(context)
+        except OctavoError as error:
+            await status.abort(context, error)
+        session = Session(self._intake, self._entries, context, identity)
         self._open.add(session)
         if self._go_away is not None:
             session.go_away(self._go_away)

@@ -38,6 +38,8 @@ class Request:
     salt: bytes = b""
     adapter: str = ""
     deadline: float
+    has_own_deadline: bool = False
+    """Whether the client brought it; else it is the router's, and nobody waits for the answer by then."""
     accepted_at: float
     traceparent: str = ""
     tracestate: str = ""

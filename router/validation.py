@@ -41,6 +41,8 @@ class Envelope:
     accepted_at: float
     deadline: float
     """Both on ``time.monotonic``, in seconds."""
+    has_own_deadline: bool = False
+    """Whether the client brought it."""
     identity: Identity = ANYBODY
     traceparent: str = ""
     tracestate: str = ""
@@ -104,6 +106,7 @@ class Validator:
             tenant=envelope.identity.tenant,
             salt=envelope.identity.salt,
             deadline=envelope.deadline,
+            has_own_deadline=envelope.has_own_deadline,
             accepted_at=envelope.accepted_at,
             traceparent=traceparent,
             tracestate=envelope.tracestate,

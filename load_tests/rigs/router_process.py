@@ -71,7 +71,14 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     dispatcher.start()
     addresses = [ReplicaAddress(replica_id=name, address=address, node_id="rig") for name, address in job["replicas"]]
     dispatcher.update_replicas(addresses)
-    server = RouterServer(config, {model.manifest.name: model}, dispatcher, router_id=identity.router_id, version="rig")
+    server = RouterServer(
+        config,
+        {model.manifest.name: model},
+        dispatcher,
+        router_id=identity.router_id,
+        version="rig",
+        salt_key=keys.tenant_salt,
+    )
     port = server.bind("127.0.0.1", job["port"])
     await server.start()
     while not all(view.state == "ready" for view in dispatcher.replicas()):  # noqa: ASYNC110  nobody tells when they are

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.batcher import Batcher, DispatchBatch, Queued
+from router.batcher import Batcher, DispatchBatch
+from router.order import FairOrder
+from router.queued import Queued
 from router.types import Request
 from workers.types import SamplingParams
 
@@ -27,11 +28,11 @@ def queued(key: int, num_tokens: int = 10, *, since: float = 0.0, deadline: floa
         deadline=deadline,
         accepted_at=since,
     )
-    return Queued(key=key, request=request, since=since)
+    return Queued(key=key, request=request, since=since, cost=num_tokens + 1)
 
 
 def make_batcher(*waiting: Queued, tokens: int = 100, requests: int = 4, wait_s: float = 0.5) -> Batcher:
-    batcher = Batcher(max_batch_tokens=tokens, max_batch_requests=requests, max_batch_wait_s=wait_s)
+    batcher = Batcher(FairOrder(), max_batch_tokens=tokens, max_batch_requests=requests, max_batch_wait_s=wait_s)
     for one in waiting:
         batcher.add(one)
     return batcher
@@ -62,7 +63,7 @@ def test_what_arrives_together_goes_together() -> None:
     assert drain(make_batcher(queued(1), queued(2), queued(3))) == [[1, 2, 3]]
 
 
-def test_order_is_priority_then_deadline_then_acceptance() -> None:
+def test_order_is_priority_then_acceptance_where_no_client_brought_a_deadline() -> None:
     batcher = make_batcher(
         queued(1, since=1.0, deadline=9.0),
         queued(2, since=2.0, deadline=8.0),
@@ -70,7 +71,7 @@ def test_order_is_priority_then_deadline_then_acceptance() -> None:
         queued(4, since=4.0, deadline=8.0),
         requests=10,
     )
-    assert drain(batcher) == [[3, 2, 4, 1]]
+    assert drain(batcher) == [[3, 1, 2, 4]]
 
 
 def test_an_expired_request_is_handed_back_and_not_sorted_as_the_most_urgent() -> None:
@@ -108,7 +109,7 @@ def test_a_full_batch_does_not_wait() -> None:
 def test_an_empty_queue_forgets_the_lack_of_credit() -> None:
     batcher = make_batcher(queued(1))
     assert batcher.next_batch(0.0, 0) is None
-    assert batcher.remove(1) is not None
+    assert batcher.remove(1, 0.0) is not None
     batcher.add(queued(2))
     assert keys(batcher.next_batch(0.0, PLENTY)) == [2]
 
@@ -125,10 +126,10 @@ def test_a_request_larger_than_a_batch_goes_alone() -> None:
 
 def test_remove_takes_out_once() -> None:
     batcher = make_batcher(queued(1, 7), queued(2, 5))
-    removed = batcher.remove(1)
+    removed = batcher.remove(1, 0.0)
     assert removed is not None
     assert removed.num_tokens == 7
-    assert batcher.remove(1) is None
+    assert batcher.remove(1, 0.0) is None
     assert (batcher.num_requests, batcher.num_tokens) == (1, 5)
     assert drain(batcher) == [[2]]
 
@@ -136,15 +137,24 @@ def test_remove_takes_out_once() -> None:
 def test_those_that_wait_too_long_are_handed_back_in_order() -> None:
     batcher = make_batcher(queued(1, since=1.0), queued(2, since=2.0), queued(3, since=3.0))
     assert batcher.oldest_since == 1.0
-    assert [one.key for one in batcher.waiting_since(2.0)] == [1, 2]
+    assert [one.key for one in batcher.waiting_since(2.0, 3.0)] == [1, 2]
     assert batcher.oldest_since == 3.0
-    assert [one.key for one in batcher.waiting_since(3.0)] == [3]
+    assert [one.key for one in batcher.waiting_since(3.0, 3.0)] == [3]
     assert batcher.oldest_since is None
 
 
-def test_dispatching_the_expired_is_a_bug_of_ours() -> None:
-    with pytest.raises(AssertionError, match="expire"):
-        make_batcher(queued(1, deadline=1.0)).next_batch(2.0, PLENTY)
+def test_who_is_late_when_it_is_his_turn_is_put_aside() -> None:
+    batcher = make_batcher(queued(1, deadline=1.0), queued(2))
+    assert keys(batcher.next_batch(2.0, PLENTY)) == [2]
+    assert [one.key for one in batcher.expire(2.0)] == [1]
+    assert batcher.expire(2.0) == []
+
+
+def test_sequences_are_credit_too() -> None:
+    batcher = make_batcher(queued(1), queued(2), queued(3))
+    assert keys(batcher.next_batch(0.0, PLENTY, credit_sequences=2)) == [1, 2]
+    assert batcher.next_batch(0.0, PLENTY, credit_sequences=0) is None
+    assert batcher.is_held
 
 
 class BatcherMachine(RuleBasedStateMachine):
@@ -177,7 +187,7 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.model)))
-        assert self.batcher.remove(key) is self.model.pop(key)
+        assert self.batcher.remove(key, self.now) is self.model.pop(key)
 
     @rule(credit=st.sampled_from([0, 5, 1_000]))
     def pump(self, credit: int) -> None:
@@ -192,7 +202,7 @@ class BatcherMachine(RuleBasedStateMachine):
             taken = [one for group in batch.groups for one in group]
             ordered = sorted(
                 self.model.values(),
-                key=lambda q: (q.request.priority, q.request.deadline, q.request.accepted_at, q.key),
+                key=lambda q: (q.request.priority, q.request.accepted_at, q.key),
             )
             assert taken == ordered[: len(taken)]
             assert 1 <= len(taken) <= 3
@@ -208,7 +218,7 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @rule(age=st.sampled_from([0.5, 5.0]))
     def give_up(self, age: float) -> None:
-        overdue = self.batcher.waiting_since(self.now - age)
+        overdue = self.batcher.waiting_since(self.now - age, self.now)
         assert [one.key for one in overdue] == [k for k, q in self.model.items() if q.since <= self.now - age]
         for one in overdue:
             del self.model[one.key]
