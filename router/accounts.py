@@ -37,9 +37,8 @@ class Accounts:
         self._dispatched_at = time.monotonic()
 
     def arrived(self) -> None:
-        """Tokens are there."""
-        if not self._first_token_at:
-            self._first_token_at = time.monotonic()
+        """The first tokens are there."""
+        self._first_token_at = time.monotonic()
 
     def finished(self, finish: Finish) -> None:
         """The engine has ended a choice; the one that took longest tells the times."""
@@ -53,40 +52,34 @@ class Accounts:
             self._prefill_s = max(0.0, self._first_token_at - self._dispatched_at)
         self._decode_s = max(self._decode_s, time.monotonic() - self._first_token_at)
 
-    def usage(self, *, num_prompt: int, num_generated: int) -> pb.Usage:
-        return pb.Usage(
-            prompt_tokens=num_prompt,
-            cached_tokens=self.num_cached,
-            generated_tokens=num_generated,
-            queue_s=self._dispatch_queue_s + self._engine_queue_s,
-            prefill_s=self._prefill_s,
-            decode_s=self._decode_s,
-            replica=self.replica,
-        )
+    def fill_usage(self, usage: pb.Usage, *, num_prompt: int, num_generated: int) -> None:
+        usage.prompt_tokens = num_prompt
+        usage.cached_tokens = self.num_cached
+        usage.generated_tokens = num_generated
+        usage.queue_s = self._dispatch_queue_s + self._engine_queue_s
+        usage.prefill_s = self._prefill_s
+        usage.decode_s = self._decode_s
+        usage.replica = self.replica
 
     @property
     def replica(self) -> str:
         """Where the request went last; empty if it went nowhere."""
         return "" if self.decision is None else self.decision.replica
 
-    def decision_message(self) -> pb.Decision | None:
+    def fill_decision(self, message: pb.Decision) -> None:
+        """Only once it was dispatched."""
         decision = self.decision
-        if decision is None:
-            return None
-        return pb.Decision(
-            replica=decision.replica,
-            rule=decision.rule,
-            matched_tokens=decision.matched_tokens,
-            attempt=decision.attempt,
-            candidates=[
-                pb.Decision.Candidate(
-                    replica=candidate.replica,
-                    matched_tokens=candidate.matched_tokens,
-                    owed_tokens=candidate.owed_tokens,
-                    uncached_tokens=candidate.uncached_tokens,
-                    decode_tokens=candidate.decode_tokens,
-                    cost=candidate.cost,
-                )
-                for candidate in decision.candidates
-            ],
-        )
+        assert decision is not None
+        message.replica = decision.replica
+        message.rule = decision.rule
+        message.matched_tokens = decision.matched_tokens
+        message.attempt = decision.attempt
+        for candidate in decision.candidates:
+            message.candidates.add(
+                replica=candidate.replica,
+                matched_tokens=candidate.matched_tokens,
+                owed_tokens=candidate.owed_tokens,
+                uncached_tokens=candidate.uncached_tokens,
+                decode_tokens=candidate.decode_tokens,
+                cost=candidate.cost,
+            )

@@ -51,6 +51,7 @@ class Answer:
     __slots__ = (
         "_cancel",
         "_has_begun",
+        "_has_tokens",
         "_is_closed",
         "_is_over",
         "_is_signalled",
@@ -90,6 +91,7 @@ class Answer:
         self._journal = Journal([], num_choices=0)
         self._cancel: Cancel | None = None
         self._has_begun = False
+        self._has_tokens = False
         self._is_over = False
         self._is_closed = False
         self._is_signalled = False
@@ -183,7 +185,12 @@ class Answer:
     @property
     def has_output(self) -> bool:
         """Whether `take` or the terminal would give something now."""
-        return self.is_complete or self._journal.has_deltas(self.window)
+        return self.has_deltas or self.is_complete
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether `take` would give something now."""
+        return self._journal.has_deltas(self.window)
 
     def take(self, limit: int, add: Callable[[], pb.Delta]) -> int:
         """Fill deltas from `add`, one a choice, with what is available within the window and at most `limit`, in tokens
@@ -222,8 +229,9 @@ class Answer:
         """Return what an attachment may say that it has of a choice. Only once it has begun."""
         return self._journal.offsets(index)
 
-    def usage(self) -> pb.Usage:
-        return self.accounts.usage(
+    def fill_usage(self, usage: pb.Usage) -> None:
+        self.accounts.fill_usage(
+            usage,
             num_prompt=0 if self._request is None else len(self._request.prompt),
             num_generated=self._journal.num_generated,
         )
@@ -239,15 +247,17 @@ class Answer:
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         if self._is_over:
             return
-        self.accounts.arrived()
+        if not self._has_tokens:
+            self._has_tokens = True
+            self.accounts.arrived()
         if self._journal.has_ended(index):
             return
         try:
-            self._journal.push(index, token_ids, logprobs)
+            has_ended = self._journal.push(index, token_ids, logprobs)
         except Exception as error:  # a sink never raises: the other requests of this message must not suffer
             self.fail(status.unexpected(error))
             return
-        if self._journal.has_ended(index):
+        if has_ended:
             self._stop_choice(index)
         self._signal_if_output()
 
@@ -304,9 +314,12 @@ class Answer:
     def _signal_if_output(self) -> None:
         if self._is_signalled or self._on_ready is None:
             return
-        if self.pending_since is None and self._journal.has_deltas(None):
+        has_deltas = self._journal.has_deltas(None)
+        if has_deltas and self.pending_since is None:
             self.pending_since = time.monotonic()
-        if self.has_output:
+        if self.window == 0:
+            has_deltas = self._journal.has_deltas(0)
+        if has_deltas or self.is_complete:
             self._signal()
 
     def _signal(self) -> None:

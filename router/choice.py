@@ -77,14 +77,14 @@ class Choice:
 
     def push(self, token_ids: Sequence[int]) -> int:
         """Take tokens and return how many: those after a stop string are dropped. A token that stops has no text."""
-        detokenizer = self.detokenizer
+        detokenizer, known, pieces = self.detokenizer, self.token_ids, self.pieces
         for count, token_id in enumerate(token_ids, start=1):
-            self.token_ids.append(token_id)
-            may_end = len(self.token_ids) > self._min_tokens
+            known.append(token_id)
+            may_end = len(known) > self._min_tokens
             if may_end and token_id in self._stop_token_ids:
-                self.pieces.append("")
+                pieces.append("")
             else:
-                self.pieces.append(detokenizer.push(token_id, may_end=may_end))
+                pieces.append(detokenizer.push(token_id, may_end))
             if detokenizer.matched is not None:
                 self.finish = pb.Finish(reason=pb.FINISH_REASON_STOP, stop=detokenizer.matched)
                 return count

@@ -193,6 +193,9 @@ class StopStrings:
                 return state, position, matched
         return state, 0, None
 
+    def may_begin_in(self, text: str) -> bool:
+        return self._first.search(text) is not None
+
     def num_possible(self, state: int) -> int:
         """How many characters before this state may still become a match."""
         return self._depth[state]
@@ -211,10 +214,13 @@ class Detokenizer:
         self.matched: str | None = None
         """The stop string that ended the text; the text ends before it."""
 
-    def push(self, token_id: int, *, may_end: bool = True) -> str:
+    def push(self, token_id: int, may_end: bool = True) -> str:
         """Return the text that became certain with this token. `may_end`: whether a stop string may end with it."""
         text = self._decoder.push(token_id)
-        return text if self._stops is None or not text else self._release(self._stops, text, may_end)
+        stops = self._stops
+        if stops is None or (self._state == 0 and not stops.may_begin_in(text)):
+            return text
+        return self._release(stops, text, may_end)
 
     def flush(self, *, may_end: bool = True) -> str:
         """Return everything held back. The tokens are over."""

@@ -1,7 +1,8 @@
 """Where requests come in, from Generate and from Session alike, and where all their answers are kept count of.
 
 `open` makes an `Answer`, `admit` checks the request and hands it to the back; whatever goes wrong ends that answer and
-nothing is raised. Owns the set of answers whose terminal was not sent, and the sweep that ends those that nobody takes.
+nothing is raised. Owns the set of answers whose terminal was not sent, and the sweep that ends those that nobody takes
+and breaks off writes that get stuck.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import grpc.aio
 from octavo.names import Reason
 from octavo.v1.inference_service_pb2 import GenerateRequest
 
@@ -18,9 +21,10 @@ from router.answer import Answer
 from router.config import RouterConfig
 from router.model import ServedModel
 from router.span import RequestSpan
+from router.stream_writer import StreamWriter, slow_consumer
 from router.types import Backend
 from router.validation import Envelope, Validator
-from workers.errors import DeadlineError, OctavoError, OverloadedError, UnavailableError
+from workers.errors import DeadlineError, OctavoError, UnavailableError
 
 MAX_TIMEOUT_S = 30 * 24 * 3600.0
 """A client's longer timeout is as good as this one."""
@@ -39,6 +43,7 @@ class Intake:
         self._backend = backend
         self._router_id = router_id
         self._answers: set[Answer] = set()
+        self._writers: set[StreamWriter] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._sweeper: asyncio.Task[None] | None = None
@@ -95,6 +100,15 @@ class Intake:
         if late_s >= 0:
             raise DeadlineError(f"the deadline must be in the future, passed {late_s:.3f} s ago")
 
+    def open_writer(self, context: grpc.aio.ServicerContext[Any, Any]) -> StreamWriter:
+        """Return what the running task shall write to `context` with. `close_writer` must follow."""
+        writer = StreamWriter(context, self.config.slow_consumer_s)
+        self._writers.add(writer)
+        return writer
+
+    def close_writer(self, writer: StreamWriter) -> None:
+        self._writers.discard(writer)
+
     @property
     def num_open(self) -> int:
         """Answers whose terminal was not sent."""
@@ -132,9 +146,5 @@ class Intake:
         for answer in list(self._answers):
             if answer.pending_since is not None and now - answer.pending_since > limit_s:
                 answer.fail(slow_consumer(limit_s))
-
-
-def slow_consumer(limit_s: float) -> OverloadedError:
-    return OverloadedError(
-        f"nothing of this answer was taken for {limit_s:g} s; read it, or grant a window", reason=Reason.SLOW_CONSUMER
-    )
+        for writer in self._writers:
+            writer.check(now)

@@ -60,13 +60,14 @@ class Journal:
     def has_ended(self, index: int) -> bool:
         return self._generated[index].finish is not None
 
-    def push(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
-        """Take tokens of a choice; it may end with a stop string."""
+    def push(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bool:
+        """Take tokens of a choice; return whether it has ended with a stop string."""
         choice = self._generated[index]
         num_taken = choice.push(token_ids)
         if self._num_logprobs is not None:
             assert len(logprobs) == len(token_ids), "each token has its log probability"
             choice.note_logprobs(logprobs[:num_taken], keeps=self._sends_logprobs)
+        return choice.finish is not None
 
     def end(self, index: int, finish: Finish) -> None:
         """The engine has ended a choice; `rank` follows."""

@@ -19,39 +19,38 @@ from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from router import status
 from router.answer import MAX_MESSAGE_TOKENS, Answer
-from router.identity import Identities
-from router.intake import Intake, slow_consumer
+from router.identity import identify
+from router.intake import Intake
 from router.sessions import Sessions
+from router.stream_writer import StreamWriter
 from router.validation import MAX_ID_BYTES, Envelope
-from workers.errors import CancelledRequestError, DeadlineError, OctavoError
+from workers.errors import CancelledRequestError, DeadlineError, OctavoError, OverloadedError
 
 
 class InferenceServicer(InferenceServiceServicer):
-    def __init__(self, intake: Intake, sessions: Sessions, identities: Identities) -> None:
+    def __init__(self, intake: Intake, sessions: Sessions) -> None:
         self._intake = intake
-        self._identities = identities
         self._sessions = sessions
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
     ) -> None:
         ready = asyncio.Event()
-        try:
-            envelope = self._envelope(request, context)
-        except OctavoError as error:
-            await status.abort(context, error)
+        envelope = self._envelope(request, context)
         answer = self._intake.open(
             envelope, name=Span.GENERATE, model=request.model, on_ready=lambda _answer: ready.set()
         )
+        writer = self._intake.open_writer(context)
         try:
             await self._intake.admit(answer, request)
-            await _Reply(context, self._intake.config.slow_consumer_s).stream(answer, ready)
+            await _Reply(context, writer).stream(answer, ready)
         except asyncio.CancelledError:
             # The client left, or the call's deadline passed: gRPC tells both in the same way.
             is_late = time.monotonic() >= envelope.deadline - 0.001
             answer.fail(DeadlineError("the deadline passed") if is_late else CancelledRequestError("the client left"))
             raise
         finally:
+            self._intake.close_writer(writer)
             answer.close()
 
     async def Session(  # type: ignore[override]  # noqa: N802
@@ -65,9 +64,8 @@ class InferenceServicer(InferenceServiceServicer):
         return Envelope(
             request_id=request.client_request_id or secrets.token_hex(8),
             accepted_at=now,
-            deadline=self._intake.deadline(now, left_s := context.time_remaining()),
-            has_own_deadline=left_s is not None,
-            identity=self._identities.identify(context),
+            deadline=self._intake.deadline(now, context.time_remaining()),
+            identity=identify(context),
             traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
             tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
         )
@@ -77,10 +75,10 @@ class _Reply:
     """Writes one answer to one Generate call."""
 
     def __init__(
-        self, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse], slow_consumer_s: float
+        self, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse], writer: StreamWriter
     ) -> None:
         self._context = context
-        self._slow_consumer_s = slow_consumer_s
+        self._writer = writer
         self._has_begun = False
 
     async def stream(self, answer: Answer, ready: asyncio.Event) -> None:
@@ -93,9 +91,9 @@ class _Reply:
                 answer.take(MAX_MESSAGE_TOKENS, message.deltas.add)
                 is_complete = answer.is_complete
                 if is_complete and answer.error is None:
-                    message.usage.CopyFrom(answer.usage())
-                    if (decision := answer.accounts.decision_message()) is not None:
-                        message.decision.CopyFrom(decision)
+                    answer.fill_usage(message.usage)
+                    if answer.accounts.decision is not None:
+                        answer.accounts.fill_decision(message.decision)
                     self._context.set_trailing_metadata(_trailers(answer))
                 if message.deltas or answer.error is None:
                     await self._write(message, answer)
@@ -110,11 +108,10 @@ class _Reply:
             await self._context.send_initial_metadata(())
             self._has_begun = True
         try:
-            async with asyncio.timeout(self._slow_consumer_s):
-                await self._context.write(message)
-        except TimeoutError:
-            answer.fail(slow_consumer(self._slow_consumer_s))
-            await self._abort(answer.error or slow_consumer(self._slow_consumer_s), answer)
+            await self._writer.write(message)
+        except OverloadedError as error:
+            answer.fail(error)
+            await self._abort(answer.error or error, answer)
 
     async def _abort(self, error: OctavoError, answer: Answer) -> None:
         await status.abort(self._context, error, _trailers(answer))

@@ -27,8 +27,9 @@ from router import status
 from router.answer import Answer
 from router.entries import Entries, Entry
 from router.identity import Identity
-from router.intake import Intake, slow_consumer
+from router.intake import Intake
 from router.session_outbox import SessionOutbox
+from router.stream_writer import StreamWriter
 from router.validation import MAX_ID_BYTES, Envelope
 from router.violations import shown
 from workers.errors import (
@@ -67,12 +68,14 @@ class Session:
         """Read and write until the client has finished and everything is written, or the stream breaks."""
         # Apart from the first message: if that got stuck, the call could not be aborted any more.
         await self._context.send_initial_metadata(())
+        writer = self._intake.open_writer(self._context)
         reader = asyncio.create_task(self._read())
         is_broken = True
         try:
-            await self._write(reader)
+            await self._write(reader, writer)
             is_broken = False
         finally:
+            self._intake.close_writer(writer)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             self._part(is_broken=is_broken)
@@ -146,7 +149,7 @@ class Session:
                 reason=Reason.REQUEST_ID_IN_USE,
                 violations=[Violation("request_id", "must be unique among live requests")],
             )
-        elif _has_more_than_received(start):
+        elif start.attach_offsets and _has_more_than_received(start):
             raise NotFoundError(
                 f"this router knows no request {shown(start.request_id)} to attach to",
                 reason=Reason.REQUEST_NOT_FOUND,
@@ -160,7 +163,6 @@ class Session:
             request_id=start.request_id,
             accepted_at=now,
             deadline=self._intake.deadline(now, _seconds(start.timeout) if start.HasField("timeout") else None),
-            has_own_deadline=start.HasField("timeout"),
             identity=self._identity,
             traceparent=start.traceparent,
             tracestate=start.tracestate,
@@ -203,15 +205,12 @@ class Session:
     def _is_ready(self, answer: Answer) -> None:
         self._outbox.add(self._live[answer.request_id])
 
-    async def _write(self, reader: asyncio.Task[None]) -> None:
+    async def _write(self, reader: asyncio.Task[None], writer: StreamWriter) -> None:
         """Write what is available until nothing more can come. Raises what ends the stream."""
         outbox = self._outbox
         reader.add_done_callback(lambda _task: outbox.has_work.set())
-        limit_s = self._intake.config.slow_consumer_s
         while True:
-            message, ended = outbox.take()
-            self._end(ended)
-            if message is None:
+            if outbox.is_empty:
                 if reader.done() and (error := reader.exception()) is not None:
                     await self._abort(error, reader)
                 if self._takes_no_more and not self._live:
@@ -219,11 +218,12 @@ class Session:
                 outbox.has_work.clear()
                 await outbox.has_work.wait()
                 continue
+            message, ended = outbox.take()
+            self._end(ended)
             try:
-                async with asyncio.timeout(limit_s):
-                    await self._context.write(message)
-            except TimeoutError:
-                await self._abort(slow_consumer(limit_s), reader)
+                await writer.write(message)
+            except OverloadedError as error:
+                await self._abort(error, reader)
             self._written()
             if outbox.has_ready:
                 await asyncio.sleep(0)  # a write may complete without suspending, and others want to run too

@@ -37,6 +37,11 @@ class SessionOutbox:
         self._go_away: GoAway | None = None
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return not self._ready and not self._refusals and self._go_away is None
+
+    @property
     def has_ready(self) -> bool:
         """Whether an answer has something to write."""
         return bool(self._ready)
@@ -63,16 +68,14 @@ class SessionOutbox:
         self._go_away = message
         self.has_work.set()
 
-    def take(self) -> tuple[SessionResponse | None, list[Entry]]:
-        """Return everything available, up to a bound, or None if there is nothing; and the requests whose Terminal is
-        in it, of which nothing may be told any more."""
+    def take(self) -> tuple[SessionResponse, list[Entry]]:
+        """Return everything available, up to a bound, and the requests whose Terminal is in it, of which nothing may be
+        told any more."""
         message, ended = SessionResponse(), list[Entry]()
         budget = MAX_MESSAGE_TOKENS
         if self._go_away is not None:
             message.go_away.CopyFrom(self._go_away)
             self._go_away = None
-        elif not self._ready and not self._refusals:
-            return None, ended
         while self._refusals and budget > 0:
             message.events.append(self._refusals.popleft())
             budget -= EVENT_TOKENS
@@ -85,9 +88,9 @@ class SessionOutbox:
             answer = entry.answer
             budget -= EVENT_TOKENS + answer.take(budget, partial(_new_delta, message, request_id))
             if answer.is_complete:
-                events.add(request_id=request_id, terminal=_terminal(answer))
+                _fill_terminal(events.add(request_id=request_id).terminal, answer)
                 ended.append(entry)
-            elif answer.has_output:
+            elif answer.has_deltas:
                 ready[request_id] = entry
         return message, ended
 
@@ -96,10 +99,12 @@ def _new_delta(message: SessionResponse, request_id: str) -> Delta:
     return message.events.add(request_id=request_id).delta
 
 
-def _terminal(answer: Answer) -> Terminal:
-    terminal = status.to_terminal(answer.error)
-    terminal.usage.CopyFrom(answer.usage())
-    if (decision := answer.accounts.decision_message()) is not None:
-        terminal.replica = decision.replica
-        terminal.decision.CopyFrom(decision)
-    return terminal
+def _fill_terminal(terminal: Terminal, answer: Answer) -> None:
+    if answer.error is None:
+        terminal.SetInParent()
+    else:
+        terminal.CopyFrom(status.to_terminal(answer.error))
+    answer.fill_usage(terminal.usage)
+    if answer.accounts.decision is not None:
+        terminal.replica = answer.accounts.replica
+        answer.accounts.fill_decision(terminal.decision)
