@@ -19,7 +19,7 @@ from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from router import status
 from router.answer import MAX_MESSAGE_TOKENS, Answer
-from router.identity import identify
+from router.identity import Identities
 from router.intake import Intake
 from router.sessions import Sessions
 from router.stream_writer import StreamWriter
@@ -28,15 +28,19 @@ from workers.errors import CancelledRequestError, DeadlineError, OctavoError, Ov
 
 
 class InferenceServicer(InferenceServiceServicer):
-    def __init__(self, intake: Intake, sessions: Sessions) -> None:
+    def __init__(self, intake: Intake, sessions: Sessions, identities: Identities) -> None:
         self._intake = intake
+        self._identities = identities
         self._sessions = sessions
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
     ) -> None:
         ready = asyncio.Event()
-        envelope = self._envelope(request, context)
+        try:
+            envelope = self._envelope(request, context)
+        except OctavoError as error:
+            await status.abort(context, error)
         answer = self._intake.open(
             envelope, name=Span.GENERATE, model=request.model, on_ready=lambda _answer: ready.set()
         )
@@ -64,8 +68,9 @@ class InferenceServicer(InferenceServiceServicer):
         return Envelope(
             request_id=request.client_request_id or secrets.token_hex(8),
             accepted_at=now,
-            deadline=self._intake.deadline(now, context.time_remaining()),
-            identity=identify(context),
+            deadline=self._intake.deadline(now, left_s := context.time_remaining()),
+            has_own_deadline=left_s is not None,
+            identity=self._identities.identify(context),
             traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
             tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
         )

@@ -163,6 +163,7 @@ class Session:
             request_id=start.request_id,
             accepted_at=now,
             deadline=self._intake.deadline(now, _seconds(start.timeout) if start.HasField("timeout") else None),
+            has_own_deadline=start.HasField("timeout"),
             identity=self._identity,
             traceparent=start.traceparent,
             tracestate=start.tracestate,
