@@ -25,6 +25,8 @@ FIELD = "received_token_ids"
 
 
 def num_received(message: GenerateRequest) -> int:
+    if not message.received_token_ids:
+        return 0
     return sum(len(each.ids) for each in message.received_token_ids)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import random
 
 from octavo.names import Reason
 from octavo.v1.types_pb2 import Sampling
@@ -14,18 +14,20 @@ from workers.types import SamplingParams
 
 MAX_LOGIT_BIASES = 1_024
 MAX_LOGIT_BIAS = 100.0
+_seeds = random.Random()  # repeatable by nobody, but no secret
+
+_RULES = (
+    ("temperature", 0.0, math.inf, "must be finite and >= 0"),
+    ("top_p", math.ulp(0.0), 1.0, "must be in (0, 1]"),
+    ("min_p", 0.0, 1.0, "must be in [0, 1]"),
+    ("repetition_penalty", math.ulp(0.0), math.inf, "must be finite and > 0"),
+    ("presence_penalty", -2.0, 2.0, "must be in [-2, 2]"),
+    ("frequency_penalty", -2.0, 2.0, "must be in [-2, 2]"),
+)
 
 
 def check_sampling(sampling: Sampling, model: ServedModel, violations: Violations) -> None:
-    rules = (
-        ("temperature", 0.0, math.inf, "must be finite and >= 0"),
-        ("top_p", math.ulp(0.0), 1.0, "must be in (0, 1]"),
-        ("min_p", 0.0, 1.0, "must be in [0, 1]"),
-        ("repetition_penalty", math.ulp(0.0), math.inf, "must be finite and > 0"),
-        ("presence_penalty", -2.0, 2.0, "must be in [-2, 2]"),
-        ("frequency_penalty", -2.0, 2.0, "must be in [-2, 2]"),
-    )
-    for name, lowest, highest, rule in rules:
+    for name, lowest, highest, rule in _RULES:
         if sampling.HasField(name):  # type: ignore[arg-type]  # one of the names above
             value: float = getattr(sampling, name)
             holds = math.isfinite(value) and lowest <= value <= highest
@@ -36,6 +38,8 @@ def check_sampling(sampling: Sampling, model: ServedModel, violations: Violation
 
 def _check_logit_bias(sampling: Sampling, model: ServedModel, violations: Violations) -> None:
     count = len(sampling.logit_bias)
+    if not count:
+        return
     rule = f"must have at most {MAX_LOGIT_BIASES} entries"
     violations.require(count <= MAX_LOGIT_BIASES, "sampling.logit_bias", rule, count)
     if count > MAX_LOGIT_BIASES:
@@ -59,6 +63,6 @@ def make_sampling(sampling: Sampling) -> SamplingParams:
         repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        seed=sampling.seed if sampling.HasField("seed") else _seeds.getrandbits(64),
         logit_bias=dict(sampling.logit_bias),
     )

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from octavo.v1 import inference_service_pb2 as pb
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from router import span as router_span
+from router.validation import Envelope
 from tests.router.rig import Outcome, Rig, answering, eventually, text_request
 from workers.errors import UnavailableError
 
@@ -117,3 +120,24 @@ async def test_a_context_that_is_none_starts_a_trace(
     rig.backend.script = answering("x")
     await rig.session(text_request(), traceparent=traceparent)
     assert (await only_span(exporter)).parent is None
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        f"00-{TRACE_ID}-00f067aa0ba902b7-01",
+        f"00-{TRACE_ID}-00f067aa0ba902b7-00",
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-{TRACE_ID}-{'0' * 16}-01",
+        f"01-{TRACE_ID}-00f067aa0ba902b7-01-more",
+        f"ff-{TRACE_ID}-00f067aa0ba902b7-01",
+        f"00-{TRACE_ID.upper()}-00f067aa0ba902b7-01",
+        "rubbish",
+    ],
+)
+def test_a_context_is_read_as_the_library_reads_it(traceparent: str) -> None:
+    """Plain ones are read by our own code, which costs less."""
+    envelope = Envelope(request_id="r", accepted_at=0.0, deadline=1.0, traceparent=traceparent)
+    theirs = TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    ours = trace.get_current_span(router_span._parent(envelope)).get_span_context()
+    assert ours == trace.get_current_span(theirs).get_span_context()
