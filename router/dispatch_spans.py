@@ -115,6 +115,7 @@ def _candidates(decision: Decision) -> str:
                 "owed": candidate.owed_tokens,
                 "uncached": candidate.uncached_tokens,
                 "decode": candidate.decode_tokens,
+                "displaced": candidate.displaced_tokens,
                 "cost": candidate.cost,
             }
             for candidate in decision.candidates

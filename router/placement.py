@@ -1,10 +1,12 @@
 """Where a request goes: the replica with the least cost in tokens. Pure: no clock, no asyncio, no gRPC.
 
     cost = prefill that the replica owes others + what of this prompt is not cached there + its decode load
+           + what it would have to forget
 
 A block that was sent to a replica with an earlier prompt and is not computed yet counts as cached there: the engine
-shares it while it computes it. What is owed of it is owed to this request as well and not to others, so a burst with
-one new prefix stays together until the rest of what is owed there costs more than to compute the prefix once more.
+shares it while it computes it. What is owed of it is owed to this request as well and not to others; and to compute it
+on another replica at the same time costs double, as half of that is wasted. So a burst with one new prefix stays
+together until the rest of what is owed there is twice the prefix.
 
 Replicas without credit are not asked, unless all that they lack it for is such a shared prefix. Ties go to the affinity
 key's favourite, or to chance: a fixed tie-break would send everything to one replica. The decision is a value with all
@@ -13,14 +15,13 @@ its terms, so that it can be logged and replayed.
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from router.affinity import favourite
 from router.prefix_index import slots_of
-from router.roster import DECODE_TOKENS, Placeable, Roster
+from router.roster import DECODE_TOKENS, Placeable, Roster, displaced_by
 from router.types import Candidate, Decision, Request
 from workers.prefix import PrefixHasher
 
@@ -88,6 +89,8 @@ class _Group(NamedTuple):
 
     slots: int
     matched_tokens: int
+    uncached_tokens: float
+    """The rest of it, by what that costs."""
 
 
 class LeastCost:
@@ -101,17 +104,16 @@ class LeastCost:
         num_able += sum(not roster.able >> slot & 1 for slot, _ in sharing)
         if not num_able:
             return None
-        num_tokens = request.num_known_tokens
-        cheapest: list[tuple[float, int, int]] = []
-        """(cost, matched tokens, slots)"""
+        cheapest: list[tuple[float, int]] = []
+        """(cost, slots)"""
         for group in groups:
             found = next(roster.by_load(group.slots), None)
             if found is not None:
-                cheapest.append((found[0] + num_tokens - group.matched_tokens, group.matched_tokens, found[1]))
-        cheapest += ((candidate.cost, candidate.matched_tokens, 1 << slot) for slot, candidate in sharing)
-        least = min(cost for cost, _, _ in cheapest)
+                cheapest.append((found[0] + group.uncached_tokens, found[1]))
+        cheapest += ((candidate.cost, 1 << slot) for slot, candidate in sharing)
+        least = min(cost for cost, _ in cheapest)
         ties = 0
-        for cost, _, slots in cheapest:
+        for cost, slots in cheapest:
             if cost == least:
                 ties |= slots
         # Of several with one cost in one group all are among these; no two groups share a slot.
@@ -120,7 +122,7 @@ class LeastCost:
             slot = roster.circle.favourite(request.affinity_key, ties)
         else:
             slot = _draw(self._rng, ties) if is_tie else ties.bit_length() - 1
-        candidates = _listed(slot, sharing, groups, num_tokens, roster)
+        candidates = _listed(slot, sharing, groups, roster)
         return Decision(
             replica=candidates[0].replica,
             rule=_rule(candidates, is_affine=is_tie and bool(request.affinity_key)),
@@ -152,13 +154,15 @@ def _offers(
     """
     num_tokens = request.num_known_tokens
     sharing: list[tuple[int, Candidate]] = []
-    groups: list[_Group] = []
+    matches: list[tuple[int, int]] = []
     rest = allowed
+    computed = [0, 0]
+    """From where to where the prompt is being computed somewhere: of several such parts the one that ends last."""
     for size in roster.block_sizes:
         longest = (num_tokens - 1) // size * size
         runs, shared = roster.index.match(hashes.walk(size))
         for num_blocks, slots in runs:
-            groups.append(_Group(slots & allowed, min(num_blocks * size, longest)))
+            matches.append((slots & allowed, min(num_blocks * size, longest)))
             rest &= ~slots
         for slot, (num_blocks, num_resident) in shared.items():
             if not allowed >> slot & 1:
@@ -168,60 +172,72 @@ def _offers(
             replica = roster[slot]
             if replica.credit_sequences > 0 and replica.credit_tokens + matched - resident > 0:
                 owed = max(replica.owed_tokens - (matched - resident), 0)
-                sharing.append((slot, _candidate(replica, matched, num_tokens, owed)))
-    groups.append(_Group(rest, 0))
+                sharing.append((slot, _candidate(replica, matched, num_tokens - matched, owed)))
+                computed = max(computed, [resident, matched], key=lambda part: (part[1], -part[0]))
+    groups = []
+    for slots, matched in (*matches, (rest, 0)):
+        wasted = max(computed[1] - max(computed[0], matched), 0)
+        groups.append(_Group(slots, matched, num_tokens - matched + wasted))
     return sharing, groups
 
 
-def _candidate(replica: Placeable, matched_tokens: int, num_tokens: int, owed_tokens: int) -> Candidate:
+def _candidate(replica: Placeable, matched_tokens: int, uncached_tokens: float, owed_tokens: int) -> Candidate:
+    decode_tokens = DECODE_TOKENS * replica.num_running
     return Candidate(
-        replica=replica.replica,
-        matched_tokens=matched_tokens,
-        owed_tokens=float(owed_tokens),
-        uncached_tokens=float(num_tokens - matched_tokens),
-        decode_tokens=DECODE_TOKENS * replica.num_running,
+        replica.replica,
+        matched_tokens,
+        float(owed_tokens),
+        float(uncached_tokens),
+        decode_tokens,
+        displaced_by(replica),
     )
 
 
 def _listed(
-    chosen: int, sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], num_tokens: int, roster: Roster
+    chosen: int, sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], roster: Roster
 ) -> list[Candidate]:
     """Return the chosen candidate and the cheapest of the others, in the order of their cost."""
-    by_cost: list[tuple[float, int, int]] = []
+    others = ~(1 << chosen)
+    nothing = group_of_chosen = _Group(0, 0, 0.0)
+    by_cost = [(candidate.cost, slot, nothing) for slot, candidate in sharing if slot != chosen]
     for group in groups:
+        if group.slots & ~others:
+            group_of_chosen = group
         num_listed = 0
-        for load, slots in roster.by_load(group.slots):
-            cost = load + num_tokens - group.matched_tokens
-            for slot in slots_of(slots):
-                by_cost.append((cost, slot, group.matched_tokens))
+        for load, equals in roster.by_load(group.slots & others):
+            cost = load + group.uncached_tokens
+            for slot in slots_of(equals):
+                by_cost.append((cost, slot, group))
                 num_listed += 1
-                if num_listed > MAX_CANDIDATES:
+                if num_listed >= MAX_CANDIDATES - 1:
                     break
-            if num_listed > MAX_CANDIDATES:
-                break
+            else:
+                continue
+            break
+    by_cost.sort()
     shared = dict(sharing)
-    by_cost += ((candidate.cost, slot, 0) for slot, candidate in sharing)
-    cheapest = heapq.nsmallest(MAX_CANDIDATES, by_cost, key=lambda one: (one[1] != chosen, one[0]))
-    if cheapest[0][1] != chosen:
-        matched = next(group.matched_tokens for group in groups if group.slots >> chosen & 1)
-        cheapest = [(0.0, chosen, matched), *cheapest[: MAX_CANDIDATES - 1]]
     return [
-        shared.get(slot) or _candidate(roster[slot], matched, num_tokens, roster[slot].owed_tokens)
-        for _, slot, matched in cheapest
+        shared.get(slot)
+        or _candidate(roster[slot], group.matched_tokens, group.uncached_tokens, roster[slot].owed_tokens)
+        for _, slot, group in ((0.0, chosen, group_of_chosen), *by_cost[: MAX_CANDIDATES - 1])
     ]
 
 
 def _rule(candidates: Sequence[Candidate], *, is_affine: bool) -> str:
-    """Say why the first of `candidates` was chosen: for what it has cached if it might have lost to one with less of
-    the prompt, had nobody cached any of it."""
+    """Say why the first of `candidates` was chosen: for what it has cached or computes anyway, if it might have lost to
+    one with less of the prompt, had nobody any of it."""
     chosen = candidates[0]
     if len(candidates) == 1:
         return "only"
     if is_affine:
         return "affinity"
-    bare = chosen.cost + chosen.matched_tokens
-    is_prefix = any(c.matched_tokens < chosen.matched_tokens and c.cost + c.matched_tokens <= bare for c in candidates)
-    return "prefix" if is_prefix else "least_loaded"
+    load = chosen.cost - chosen.uncached_tokens
+    num_tokens = chosen.matched_tokens + chosen.uncached_tokens
+    for other in candidates:
+        would_waste = other.matched_tokens + other.uncached_tokens > num_tokens
+        if other.matched_tokens < chosen.matched_tokens and (would_waste or other.cost - other.uncached_tokens <= load):
+            return "prefix"
+    return "least_loaded"
 
 
 def _draw(rng: random.Random, slots: int) -> int:

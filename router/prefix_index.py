@@ -82,6 +82,11 @@ class PrefixIndex:
         replica = self._replicas.get(slot)
         return Resident(0, 0) if replica is None else Resident(replica.num_told, replica.digest & DIGEST_MASK)
 
+    def num_told(self, slot: int) -> int:
+        """Return how many blocks the replica has by its reports."""
+        replica = self._replicas.get(slot)
+        return 0 if replica is None else replica.num_told
+
     def store(self, slot: int, hashes: Iterable[bytes]) -> None:
         """The replica has these blocks now, those of a prompt in their order."""
         replica = self._replicas.get(slot)

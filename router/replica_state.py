@@ -67,6 +67,13 @@ class ReplicaState:
         return self.load.num_running + self.load.num_waiting + self._sent_choices
 
     @property
+    def cache_use(self) -> float:
+        """Which part of its blocks can be found under a hash, 0 to 1."""
+        if self._slot is None or not self.num_blocks:
+            return 0.0
+        return self._roster.index.num_told(self._slot) / self.num_blocks
+
+    @property
     def credit_tokens(self) -> int:
         """Prompt tokens that it can still take; not above zero: none, of tokens or of sequences."""
         return self.load.credit_tokens - self._sent_tokens if self.credit_sequences > 0 else 0
@@ -104,6 +111,7 @@ class ReplicaState:
         self.is_open = True
         self._slot = self._roster.join(self)
         self._apply(ack.resident)
+        self._changed()
 
     def close(self) -> None:
         """Send nothing new: the replica drains or has left the set."""
@@ -178,7 +186,7 @@ class ReplicaState:
             self._is_resyncing = False
         index.remove(slot, _hashes(events.removed))
         index.store(slot, _hashes(events.stored))
-        num_blocks = index.told(slot).num_blocks
+        num_blocks = index.num_told(slot)
         if num_blocks > self.num_blocks:
             raise ValueError(f"{num_blocks} blocks are resident, the replica has {self.num_blocks}")
 

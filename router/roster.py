@@ -14,9 +14,16 @@ from typing import Final, Protocol, TypeVar
 from router.affinity import Circle
 from router.prefix_index import MAX_ENTRIES, PrefixIndex, slots_of
 
-DECODE_TOKENS: Final = 32.0
-"""What a running sequence weighs: it takes a token of each of its replica's next steps. On the CPU a row of a decode
-step costs as much as 1 to 2 tokens of prefill, and an answer has some dozens of steps to go."""
+DECODE_TOKENS: Final = 8.0
+"""What a running sequence weighs: it takes a token of each of its replica's next steps, those among them in which a new
+prompt is computed, and makes the steps of the others longer. That is some rows for a prompt of average length; what it
+has still to generate costs the same on any replica. With 32 a burst of 32 questions about one new document was spread
+over three replicas, each of which computed it; the balance over minutes is the same with 8 and with 32."""
+DISPLACED_TOKENS: Final = 16.0
+_EIGHTHS: Final = 8
+"""A cache weighs `DISPLACED_TOKENS` for each eighth that is in use: whoever stores a prompt in a full one forgets
+another. So prefixes spread over caches that have room, also while nothing queues that could spread them. In steps, so
+that replicas of about the same fill are equal."""
 Key = TypeVar("Key")
 _FEW: Final = 32
 """So few replicas are looked at one by one; of more, the loads in their order."""
@@ -37,6 +44,10 @@ class Placeable(Protocol):
 
     @property
     def num_running(self) -> int: ...
+    @property
+    def cache_use(self) -> float:
+        """Which part of its blocks can be found under a hash, 0 to 1."""
+
     @property
     def credit_tokens(self) -> int:
         """Prompt tokens that it can still take; not above zero: none."""
@@ -206,7 +217,12 @@ class Roster:
 
 def load_of(replica: Placeable) -> float:
     """Return what a replica has on its hands, in tokens."""
-    return replica.owed_tokens + DECODE_TOKENS * replica.num_running
+    return replica.owed_tokens + DECODE_TOKENS * replica.num_running + displaced_by(replica)
+
+
+def displaced_by(replica: Placeable) -> float:
+    """Return what it would have to forget for a new prompt, in tokens."""
+    return DISPLACED_TOKENS * int(_EIGHTHS * replica.cache_use)
 
 
 def _drop(slots: dict[Key, int], key: Key, slot: int) -> None:

@@ -64,11 +64,14 @@ class Candidate(NamedTuple):
     owed_tokens: float = 0.0
     """Prefill that it owes others."""
     uncached_tokens: float = 0.0
+    """Of this prompt; what another replica is computing at the moment counts twice, as it would be wasted."""
     decode_tokens: float = 0.0
+    displaced_tokens: float = 0.0
+    """What it would have to forget for this prompt, by how full its cache is."""
 
     @property
     def cost(self) -> float:
-        return self.owed_tokens + self.uncached_tokens + self.decode_tokens
+        return self.owed_tokens + self.uncached_tokens + self.decode_tokens + self.displaced_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

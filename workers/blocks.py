@@ -61,6 +61,9 @@ class BlockPool:
     def is_pending(self, block: int) -> bool:
         return self._blocks[block].filler is not None
 
+    def is_resident(self, block_hash: bytes) -> bool:
+        return block_hash in self._resident
+
     def is_promised(self, block_hash: bytes) -> bool:
         """Whether somebody is filling a block that will have this hash."""
         return block_hash in self._promised

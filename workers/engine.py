@@ -74,6 +74,7 @@ class PagedEngine:
         self._launched: deque[Ticket] = deque()
         self._outputs: list[TokenDelta] = []
         self._num_arrivals = 0
+        self._num_taken = 0
         self._checked_at = clock()
         self._is_closed = False
 
@@ -83,6 +84,7 @@ class PagedEngine:
 
     def submit(self, work: Work) -> None:
         """Take `work` on; see `Engine`. A work whose id is in progress already is the same work: no effect."""
+        self._num_taken += 1
         if work.work_id in self._works:
             return
         if self._is_closed:
@@ -148,6 +150,7 @@ class PagedEngine:
             num_steps=scheduler.num_steps,
             num_drafted_tokens=scheduler.num_drafted_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
+            num_taken=self._num_taken,
             resident=self._pool.resident(),
         )
 

@@ -26,12 +26,14 @@ def toggle(digest: int, block_hash: bytes) -> int:
 class PrefixHasher:
     """Hashes blocks of `block_size` tokens under `key` (at most 64 bytes)."""
 
-    __slots__ = ("_key", "block_size")
+    __slots__ = ("_empty", "_key", "block_size")
 
     def __init__(self, key: bytes, block_size: int) -> None:
         assert block_size >= 1
         assert len(key) <= 64
         self._key = key
+        self._empty = hashlib.blake2b(key=key, digest_size=HASH_BYTES, person=b"octavo block")
+        """A copy of it costs a quarter less than a new one."""
         self.block_size = block_size
 
     @property
@@ -50,9 +52,7 @@ class PrefixHasher:
     def block(self, parent: bytes, tokens: Sequence[int]) -> bytes:
         """Return the hash of a full block of `tokens` that follows `parent`."""
         assert len(tokens) == self.block_size
-        return hashlib.blake2b(
-            parent + _little_endian(tokens), key=self._key, digest_size=HASH_BYTES, person=b"octavo block"
-        ).digest()
+        return self._digest(parent + _little_endian(tokens))
 
     def blocks(self, parent: bytes, tokens: Sequence[int]) -> list[bytes]:
         """Return the chained hashes of all full blocks at the beginning of `tokens`, the first following `parent`."""
@@ -60,14 +60,14 @@ class PrefixHasher:
         data = _little_endian(tokens)
         hashes = []
         for start in range(0, len(tokens) // size * size * 4, size * 4):
-            parent = hashlib.blake2b(
-                parent + data[start : start + size * 4],
-                key=self._key,
-                digest_size=HASH_BYTES,
-                person=b"octavo block",
-            ).digest()
+            parent = self._digest(parent + data[start : start + size * 4])
             hashes.append(parent)
         return hashes
+
+    def _digest(self, data: bytes) -> bytes:
+        hasher = self._empty.copy()
+        hasher.update(data)
+        return hasher.digest()
 
 
 def _little_endian(tokens: Sequence[int]) -> bytes:

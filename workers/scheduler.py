@@ -69,10 +69,12 @@ class Scheduler:
 
     @property
     def owed_prefill_tokens(self) -> int:
-        """Known tokens of accepted sequences that must be computed before their next token, cached or not."""
+        """Known tokens of accepted sequences that must be computed before their next token; of those that wait, without
+        what was cached when they came or is computed for another."""
         decoding = 1
         owed = (s.num_tokens - s.num_computed for s in self.running)
-        return sum(s.num_tokens for s in self.waiting) + sum(n for n in owed if n > decoding)
+        waiting = (max(s.num_tokens - s.num_spared, decoding) for s in self.waiting)
+        return sum(waiting) + sum(n for n in owed if n > decoding)
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why this sequence could never run, in words for its client; None if it could run alone."""
@@ -80,7 +82,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let `sequence` wait for its first step. It has a `refusal` of None and is not complete."""
-        insort(self.waiting, sequence, key=by_rank)
+        self._wait(sequence)
 
     def end(
         self,
@@ -99,6 +101,7 @@ class Scheduler:
         if sequence.is_ended:
             return
         self._tables.release(sequence)
+        self._tables.unclaim(sequence)
         for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
@@ -236,6 +239,10 @@ class Scheduler:
         self.is_short_of_blocks = True
         self._may_admit = False
         self.running.remove(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        self._tables.claim(sequence)
         insort(self.waiting, sequence, key=by_rank)
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
@@ -268,6 +275,7 @@ class Scheduler:
     def _start(self, sequence: Sequence, num_cached: int, now: float) -> None:
         """Make a waiting sequence with its blocks a running one."""
         sequence.start(num_cached)
+        self._tables.unclaim(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=by_rank)
         if sequence.started_at is None:

@@ -41,6 +41,7 @@ class Sequence:
         "num_placeholders",
         "num_preemptions",
         "num_scheduled",
+        "num_spared",
         "proposer",
         "rank",
         "sampling",
@@ -82,6 +83,8 @@ class Sequence:
         self.num_placeholders = 0
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the cache when it first ran; None before, and after it has been reported."""
+        self.num_spared = 0
+        """Tokens that it will hardly have to compute by itself, as it looked when it began to wait."""
         self.num_preemptions = 0
         self.num_idle_steps = 0
         """Steps in which it could have computed something and got nothing."""

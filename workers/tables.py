@@ -41,6 +41,8 @@ class BlockTables:
         """For the step that is being planned."""
         self._copied: dict[int, list[int]] = {}
         """By step number: the blocks that a step in flight copies from."""
+        self._claimed: dict[bytes, Sequence] = {}
+        """Blocks that are neither there nor promised, and which waiting sequence will be the first to compute them."""
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return how many blocks hold `num_tokens`."""
@@ -82,6 +84,25 @@ class BlockTables:
         hashes = self._hashes(sequence)
         num_matched = len(self._pool.match(hashes))
         return self._pool.filler_of(hashes[num_matched]) if num_matched < len(hashes) else None
+
+    def claim(self, sequence: Sequence) -> None:
+        """`sequence` begins to wait: note what it is spared, because it is there or others will have computed it by
+        then, and that it will compute the rest. `unclaim` it when it runs or ends."""
+        hashes, pool = self._hashes(sequence), self._pool
+        count = 0
+        for block_hash in hashes:
+            if not (block_hash in self._claimed or pool.is_promised(block_hash) or pool.is_resident(block_hash)):
+                break
+            count += 1
+        sequence.num_spared = count * self._block_size
+        for block_hash in hashes[count:]:
+            self._claimed.setdefault(block_hash, sequence)
+
+    def unclaim(self, sequence: Sequence) -> None:
+        """Idempotent."""
+        for block_hash in self._hashes(sequence)[sequence.num_spared // self._block_size :]:
+            if self._claimed.get(block_hash) is sequence:
+                del self._claimed[block_hash]
 
     def take(self, sequence: Sequence, found: Found, *, spare: int) -> int | None:
         """Give `sequence` the blocks of all its tokens (of all that it may come to, with `reserve`), those found first,
@@ -167,6 +188,7 @@ class BlockTables:
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
         """Assert what must hold between steps; `holders` are all sequences with blocks."""
         assert not self._copies
+        assert not any(claimer.is_ended or claimer.block_table for claimer in self._claimed.values())
         holders = list(holders)
         for sequence in holders:
             assert len(sequence.block_table) >= self.num_blocks(sequence.num_scheduled)

@@ -174,6 +174,8 @@ class Load:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     """Of those drafted."""
+    num_taken: int | None = field(default=None, compare=False)
+    """How many works it has counted so far, in the order in which they were submitted; None if that is not known."""
     resident: Resident | None = field(default=None, compare=False)
     """What can be found in the cache, by the engine's own books; None if it keeps none that can be compared."""
 

@@ -23,6 +23,7 @@ from workers.types import (
     GenerateWork,
     KvEvent,
     KvEventKind,
+    Load,
     TokenDelta,
     Work,
     WorkId,
@@ -44,6 +45,8 @@ class WorkLedger:
         self._replica_id = replica_id
         self._routers: dict[str, AttachedRouter] = {}
         self._works: dict[WorkId, _LiveWork] = {}
+        self._num_submitted = engine.load().num_taken or 0
+        """As the engine counts works."""
         self.resident: dict[bytes, None] = {}
         """Hashes of the blocks in the engine's cache, as far as it was collected."""
         self.is_draining = False
@@ -91,7 +94,9 @@ class WorkLedger:
                 raise DuplicateWorkError(f"work {work.work_id.number} is running already")
             self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
             batch.num_unseen += 1
+            self._num_submitted += 1
             self._engine.submit(work)
+        batch.num_submitted = self._num_submitted
 
     def abort(self, router: AttachedRouter, abort: pb.Abort) -> None:
         for number in abort.work_ids:
@@ -120,7 +125,7 @@ class WorkLedger:
             self._deliver(delta)
         for router in self._routers.values():
             router.outbox.add_kv_events(events)
-            router.outbox.report(load, router.last_counted_batch(load.num_steps), of_engine)
+            router.outbox.report(load, router.last_counted_batch(load), of_engine)
             router.on_news(router.outbox.has_deltas)
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
@@ -189,8 +194,8 @@ class AttachedRouter:
         """In the order of arrival, those that the load does not count yet."""
         self._last_counted = 0
 
-    def last_counted_batch(self, num_steps: int) -> int:
-        while self.batches and self.batches[0].is_counted(num_steps):
+    def last_counted_batch(self, load: Load) -> int:
+        while self.batches and self.batches[0].is_counted(load):
             self._last_counted = self.batches.popleft().batch_id
         return self._last_counted
 
@@ -198,19 +203,23 @@ class AttachedRouter:
 class _Batch:
     """A Dispatch until the engine's load counts its works."""
 
-    __slots__ = ("batch_id", "num_steps", "num_unseen")
+    __slots__ = ("batch_id", "num_steps", "num_submitted", "num_unseen")
 
     def __init__(self, batch_id: int, num_steps: int) -> None:
         self.batch_id = batch_id
         self.num_steps = num_steps
         """The engine's, when the batch was submitted."""
+        self.num_submitted = 0
+        """All works that were ever submitted, these included."""
         self.num_unseen = 0
         """Works of which the engine has said nothing yet."""
 
-    def is_counted(self, num_steps: int) -> bool:
-        """Say whether a load after `num_steps` has these works in it. The engine may have been in a step when they
-        came, and that one's load still lacks them; the next step begins with taking them in."""
-        return self.num_unseen == 0 or num_steps >= self.num_steps + 2
+    def is_counted(self, load: Load) -> bool:
+        """Say whether `load` has these works in it. Where it does not say so itself: the engine may have been in a step
+        when they came, and that one's load still lacks them; the next step begins with taking them in."""
+        if load.num_taken is not None and load.num_taken >= self.num_submitted:
+            return True
+        return self.num_unseen == 0 or load.num_steps >= self.num_steps + 2
 
 
 class _LiveWork:

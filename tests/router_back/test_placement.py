@@ -28,6 +28,7 @@ class Replica:
     num_running: int = 0
     credit_tokens: int = 100
     credit_sequences: int = 10
+    cache_use: float = 0.0
     block_size: int = 4
     resident: dict[bytes, None] = field(default_factory=dict)
     pending: list[bytes] = field(default_factory=list)

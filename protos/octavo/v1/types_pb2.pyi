@@ -496,15 +496,18 @@ class Decision(google.protobuf.message.Message):
         UNCACHED_TOKENS_FIELD_NUMBER: builtins.int
         DECODE_TOKENS_FIELD_NUMBER: builtins.int
         COST_FIELD_NUMBER: builtins.int
+        DISPLACED_TOKENS_FIELD_NUMBER: builtins.int
         replica: builtins.str
         matched_tokens: builtins.int
         owed_tokens: builtins.float
         """Prefill that the replica still owes to others."""
         uncached_tokens: builtins.float
-        """What this request would add."""
+        """What this request would add; what another replica is computing at the moment counts twice, as it would be wasted."""
         decode_tokens: builtins.float
         """Its running sequences, weighed as tokens."""
         cost: builtins.float
+        displaced_tokens: builtins.float
+        """What it would have to forget, by how full its cache is."""
         def __init__(
             self,
             *,
@@ -514,8 +517,9 @@ class Decision(google.protobuf.message.Message):
             uncached_tokens: builtins.float = ...,
             decode_tokens: builtins.float = ...,
             cost: builtins.float = ...,
+            displaced_tokens: builtins.float = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["cost", b"cost", "decode_tokens", b"decode_tokens", "matched_tokens", b"matched_tokens", "owed_tokens", b"owed_tokens", "replica", b"replica", "uncached_tokens", b"uncached_tokens"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["cost", b"cost", "decode_tokens", b"decode_tokens", "displaced_tokens", b"displaced_tokens", "matched_tokens", b"matched_tokens", "owed_tokens", b"owed_tokens", "replica", b"replica", "uncached_tokens", b"uncached_tokens"]) -> None: ...
 
     REPLICA_FIELD_NUMBER: builtins.int
     RULE_FIELD_NUMBER: builtins.int
