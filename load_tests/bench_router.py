@@ -46,7 +46,7 @@ FAMILIES = {
 }
 """Names of bars to commands under rigs/."""
 QUIET_CORES, QUIET_S = 0.2, 15.0
-"""A family begins when fewer cores are busy, or after so many seconds."""
+"""A family begins when fewer cores are busy, or after so many seconds; a quick one at once."""
 STOP_S = 60.0
 """For a rig to judge what it has and to leave nothing behind."""
 
@@ -79,9 +79,10 @@ class Outcome:
 class Bench:
     """Runs families one after the other; `stop` ends the one that runs and starts no more."""
 
-    def __init__(self, options: Sequence[str]) -> None:
+    def __init__(self, *, repetitions: int, is_quick: bool) -> None:
         self.outcome = Outcome()
-        self._options = options
+        self._options = ["--repetitions", str(repetitions), *(["--quick"] if is_quick else [])]
+        self._quiet_s = 0.0 if is_quick else QUIET_S
         self._is_stopped = False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -90,7 +91,7 @@ class Bench:
             if self._is_stopped:
                 self.outcome.is_whole = False
                 return
-            busy = machine.await_quiet(QUIET_CORES, QUIET_S)
+            busy = machine.await_quiet(QUIET_CORES, self._quiet_s)
             print(f"bench-router: {family} ({busy:g} cores busy)", flush=True)
             self._run(family, folder / f"{family}.json")
 
@@ -158,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--bars must be of {', '.join(FAMILIES)}; {unknown[0]!r} is not")
     if arguments.repetitions < 1:
         parser.error(f"--repetitions must be >= 1, is {arguments.repetitions}")
-    bench = Bench(["--repetitions", str(arguments.repetitions), *(["--quick"] if arguments.quick else [])])
+    bench = Bench(repetitions=arguments.repetitions, is_quick=arguments.quick)
     signal.signal(signal.SIGINT, bench.stop)
     signal.signal(signal.SIGTERM, bench.stop)
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:

@@ -10,7 +10,6 @@ It reaches into the replica's process through Ray and into its block pool past e
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import threading
@@ -30,10 +29,9 @@ def empty(_: Any, pid: int) -> int | None:
     from workers.prefix import toggle
     from workers.thread import EngineThread
 
-    threads = [each for each in gc.get_objects() if isinstance(each, EngineThread)]
-    if not threads:
-        return None
-    thread, done, forgotten = threads[0], threading.Event(), []
+    owners = [getattr(getattr(each, "_target", None), "__self__", None) for each in threading.enumerate()]
+    thread = next(each for each in owners if isinstance(each, EngineThread))
+    done, forgotten = threading.Event(), list[int]()
 
     def forget() -> None:
         pool: Any = thread._engine._pool  # type: ignore[attr-defined]

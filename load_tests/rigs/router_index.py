@@ -49,6 +49,7 @@ class Place:
     capabilities: frozenset[str] = frozenset()
     owed_tokens: int = 0
     num_running: int = 0
+    cache_use: float = 0.0
     credit_tokens: int = 1_000_000
     credit_sequences: int = 1_000_000
     is_open: bool = True

@@ -1,7 +1,7 @@
 """The processes of the router rig: a replica or a router, told what to be by one line of JSON on standard input.
 
     in    {"role": "replica", "secret", "id", "engine": {...}, "tells_time"}
-    in    {"role": "router", "secret", "port", "config": {...}, "replicas": [[id, address], ...]}
+    in    {"role": "router", "secret", "port", "config": {...}, "placement", "replicas": [[id, address], ...]}
     out   {"address"}                                                            it serves
     in    end of file: end, also when the parent died
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import sys
 import time
@@ -51,6 +52,7 @@ async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
 
 async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     from load_tests.rigs.router_model import rig_model
+    from load_tests.rigs.router_policies import make_placement
     from router.config import RouterConfig
     from router.dispatcher import Dispatcher
     from router.hello import RouterIdentity
@@ -67,7 +69,8 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
         model_fingerprint=model.manifest.model_fingerprint,
         tokenizer_fingerprint=model.manifest.tokenizer_fingerprint,
     )
-    dispatcher = Dispatcher(config, identity)
+    placement = make_placement(job["placement"], random.Random())
+    dispatcher = Dispatcher(config, identity, placement=placement)
     dispatcher.start()
     addresses = [ReplicaAddress(replica_id=name, address=address, node_id="rig") for name, address in job["replicas"]]
     dispatcher.update_replicas(addresses)
