@@ -19,7 +19,7 @@ from router.queued import Queued
 from router.removable_heap import RemovableHeap
 from router.tenant_queue import TenantQueue
 
-ADVANCE_S: Final = 0.25
+ADVANCE_S: Final = 0.05
 MAX_ABSENT: Final = 4_096
 """Tenants of which nothing waits and whose clocks are remembered, since they are ahead."""
 
@@ -53,7 +53,8 @@ class PriorityClass:
             self._last_number += 1
             tenant = self._tenants[name] = TenantQueue(name, self._last_number, self.now_served)
             self._numbers[tenant.number] = tenant
-        tenant.clock = max(tenant.clock, self.now_served)
+        if not tenant:
+            tenant.clock = max(tenant.clock, self.now_served)
         tenant.add(queued)
         tenant.drain.begin(at)
         self._drain.begin(at)
