@@ -24,6 +24,8 @@ from router.wire import from_load
 from workers.prefix import HASH_BYTES
 from workers.types import Load, Resident
 
+PATIENCE: Final = 8
+"""So many reports are taken unchecked until all blocks, which were asked for, must have come."""
 MAX_DOUBLINGS: Final = 8
 """Of the number of reports that are taken unchecked, each time that a full set turns out wrong again."""
 
@@ -44,11 +46,10 @@ class ReplicaState:
         """How often what it had told was found wrong, in all attachments."""
         self._roster = roster or Roster()
         self._slot: int | None = None
-        self._is_resyncing = False
         self._num_unchecked = 0
         """Reports that are still to be taken unchecked."""
         self._num_unsound = 0
-        """Full sets since a report was last found right."""
+        """How often all blocks were asked for since a report was last found right."""
         self._sent: deque[tuple[int, int, int]] = deque()
         """(batch id, uncached tokens, choices) of the works that the load does not count yet, in order."""
         self._sent_tokens = 0
@@ -168,7 +169,7 @@ class ReplicaState:
     def forget(self) -> None:
         """The stream broke: nothing that was known or sent holds any more."""
         self.load = Load()
-        self.is_open = self.needs_resync = self._is_resyncing = False
+        self.is_open = self.needs_resync = False
         self._num_unchecked = self._num_unsound = 0
         self._sent.clear()
         self._sent_tokens = self._sent_choices = 0
@@ -183,7 +184,9 @@ class ReplicaState:
         if events.cleared:
             index.clear(slot)
             self._expect_nothing()
-            self._is_resyncing = False
+            if self._num_unsound:
+                # Here they are. One that is wrong again and again is checked, and asked, ever less often.
+                self._num_unchecked = (1 << self._num_unsound - 1) - 1
         index.remove(slot, _hashes(events.removed))
         index.store(slot, _hashes(events.stored))
         num_blocks = index.num_told(slot)
@@ -193,8 +196,6 @@ class ReplicaState:
     def _check(self, engine: Resident) -> None:
         """Compare what the engine has with what was told. The report says so only if nothing is on the way."""
         assert self._slot is not None
-        if self._is_resyncing:
-            return
         if self._num_unchecked:
             self._num_unchecked -= 1
             return
@@ -202,10 +203,9 @@ class ReplicaState:
             self._num_unsound = 0
             return
         self._roster.index.clear(self._slot)
-        self.needs_resync = self._is_resyncing = True
+        self.needs_resync = True
         self.num_resyncs += 1
-        # One that is wrong again and again is asked ever less often.
-        self._num_unchecked = (1 << self._num_unsound) - 1
+        self._num_unchecked = PATIENCE << self._num_unsound
         self._num_unsound = min(self._num_unsound + 1, MAX_DOUBLINGS)
 
     def _expect_nothing(self) -> None:

@@ -75,7 +75,8 @@ async def test_one_request_is_one_tree_across_router_and_replica(exporter: InMem
     assert decision[Attribute.RULE] == "only"
     assert decision[Attribute.ATTEMPT] == 1
     (candidate,) = json.loads(str(decision[Attribute.CANDIDATES]))
-    assert candidate == {"replica": "one", "matched": 0, "owed": 0, "uncached": 40, "decode": 0, "displaced": 0, "cost": 40}
+    terms = {"owed": 0, "uncached": 40, "decode": 0, "displaced": 0}
+    assert candidate == {"replica": "one", "matched": 0, **terms, "cost": 40}
     assert attributes(prefill)[Attribute.INPUT_TOKENS] == 40
     assert attributes(prefill)[Attribute.CACHED_INPUT_TOKENS] == 0
     assert attributes(decode)[Attribute.OUTPUT_TOKENS] == 10

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.affinity import favourite
 from router.placement import MAX_CANDIDATES, LeastCost, PromptHashes, replay
-from router.prefix_index import count_matched
-from router.roster import DECODE_TOKENS, Roster
+from router.prefix_index import count_matched, slots_of
+from router.roster import DECODE_TOKENS, DISPLACED_TOKENS, Roster, load_of
 from router.types import Decision, Request
 from workers.prefix import PrefixHasher
 from workers.types import SamplingParams
@@ -149,12 +150,6 @@ def test_the_last_token_is_always_computed() -> None:
     assert decision.matched_tokens == 4
 
 
-def test_only_a_run_from_the_beginning_matches() -> None:
-    assert count_matched([b"a", b"b", b"c"], {b"a", b"c"}) == 1
-    assert count_matched([b"a", b"b"], {b"a", b"b"}) == 2
-    assert count_matched([], {b"a"}) == 0
-
-
 def test_another_tenants_blocks_do_not_match() -> None:
     prompt = list(range(40))
     decision = place(Replica("warm").holds(prompt, 8, salt=b"one"), prompt=prompt, salt=b"two")
@@ -197,33 +192,189 @@ def test_a_decision_carries_the_cheapest_candidates_only() -> None:
     assert [candidate.replica for candidate in decision.candidates] == [str(i) for i in range(MAX_CANDIDATES)]
 
 
+def test_what_is_being_computed_counts_as_cached_and_is_owed_to_nobody_else() -> None:
+    prompt = list(range(40))
+    home = Replica("home", owed_tokens=40, credit_tokens=-10).expects(prompt)
+    decision = place(home, Replica("cold"), prompt=prompt)
+    assert decision is not None
+    assert (decision.replica, decision.rule, decision.matched_tokens) == ("home", "prefix", 36)
+    assert [(c.owed_tokens, c.uncached_tokens) for c in decision.candidates] == [(4.0, 4.0), (0.0, 76.0)]
+
+
+def test_a_burst_spreads_once_the_rest_that_is_owed_costs_more_than_the_prefix_twice() -> None:
+    prompt = list(range(40))
+    for others, expected in ((71, "home"), (73, "cold")):
+        home = Replica("home", owed_tokens=36 + others, credit_tokens=-10).expects(prompt)
+        assert chosen(home, Replica("cold"), prompt=prompt) == expected
+
+
+def test_a_replica_without_places_gets_no_burst_either() -> None:
+    prompt = list(range(40))
+    home = Replica("home", credit_tokens=0, credit_sequences=0).expects(prompt)
+    assert chosen(home, Replica("cold", owed_tokens=500), prompt=prompt) == "cold"
+    assert place(home, prompt=prompt) is None
+
+
+def test_new_prefixes_go_where_there_is_room() -> None:
+    full, half = Replica("full", cache_use=1.0), Replica("half", cache_use=0.5, num_running=7)
+    assert chosen(full, half) == "half"
+    assert chosen(full, Replica("half", cache_use=0.5, num_running=9)) == "full"
+
+
+def test_one_hot_replica_does_not_switch_affinity_off_for_the_others() -> None:
+    """A peer compared the largest with the smallest load, and with one outlier balanced all requests (sglang#32195)."""
+    prompts = {name: [seed] * 40 for seed, name in enumerate("abc")}
+    replicas = [Replica(name).holds(prompt, 8) for name, prompt in prompts.items()]
+    replicas[0].owed_tokens = 100_000
+    assert chosen(*replicas, prompt=prompts["b"]) == "b"
+    assert chosen(*replicas, prompt=prompts["c"]) == "c"
+
+
+def test_a_new_empty_replica_does_not_get_everything() -> None:
+    """What is sent counts at once, before anything is reported."""
+    replicas = [Replica("old", owed_tokens=300), Replica("new", credit_tokens=10_000)]
+    roster = make_roster(*replicas)
+    placement = LeastCost(random.Random(1))
+    counts = Counter[str]()
+    for number in range(40):
+        request = make_request([number] * 30)
+        decision = placement.place(request, PromptHashes(KEY, request), roster)
+        assert decision is not None
+        counts[decision.replica] += 1
+        slot = [replica.replica for replica in replicas].index(decision.replica)
+        replicas[slot].owed_tokens += 30
+        roster.changed(slot)
+    assert 14 <= counts["old"] <= 16
+
+
+def test_ties_among_many_are_spread_evenly() -> None:
+    roster = make_roster(*(Replica(str(number)) for number in range(100)))
+    placement = LeastCost(random.Random(3))
+    counts = Counter[str]()
+    for number in range(4_000):
+        request = make_request([number])
+        decision = placement.place(request, PromptHashes(KEY, request), roster)
+        assert decision is not None
+        counts[decision.replica] += 1
+    assert len(counts) == 100
+    assert max(counts.values()) < 80
+
+
+def test_a_prompt_is_hashed_as_far_as_it_is_asked_for() -> None:
+    request = make_request(list(range(1_000)))
+    hashes = PromptHashes(KEY, request)
+    hasher = PrefixHasher(KEY, 4)
+    every = hasher.blocks(hasher.root(), request.prompt)
+    assert [name for name, _ in zip(hashes.walk(4), range(10), strict=False)] == every[:10]
+    assert len(hashes._hashes[4]) == 16
+    assert hashes.of(4) == list(hashes.walk(4)) == every
+
+
+LOAD = st.tuples(
+    st.integers(0, 60),  # owed
+    st.integers(0, 4),  # running
+    st.integers(-40, 50),  # credit
+    st.integers(0, 6),  # blocks that it has
+    st.booleans(),  # whether it computes the rest
+    st.sampled_from([0.0, 0.5, 1.0]),  # cache use
+    st.sampled_from([4, 4, 4, 6]),  # block size
+)
+
+
 @given(
-    st.lists(
-        st.tuples(st.integers(0, 50), st.integers(0, 4), st.integers(-5, 50), st.integers(0, 6)), min_size=0, max_size=6
-    ),
+    st.lists(LOAD, max_size=6),
+    st.integers(0, 40),
     st.lists(st.integers(0, 1), min_size=1, max_size=24),
     st.sampled_from(["", "key"]),
     st.integers(0, 3),
 )
-def test_the_choice_is_among_the_cheapest_of_those_with_credit(
-    loads: list[tuple[int, int, int, int]], prompt: list[int], affinity_key: str, seed: int
+def test_the_choice_is_what_a_look_at_every_replica_would_choose(
+    loads: list[tuple[int, int, int, int, bool, float, int]],
+    num_more: int,
+    prompt: list[int],
+    affinity_key: str,
+    seed: int,
 ) -> None:
-    replicas = [
-        Replica(str(i), owed_tokens=owed, num_running=running, credit_tokens=credit).holds(prompt, blocks)
-        for i, (owed, running, credit, blocks) in enumerate(loads)
-    ]
+    replicas = []
+    for i, (owed, running, credit, blocks, computes, use, size) in enumerate(loads):
+        replica = Replica(
+            str(i), owed_tokens=owed, num_running=running, credit_tokens=credit, block_size=size, cache_use=use
+        ).holds(prompt, blocks)
+        replicas.append(replica.expects(prompt) if computes else replica)
+    # So many that they are not looked at one by one, with loads of which some are alike.
+    replicas += [Replica(f"more-{i}", owed_tokens=30 + i % 7).holds(prompt, i % 3) for i in range(num_more)]
     decision = place(*replicas, prompt=prompt, affinity_key=affinity_key, seed=seed)
-    able = {replica.replica: replica for replica in replicas if replica.credit_tokens > 0}
+    costs = brute_costs(replicas, prompt)
     if decision is None:
-        assert not able
+        assert not costs
         return
+    least = min(costs.values())
+    assert costs[decision.replica] == least
+    listed = {candidate.replica: candidate.cost for candidate in decision.candidates}
+    assert listed == {name: costs[name] for name in listed}
+    assert sorted(listed.values()) == sorted(costs.values())[:MAX_CANDIDATES]
+    assert (decision.rule == "only") == (len(costs) == 1)
+    if affinity_key and decision.rule == "affinity":
+        ties = [name for name, cost in costs.items() if cost == least]
+        assert decision.replica == favourite(affinity_key, ties)
+
+
+def brute_costs(replicas: list[Replica], prompt: list[int]) -> dict[str, float]:
+    """Look at every replica and every block."""
+    parts = {}
+    for replica in replicas:
+        hasher = PrefixHasher(KEY, replica.block_size)
+        hashes, size = hasher.blocks(hasher.root(), prompt), replica.block_size
+        longest = (len(prompt) - 1) // size * size
+        has = min(count_matched(hashes, replica.resident) * size, longest)
+        far = count_matched(hashes, {*replica.resident, *replica.pending}) * size
+        is_shared = far > count_matched(hashes, replica.resident) * size
+        parts[replica.replica] = (has, min(far, longest), is_shared)
+    able = [r for r in replicas if r.credit_tokens + parts[r.replica][1] - parts[r.replica][0] > 0]
+    computed = max(
+        ((far, -has) for r in able for has, far, is_shared in [parts[r.replica]] if is_shared), default=(0, 0)
+    )
     costs = {}
-    for name, replica in able.items():
-        hasher = PrefixHasher(KEY, 4)
-        matched = 4 * count_matched(hasher.blocks(hasher.root(), prompt), replica.resident)
-        uncached = max(len(prompt) - matched, (len(prompt) - 1) % 4 + 1)
-        costs[name] = replica.owed_tokens + uncached + DECODE_TOKENS * replica.num_running
-    assert costs[decision.replica] == min(costs.values())
-    assert {candidate.replica: candidate.cost for candidate in decision.candidates} == costs
-    assert decision.rule in {"only", "affinity", "prefix", "least_loaded"}
-    assert (decision.rule == "only") == (len(able) == 1)
+    for replica in able:
+        has, far, is_shared = parts[replica.replica]
+        owed = max(replica.owed_tokens - (far - has), 0)
+        wasted = 0 if is_shared else max(computed[0] - max(-computed[1], has), 0)
+        weight = DECODE_TOKENS * replica.num_running + DISPLACED_TOKENS * int(8 * replica.cache_use)
+        costs[replica.replica] = owed + len(prompt) - far + wasted + weight
+    return costs
+
+
+class Member(Replica):
+    """What a roster knows of it is in `slot`."""
+
+    slot: int | None = None
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(-1, 2), st.booleans()), max_size=40))
+def test_a_roster_is_right_whoever_comes_goes_and_changes(steps: list[tuple[int, int, int, bool]]) -> None:
+    roster, members = Roster(), [Member(str(i), capabilities=frozenset("ab"[: i % 3])) for i in range(5)]
+    for number, owed, credit, is_open in steps:
+        member = members[number]
+        if member.slot is None:
+            member.slot = roster.join(member)
+            roster.index.store(member.slot, [bytes([number]) * 16])
+        elif credit < 0:
+            roster.leave(member.slot)
+            member.slot = None
+        else:
+            member.owed_tokens, member.credit_tokens, member.is_open = owed, credit, is_open
+            roster.changed(member.slot)
+        roster.check_integrity()
+        present = [member for member in members if member.slot is not None]
+        able = [member for member in present if member.is_open and member.credit_tokens > 0]
+        loads = [load for load, slots in roster.by_load(-1) for _ in slots_of(slots)]
+        assert loads == sorted(load_of(member) for member in able)
+        assert roster.credit_tokens == sum(member.credit_tokens for member in able)
+        for needed in (frozenset(), frozenset("a"), frozenset("ab")):
+            names = {roster[slot].replica for slot in slots_of(roster.able_to(needed))}
+            assert names == {m.replica for m in present if m.is_open and needed <= m.capabilities}
+        for key in ("u", "v"):
+            if present:
+                slots = sum(1 << member.slot for member in present if member.slot is not None)
+                preferred = roster[roster.circle.favourite(key, slots)].replica
+                assert preferred == favourite(key, (member.replica for member in present))

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
+from operator import xor
+
 import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from router.replica_state import ReplicaState
+from router.prefix_index import Matches
+from router.replica_state import PATIENCE, ReplicaState
+from router.roster import Roster
 
 
 def block(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def make_state(**load: int) -> ReplicaState:
-    state = ReplicaState("one")
+def events(*, cleared: bool = False, removed: Iterable[int] = (), stored: Iterable[int] = ()) -> pb.KvEvents:
+    return pb.KvEvents(cleared=cleared, removed=b"".join(map(block, removed)), stored=b"".join(map(block, stored)))
+
+
+def make_state(roster: Roster | None = None, **load: int) -> ReplicaState:
+    state = ReplicaState("one", roster)
     resident = pb.KvEvents(cleared=True, stored=block(1) + block(2))
     state.start(pb.HelloAck(block_size=4, num_blocks=8, load=pb.Load(**load), resident=resident))
     return state
@@ -72,15 +82,15 @@ def test_a_broken_stream_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "text"),
+    ("said", "text"),
     [
         (pb.KvEvents(stored=b"short"), "16 bytes each, got 5"),
         (pb.KvEvents(stored=b"".join(block(i) for i in range(9))), "9 blocks are resident, the replica has 8"),
     ],
 )
-def test_what_no_replica_of_ours_says_is_an_error(events: pb.KvEvents, text: str) -> None:
+def test_what_no_replica_of_ours_says_is_an_error(said: pb.KvEvents, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        make_state().update(pb.StepBatch(kv_events=events))
+        make_state().update(pb.StepBatch(kv_events=said))
 
 
 def test_a_replica_without_a_block_size_is_none_of_ours() -> None:
@@ -97,3 +107,94 @@ def test_a_replica_without_places_has_no_credit() -> None:
     assert (state.credit_tokens, state.credit_sequences) == (0, 0)
     state.update(report(1, credit_tokens=80))
     assert state.credit_tokens == 80, "a replica that does not say takes any number"
+
+
+def digest(*numbers: int) -> pb.Resident:
+    return pb.Resident(num_blocks=len(numbers), digest=reduce(xor, numbers, 0))
+
+
+def test_a_report_of_what_was_told_is_believed() -> None:
+    state = make_state()
+    state.update(pb.StepBatch(load=pb.Load(), resident=digest(1, 2)))
+    state.update(pb.StepBatch(load=pb.Load(), resident=digest(2, 5), kv_events=events(removed=[1], stored=[5])))
+    assert not state.needs_resync
+    assert state.resident == {block(2), block(5)}
+
+
+@pytest.mark.parametrize("truth", [(), (1,), (1, 3), (1, 2, 3)])
+def test_what_is_not_what_was_told_is_forgotten_and_asked_for_once(truth: tuple[int, ...]) -> None:
+    state = make_state()
+    wrong = pb.StepBatch(load=pb.Load(), resident=digest(*truth))
+    state.update(wrong)
+    assert state.needs_resync
+    assert not state.resident
+    state.resync_asked()
+    for _ in range(PATIENCE):
+        state.update(wrong)
+    assert (state.needs_resync, state.num_resyncs) == (False, 1)
+    state.update(pb.StepBatch(kv_events=events(cleared=True, stored=truth)))
+    state.update(wrong)
+    assert (state.needs_resync, state.num_resyncs) == (False, 1)
+    assert state.resident == {block(number) for number in truth}
+
+
+def test_an_answer_that_never_comes_is_asked_for_again() -> None:
+    state = make_state()
+    for _ in range(1 + PATIENCE + 1):
+        state.update(pb.StepBatch(load=pb.Load(), resident=digest(3)))
+    assert state.num_resyncs == 2
+
+
+def test_a_replica_that_is_never_right_is_asked_ever_less_often() -> None:
+    state = make_state()
+    for _ in range(1_000):
+        state.update(pb.StepBatch(load=pb.Load(), resident=digest(3)))
+        if state.needs_resync:
+            state.resync_asked()
+            state.update(pb.StepBatch(kv_events=events(cleared=True)))
+    assert 8 <= state.num_resyncs <= 15
+
+
+def test_blocks_of_a_prompt_are_expected_until_the_replica_says_something_of_its_work() -> None:
+    roster = Roster()
+    state = make_state(roster, credit_tokens=100)
+    coming = [block(1), block(7), block(8)]
+    state.expect(5, coming)
+    state.expect(6, coming)
+    assert roster.index.match(coming).shared == {0: (3, 1)}
+    state.update(pb.StepBatch(load=pb.Load(), last_batch_id=9))
+    assert state.num_expected == 2, "a report counts the work, which is still being computed"
+    state.update(pb.StepBatch(deltas=[pb.WorkDelta(work_id=5, token_ids=[1])], kv_events=events(stored=[7])))
+    assert roster.index.match(coming).shared == {0: (3, 2)}
+    state.unexpect(6)
+    state.unexpect(6)
+    assert roster.index.match(coming).shared == {}
+    assert roster.index.match(coming).runs == [(2, 1)]
+
+
+@pytest.mark.parametrize("end", ["forget", "clear", "start"])
+def test_no_guess_outlives_what_the_replica_says(end: str) -> None:
+    roster = Roster()
+    state = make_state(roster)
+    state.expect(5, [block(7)])
+    if end == "clear":
+        state.update(pb.StepBatch(kv_events=events(cleared=True)))
+    elif end == "start":
+        state.start(pb.HelloAck(block_size=4, num_blocks=8))
+    else:
+        state.forget()
+    assert state.num_expected == 0
+    assert roster.index.match([block(7)]) == Matches([], {})
+    roster.check_integrity()
+
+
+def test_a_closed_replica_is_not_offered_and_keeps_its_books() -> None:
+    roster = Roster()
+    state = make_state(roster, credit_tokens=100)
+    assert (roster.open, roster.able, roster.credit_tokens) == (1, 1, 100)
+    state.close()
+    assert (roster.open, roster.able, roster.credit_tokens) == (0, 0, 0)
+    state.update(report(1, credit_tokens=50))
+    assert (roster.open, roster.able, roster.credit_tokens) == (0, 0, 0)
+    assert state.resident == {block(1), block(2)}
+    roster.check_integrity()
