@@ -57,9 +57,13 @@ def figure(value: float | None, unit: str = "") -> str:
 
 
 def judge_terminals(runs: Iterable[Mapping[str, Any]]) -> Bar:
-    """Judge that each request of all runs ended with exactly one terminal status."""
+    """Judge that each request of all runs ended with exactly one terminal status; a run whose router never came to have
+    ended all that it had accepted (its `idle_s` is None) counts as one that did not."""
     counted = [run for run in runs if run.get("sent") is not None]
-    without = [(run["what"], abs(run["sent"] - run["ended"]) + run.get("extra", 0)) for run in counted]
+    without = [
+        (run["what"], abs(run["sent"] - run["ended"]) + run.get("extra", 0) + (run.get("idle_s", 0.0) is None))
+        for run in counted
+    ]
     wrong = sum(number for _, number in without) if counted else None
     detail = f"{sum(run['sent'] for run in counted)} requests in {len(counted)} runs"
     for what, number in without:

@@ -86,6 +86,8 @@ def test_each_request_has_one_terminal() -> None:
     assert (lost.value, lost.ok) == (1, False)
     assert "b: 1" in lost.detail
     assert not judge_terminals([{"what": "c", "sent": 5, "ended": 5, "extra": 1}]).ok
+    assert judge_terminals([{**good, "idle_s": 0.0}]).ok
+    assert not judge_terminals([{**good, "idle_s": None}]).ok
     assert not judge_terminals([]).ok
 
 
