@@ -19,9 +19,6 @@ from router.queued import Queued
 from router.removable_heap import RemovableHeap
 from router.speeds import Speeds
 
-MIN_PAUSE_S = 0.001
-"""Before the next look at somebody whom only the time keeps."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchBatch:
@@ -165,18 +162,14 @@ class Batcher:
         self._num_batches += 1
         return DispatchBatch(batch_id=self._num_batches, groups=tuple(groups), num_tokens=budget.num_tokens)
 
-    def next_event(self, credit_tokens: int, now: float) -> float | None:
+    def next_event(self, credit_tokens: int) -> float | None:
         """Return when `expire` or `next_batch` will have something to do if nothing else happens, or None."""
-        first = self._ends.first()
-        if first is None:
+        end = self._ends.first()
+        if end is None:
             return None
-        end = float(first[0])
-        if credit_tokens <= 0:
-            return end
-        company = self._oldest_since() + self._max_wait_s
-        if self.is_held and company <= now and (due := self._order.next_due()) is not None:
-            return min(end, now + max(due - self.backlog_s(now), MIN_PAUSE_S))
-        return min(end, company)
+        if credit_tokens > 0:
+            return min(float(end[0]), self._oldest_since() + self._max_wait_s)
+        return float(end[0])
 
     def _is_full(self) -> bool:
         return self._num_tokens >= self._max_tokens or len(self._queued) >= self._max_requests

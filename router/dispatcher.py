@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -30,6 +31,7 @@ from router.admission import Admission, Permit
 from router.alarm import Alarm
 from router.batcher import DispatchBatch
 from router.config import RouterConfig
+from router.decision_log import DecisionLog
 from router.dispatch_spans import DispatchSpans
 from router.finish_errors import error_of
 from router.fleet import Fleet
@@ -76,8 +78,14 @@ class Dispatcher:
             lambda address, roster: ReplicaLink(address, identity, self, rng=self._rng, times=link_times, roster=roster)
         )
         self._flights = Flights(self._fleet)
+        path = config.decision_log
+        self._decision_log = DecisionLog(Path(path), identity.router_id) if path else None
         self._sender = Sender(
-            self._fleet, self._flights, placement or LeastCost(self._rng), hash_key=identity.keys.prefix_hash
+            self._fleet,
+            self._flights,
+            placement or LeastCost(self._rng),
+            hash_key=identity.keys.prefix_hash,
+            log=self._decision_log,
         )
         self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
         self._is_draining = False
@@ -125,6 +133,8 @@ class Dispatcher:
         self._alarm.cancel()
         # The aborts of what was just ended need not arrive: a replica aborts the works of a router that leaves.
         await self._fleet.close()
+        if self._decision_log is not None:
+            await asyncio.to_thread(self._decision_log.close)
 
     # The Backend.
 
@@ -232,7 +242,7 @@ class Dispatcher:
         if self._is_stopped:
             return
         events = (
-            self._batcher.next_event(credit_tokens, now),
+            self._batcher.next_event(credit_tokens),
             self._flights.first_deadline(),
             self._replica_wait.next_event(self._batcher.oldest_since),
         )

@@ -59,13 +59,7 @@ class Queue:
     def go(self) -> Queued:
         """Let the next one go, and the time pass that replicas need for it."""
         one = self.order.next(self.now, self.now)
-        if one is None:  # its place is not due yet
-            due = self.order.next_due()
-            assert due is not None
-            assert due > self.now
-            self.now = due
-            one = self.order.next(self.now, self.now)
-            assert one is not None
+        assert one is not None
         self.now += one.cost / self.rate
         self.order.take(one, self.now, is_held=True)
         self.order.check_integrity()
@@ -219,8 +213,8 @@ class OrderMachine(RuleBasedStateMachine):
     def go(self, count: int, is_held: bool) -> None:
         for _ in range(count):
             one = self.order.next(self.now, self.now)
+            assert (one is None) == (not self.waiting)
             if one is None:
-                assert not self.waiting or (self.order.next_due() or 0.0) > self.now
                 return
             assert one.request.priority == min(q.request.priority for q in self.waiting.values())
             rivals = [q for q in self.waiting.values() if _side(q) == _side(one)]
