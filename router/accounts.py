@@ -81,5 +81,6 @@ class Accounts:
                 owed_tokens=candidate.owed_tokens,
                 uncached_tokens=candidate.uncached_tokens,
                 decode_tokens=candidate.decode_tokens,
+                displaced_tokens=candidate.displaced_tokens,
                 cost=candidate.cost,
             )

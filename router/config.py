@@ -23,6 +23,9 @@ class RouterConfig:
     tenant_header: str = ""
     """The metadata key of Generate and Session calls that says who pays. Empty: everybody is one tenant. Whoever can
     reach the port can write it: name one only if a trusted proxy in front sets it and removes what clients wrote."""
+    decision_log: str = ""
+    """A file to which every placement decision goes as a line of JSON (router/decision_log.py says what is in it), with
+    PATH.1 at most 128 MiB. Routers of one node may share it. Empty: none."""
     default_max_tokens: int = 256
     """For requests that name none; never more than the context leaves."""
     default_timeout_s: float = 600.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from router import dispatch_errors
+from router.decision_log import DecisionLog
 from router.fleet import Fleet
 from router.flight import Flight
 from router.flights import Flights
@@ -12,13 +13,22 @@ from router.wire import to_work
 
 
 class Sender:
-    """`hash_key`: of the hashes of blocks."""
+    """`hash_key`: of the hashes of blocks. Decisions go to `log`, too."""
 
-    def __init__(self, fleet: Fleet, flights: Flights, placement: Placement, *, hash_key: bytes) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        flights: Flights,
+        placement: Placement,
+        *,
+        hash_key: bytes,
+        log: DecisionLog | None = None,
+    ) -> None:
         self._fleet = fleet
         self._flights = flights
         self._placement = placement
         self._hash_key = hash_key
+        self._log = log
 
     def send(self, flight: Flight, batch_id: int, now: float) -> bool:
         """Place and send a request; return False, and no effect, if it has to wait on: the replicas that can do it have
@@ -28,6 +38,8 @@ class Sender:
         request = flight.request
         decision = self._placement.place(request, flight.hashes, self._fleet.roster, attempt=flight.attempt)
         if decision is not None:
+            if self._log is not None:
+                self._log.add(request, decision)
             self._send(flight, flight.hashes, decision, batch_id, now)
         elif missing := self._fleet.lacks(request.needed_capabilities):
             raise dispatch_errors.capability_error(missing)

@@ -150,7 +150,7 @@ def make_prompt(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(num_tokens)]
 
 
-def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTER, **config: float) -> Dispatcher:
+def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTER, **config: float | str) -> Dispatcher:
     return Dispatcher(
         RouterConfig(**config),  # type: ignore[arg-type]
         identity,

@@ -6,11 +6,13 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
+from router.decision_log import read_decision
 from router.dispatcher import Dispatcher
 from router.types import Cancel
 from tests.data_plane.rig import (
@@ -39,7 +41,7 @@ from workers.types import FinishReason
 
 
 @asynccontextmanager
-async def cluster(*replicas: Replica, **config: float) -> AsyncIterator[Dispatcher]:
+async def cluster(*replicas: Replica, **config: float | str) -> AsyncIterator[Dispatcher]:
     """A started dispatcher in front of started replicas; at the end everything must be idle and ends."""
     dispatcher = make_dispatcher(**config)
     dispatcher.start()
@@ -620,3 +622,18 @@ async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> No
         assert outcomes >= {"NoneType", "CancelledRequestError", "DeadlineError"}
         await assert_idle(dispatcher, replicas["one"], replicas["three"], replicas["four"])
     await replicas["four"].stop()
+
+
+async def test_decisions_go_to_a_file_that_is_whole_when_the_router_has_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "decisions"
+    one, two = Replica("one"), Replica("two")
+    async with cluster(one, two, decision_log=str(path)) as dispatcher:
+        sinks = [RecordingSink() for _ in range(20)]
+        for sink in sinks:
+            dispatcher.submit(make_request(range(30)), sink)
+        for sink in sinks:
+            await sink.wait()
+    read = [read_decision(line) for line in path.read_text().splitlines()]
+    assert [decision for decision, _ in filter(None, read)] == [sink.decisions[0] for sink in sinks], (
+        "in the order in which they were made"
+    )
