@@ -377,6 +377,22 @@ def test_owed_prefill_is_what_waits_and_what_runs_short_of_a_decode() -> None:
     assert bench.scheduler.owed_prefill_tokens == 14, "a sequence that decodes owes nothing"
 
 
+def test_what_another_sequence_computes_or_has_computed_is_owed_once() -> None:
+    """A burst with one prefix looked like so many prefills, and the router sent its second half elsewhere."""
+    bench = Bench(chunk_tokens=8)
+    shared = list(range(10, 26))
+    burst = [bench.add(work(number, [*shared, number], 2)) for number in range(1, 5)]
+    assert bench.scheduler.owed_prefill_tokens == 17 + 3
+    bench.step()
+    assert bench.scheduler.owed_prefill_tokens == 9 + 3
+    bench.scheduler.end(burst[0], FinishReason.CANCELLED, 0.0)
+    for _ in range(8):
+        bench.step()
+    assert bench.scheduler.owed_prefill_tokens == 0
+    bench.add(work(9, [*shared, 9], 2))
+    assert bench.scheduler.owed_prefill_tokens == 1
+
+
 def test_who_ends_while_a_step_is_in_flight_is_passed_over() -> None:
     bench = Bench()
     one = bench.add(work(1, [1, 2], 9))
