@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, Protocol
 
 from router.affinity import favourite
 from router.prefix_index import slots_of
-from router.roster import DECODE_TOKENS, Placeable, Roster, displaced_by
+from router.roster import Roster
 from router.types import Candidate, Decision, Request
 from workers.prefix import PrefixHasher
 
@@ -171,8 +171,7 @@ def _offers(
             matched, resident = min(num_blocks * size, longest), min(num_resident * size, longest)
             replica = roster[slot]
             if replica.credit_sequences > 0 and replica.credit_tokens + matched - resident > 0:
-                owed = max(replica.owed_tokens - (matched - resident), 0)
-                sharing.append((slot, _candidate(replica, matched, num_tokens - matched, owed)))
+                sharing.append((slot, _candidate(roster, slot, matched, num_tokens - matched, matched - resident)))
                 computed = max(computed, [resident, matched], key=lambda part: (part[1], -part[0]))
     groups = []
     for slots, matched in (*matches, (rest, 0)):
@@ -181,16 +180,14 @@ def _offers(
     return sharing, groups
 
 
-def _candidate(replica: Placeable, matched_tokens: int, uncached_tokens: float, owed_tokens: int) -> Candidate:
-    decode_tokens = DECODE_TOKENS * replica.num_running
-    return Candidate(
-        replica.replica,
-        matched_tokens,
-        float(owed_tokens),
-        float(uncached_tokens),
-        decode_tokens,
-        displaced_by(replica),
-    )
+def _candidate(
+    roster: Roster, slot: int, matched_tokens: int, uncached_tokens: float, shared_tokens: int = 0
+) -> Candidate:
+    """`shared_tokens` is what it owes of this very prompt."""
+    name, owed, decode, displaced = roster.terms(slot)
+    if shared_tokens:
+        owed = max(owed - shared_tokens, 0.0)
+    return Candidate(name, matched_tokens, owed, float(uncached_tokens), decode, displaced)
 
 
 def _listed(
@@ -217,8 +214,7 @@ def _listed(
     by_cost.sort()
     shared = dict(sharing)
     return [
-        shared.get(slot)
-        or _candidate(roster[slot], group.matched_tokens, group.uncached_tokens, roster[slot].owed_tokens)
+        shared.get(slot) or _candidate(roster, slot, group.matched_tokens, group.uncached_tokens)
         for _, slot, group in ((0.0, chosen, group_of_chosen), *by_cost[: MAX_CANDIDATES - 1])
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from router.affinity import Circle
 from router.prefix_index import MAX_ENTRIES, PrefixIndex, slots_of
@@ -61,13 +61,24 @@ class Placeable(Protocol):
         """Whether it may be sent work at all."""
 
 
+class Terms(NamedTuple):
+    """What a replica has on its hands, in tokens."""
+
+    replica: str
+    owed_tokens: float
+    decode_tokens: float
+    displaced_tokens: float
+    """What it would have to forget for a new prompt."""
+
+
 class _Place:
     """A replica as it was when it was last looked at."""
 
-    __slots__ = ("credit_sequences", "credit_tokens", "load", "replica")
+    __slots__ = ("credit_sequences", "credit_tokens", "load", "replica", "terms")
 
     def __init__(self, replica: Placeable) -> None:
         self.replica = replica
+        self.terms = terms_of(replica)
         self.load: float | None = None
         """None: it is not in the order, as it has no credit or takes no work."""
         self.credit_tokens = 0
@@ -98,6 +109,9 @@ class Roster:
 
     def __getitem__(self, slot: int) -> Placeable:
         return self._places[slot].replica
+
+    def terms(self, slot: int) -> Terms:
+        return self._places[slot].terms
 
     @property
     def block_sizes(self) -> list[int]:
@@ -137,8 +151,9 @@ class Roster:
             self._move(slot, place, None, 0)
             return
         self.open |= bit
+        place.terms = terms = terms_of(replica)
         credit = max(replica.credit_tokens, 0)
-        load = load_of(replica) if credit else None
+        load = terms.owed_tokens + terms.decode_tokens + terms.displaced_tokens if credit else None
         self._count_sequences(place, max(replica.credit_sequences, 0) if credit else 0)
         if load != place.load or credit != place.credit_tokens:
             self._move(slot, place, load, credit)
@@ -205,6 +220,7 @@ class Roster:
             is_able = replica.is_open and replica.credit_tokens > 0
             assert bool(self.open & bit) == replica.is_open
             assert bool(self.able & bit) == is_able
+            assert not is_able or place.terms == terms_of(replica)
             assert place.load == (load_of(replica) if is_able else None)
             assert place.load is None or self._by_load[place.load] & bit
             assert self._by_size[replica.block_size] & bit
@@ -217,12 +233,17 @@ class Roster:
 
 def load_of(replica: Placeable) -> float:
     """Return what a replica has on its hands, in tokens."""
-    return replica.owed_tokens + DECODE_TOKENS * replica.num_running + displaced_by(replica)
+    _, owed, decode, displaced = terms_of(replica)
+    return owed + decode + displaced
 
 
-def displaced_by(replica: Placeable) -> float:
-    """Return what it would have to forget for a new prompt, in tokens."""
-    return DISPLACED_TOKENS * int(_EIGHTHS * replica.cache_use)
+def terms_of(replica: Placeable) -> Terms:
+    return Terms(
+        replica.replica,
+        float(replica.owed_tokens),
+        DECODE_TOKENS * replica.num_running,
+        DISPLACED_TOKENS * int(_EIGHTHS * replica.cache_use),
+    )
 
 
 def _drop(slots: dict[Key, int], key: Key, slot: int) -> None:
