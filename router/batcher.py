@@ -19,6 +19,9 @@ from router.queued import Queued
 from router.removable_heap import RemovableHeap
 from router.speeds import Speeds
 
+MIN_PAUSE_S = 0.001
+"""Before the next look at one whom only the time keeps."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatchBatch:
@@ -155,21 +158,24 @@ class Batcher:
             return None
         budget = _Budget(min(credit_tokens, self._max_tokens), self._max_tokens, credit_sequences, self._max_requests)
         groups = []
-        while budget.has_room and (first := self._next(now)) is not None and budget.fits(first.num_tokens):
+        while budget.has_room and (first := self._next(now, budget)) is not None and budget.fits(first.num_tokens):
             groups.append(self._take_group(first, now, budget, block_size))
         if not groups:
             return None
         self._num_batches += 1
         return DispatchBatch(batch_id=self._num_batches, groups=tuple(groups), num_tokens=budget.num_tokens)
 
-    def next_event(self, credit_tokens: int) -> float | None:
+    def next_event(self, credit_tokens: int, now: float) -> float | None:
         """Return when `expire` or `next_batch` will have something to do if nothing else happens, or None."""
-        end = self._ends.first()
-        if end is None:
+        first = self._ends.first()
+        if first is None:
             return None
-        if credit_tokens > 0:
-            return min(float(end[0]), self._oldest_since() + self._max_wait_s)
-        return float(end[0])
+        end = float(first[0])
+        if credit_tokens <= 0:
+            return end
+        if self._order.due is not None:
+            return min(end, max(self._order.due, now + MIN_PAUSE_S))
+        return min(end, self._oldest_since() + self._max_wait_s)
 
     def _is_full(self) -> bool:
         return self._num_tokens >= self._max_tokens or len(self._queued) >= self._max_requests
@@ -177,12 +183,15 @@ class Batcher:
     def _oldest_since(self) -> float:
         return next(iter(self._queued.values())).since
 
-    def _next(self, now: float) -> Queued | None:
+    def _next(self, now: float, budget: _Budget) -> Queued | None:
         """Return who goes next; put those aside that could not be in time."""
-        while (queued := self._order.next(now, self.backlog_s(now))) is not None and self._end(queued, now) <= now:
+        while True:
+            at, num_free = self.backlog_s(now), budget.num_places
+            queued = self._order.next(now, at, num_free=num_free, is_held=self.is_held)
+            if queued is None or self._end(queued, now) > now:
+                return queued
             self.remove(queued.key, now)
             self._hopeless.append(queued)
-        return queued
 
     def _take_group(self, first: Queued, now: float, budget: _Budget, block_size: int) -> tuple[Queued, ...]:
         self._take(first, now)
@@ -246,19 +255,19 @@ class Batcher:
 class _Budget:
     """What a batch may still hold."""
 
-    __slots__ = ("_credit_tokens", "_max_tokens", "_num_places", "_num_requests", "num_tokens")
+    __slots__ = ("_credit_tokens", "_max_tokens", "_num_requests", "num_places", "num_tokens")
 
     def __init__(self, credit_tokens: int, max_tokens: int, num_places: int, num_requests: int) -> None:
         self._credit_tokens = credit_tokens
         self._max_tokens = max_tokens
-        self._num_places = num_places
+        self.num_places = num_places
         self._num_requests = num_requests
         self.num_tokens = 0
 
     @property
     def has_places(self) -> bool:
         """For one more request that shares what is computed anyway."""
-        return self._num_places > 0 and self._num_requests > 0
+        return self.num_places > 0 and self._num_requests > 0
 
     @property
     def has_room(self) -> bool:
@@ -270,5 +279,5 @@ class _Budget:
 
     def spend(self, queued: Queued, num_tokens: int) -> None:
         self.num_tokens += num_tokens
-        self._num_places -= queued.request.n
+        self.num_places -= queued.request.n
         self._num_requests -= 1

@@ -242,7 +242,7 @@ class Dispatcher:
         if self._is_stopped:
             return
         events = (
-            self._batcher.next_event(credit_tokens),
+            self._batcher.next_event(credit_tokens, now),
             self._flights.first_deadline(),
             self._replica_wait.next_event(self._batcher.oldest_since),
         )

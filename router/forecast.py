@@ -125,6 +125,8 @@ class MeasuredForecast:
             num_tokens=round(num_tokens / request.n),
             is_answered=is_answered,
         )
+        if is_answered:
+            self._order.answered(now - flight.sent_at)
         used = 0 if is_lost else request.num_known_tokens + num_tokens
         self._order.settle(request.priority, request.tenant, used - flight.charge)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from typing import Protocol
 
+from router.filling import Filling
 from router.priority_class import PriorityClass
 from router.queued import Queued
 from router.removable_heap import RemovableHeap
@@ -26,8 +27,12 @@ class Order(Protocol):
     def remove(self, queued: Queued, at: float) -> None:
         """`queued` does not wait any more; it did not go."""
 
-    def next(self, now: float, at: float) -> Queued | None:
-        """Return who goes next; None if nobody waits."""
+    def next(self, now: float, at: float, *, num_free: int, is_held: bool) -> Queued | None:
+        """Return who goes next, of whom `num_free` could go; None if nobody waits, or nobody may go before `due`."""
+
+    @property
+    def due(self) -> float | None:
+        """When somebody may go whom only the time keeps; None if there is nobody."""
 
     def take(self, queued: Queued, at: float, *, is_held: bool) -> None:
         """`queued` goes, and its tenant is charged. `is_held`: others had to be held back before."""
@@ -43,6 +48,7 @@ class FairOrder:
         self._classes: dict[int, PriorityClass] = {}
         self._priorities: list[int] = []
         """Of all that ever waited, in order; a request's priority has bounds."""
+        self._filling = Filling()
 
     def add(self, queued: Queued, at: float) -> None:
         priority = queued.request.priority
@@ -54,17 +60,32 @@ class FairOrder:
     def remove(self, queued: Queued, at: float) -> None:
         self._classes[queued.request.priority].remove(queued, at)
 
-    def next(self, now: float, at: float) -> Queued | None:
+    def next(self, now: float, at: float, *, num_free: int, is_held: bool) -> Queued | None:
+        self._filling.rest()
+
+        def may_go(tenant: str) -> bool:
+            return not (is_held and self._filling.has_too_much(tenant)) or self._filling.may_take(now, num_free)
+
         for priority in self._priorities:
-            if self._classes[priority]:
-                return self._classes[priority].next(now, at)
+            queued = self._classes[priority].next(now, at, may_go)
+            if queued is not None:
+                return queued
         return None
+
+    @property
+    def due(self) -> float | None:
+        return self._filling.due
 
     def take(self, queued: Queued, at: float, *, is_held: bool) -> None:
         self._classes[queued.request.priority].take(queued, at, is_held=is_held)
+        self._filling.taken(queued.request.tenant, queued.request.n)
 
     def may_ride(self, rider: Queued, now: float, at: float) -> bool:
         return self._classes[rider.request.priority].may_ride(rider, now, at)
+
+    def answered(self, answer_s: float) -> None:
+        """An answer took so long from when it went."""
+        self._filling.answered(answer_s)
 
     def settle(self, priority: int, tenant: str, num_tokens: int) -> None:
         """What a tenant was charged with `take` was too little by so much; less than 0: too much."""
@@ -96,9 +117,13 @@ class ArrivalOrder:
         del self._waiting[queued.key]
         self._arrivals.discard(queued.key)
 
-    def next(self, now: float, at: float) -> Queued | None:
+    def next(self, now: float, at: float, *, num_free: int, is_held: bool) -> Queued | None:
         first = self._arrivals.first()
         return None if first is None else self._waiting[first[1]]
+
+    @property
+    def due(self) -> float | None:
+        return None
 
     def take(self, queued: Queued, at: float, *, is_held: bool) -> None:
         self.remove(queued, at)

@@ -12,6 +12,7 @@ deadlines bring nobody more than their share, but that much of it early.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final
 
 from router.drain import Drain
@@ -73,20 +74,37 @@ class PriorityClass:
             for each in list(self._tenants.values()):
                 self._forget(each)
 
-    def next(self, now: float, at: float) -> Queued:
-        """Return who goes next. Something waits."""
+    def next(self, now: float, at: float, may_go: Callable[[str], bool]) -> Queued | None:
+        """Return who goes next of those tenants that may."""
+        passed: list[TenantQueue] = []
+        queued = None
+        while self._turns and queued is None:
+            tenant = self._choose(now, at)
+            if may_go(tenant.tenant):
+                queued = tenant.next(now, self._horizon_s(tenant, at))
+            else:
+                passed.append(tenant)
+                self._turns.discard(tenant.number)
+                self._slacks.discard(tenant.number)
+        for tenant in passed:
+            self._file(tenant)
+        return queued
+
+    def _choose(self, now: float, at: float) -> TenantQueue:
+        """Return whose turn it is. There is somebody."""
         while (barred := self._barred.first()) is not None and barred[0] <= self._limit(at):
-            self._file(self._numbers[barred[1]])
+            self._barred.discard(barred[1])
+            if barred[1] in self._turns:
+                self._slacks.push(barred[1], self._numbers[barred[1]].latest_start)
         while (pressing := self._slacks.first()) is not None:
             tenant = self._numbers[pressing[1]]
             if not tenant.presses(now, self._horizon_s(tenant, at)):
                 break
             if tenant.clock <= self._limit(at):
-                return tenant.next(now, self._horizon_s(tenant, at))
+                return tenant
             self._slacks.discard(tenant.number)
             self._barred.push(tenant.number, tenant.clock)
-        tenant = self._in_turn()
-        return tenant.next(now, self._horizon_s(tenant, at))
+        return self._in_turn()
 
     def take(self, queued: Queued, at: float, *, is_held: bool) -> None:
         """`queued` goes; `is_held`: from a backlog."""

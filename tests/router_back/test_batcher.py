@@ -56,7 +56,7 @@ def test_a_request_that_finds_nobody_waiting_goes_at_once() -> None:
     assert batch is not None
     assert (batch.batch_id, batch.num_tokens) == (1, 10)
     assert batcher.next_batch(5.0, PLENTY) is None
-    assert batcher.next_event(PLENTY) is None
+    assert batcher.next_event(PLENTY, 5.0) is None
 
 
 def test_what_arrives_together_goes_together() -> None:
@@ -86,7 +86,7 @@ def test_without_credit_nothing_goes() -> None:
     batcher = make_batcher(queued(1, deadline=7.0))
     assert batcher.next_batch(0.0, 0) is None
     assert batcher.next_batch(0.0, -5) is None
-    assert batcher.next_event(0) == 7.0
+    assert batcher.next_event(0, 0.0) == 7.0
 
 
 def test_after_a_lack_of_credit_a_batch_waits_for_company_so_long() -> None:
@@ -94,7 +94,7 @@ def test_after_a_lack_of_credit_a_batch_waits_for_company_so_long() -> None:
     assert batcher.next_batch(1.0, 0) is None
     batcher.add(queued(2, since=1.25))
     assert batcher.next_batch(1.25, PLENTY) is None
-    assert batcher.next_event(PLENTY) == 1.5
+    assert batcher.next_event(PLENTY, 1.25) == 1.5
     assert keys(batcher.next_batch(1.5, PLENTY)) == [1, 2]
 
 
@@ -212,7 +212,7 @@ class BatcherMachine(RuleBasedStateMachine):
             for one in taken:
                 del self.model[one.key]
         if credit > 0 and self.model:
-            event = self.batcher.next_event(credit)
+            event = self.batcher.next_event(credit, self.now)
             assert event is not None
             assert self.now < event <= min(one.since for one in self.model.values()) + 2.0
 

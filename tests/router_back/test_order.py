@@ -58,7 +58,7 @@ class Queue:
 
     def go(self) -> Queued:
         """Let the next one go, and the time pass that replicas need for it."""
-        one = self.order.next(self.now, self.now)
+        one = self.order.next(self.now, self.now, num_free=9, is_held=True)
         assert one is not None
         self.now += one.cost / self.rate
         self.order.take(one, self.now, is_held=True)
@@ -171,7 +171,7 @@ def test_first_come_first_served() -> None:
     order = ArrivalOrder()
     for one in (queued(1, priority=5, accepted_at=1.0), queued(2, priority=-5, latest_start=0.0, accepted_at=2.0)):
         order.add(one, 0.0)
-    first = order.next(0.0, 0.0)
+    first = order.next(0.0, 0.0, num_free=9, is_held=True)
     assert first is not None
     assert first.key == 1
     order.take(first, 0.0, is_held=True)
@@ -212,7 +212,7 @@ class OrderMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 5), is_held=st.booleans())
     def go(self, count: int, is_held: bool) -> None:
         for _ in range(count):
-            one = self.order.next(self.now, self.now)
+            one = self.order.next(self.now, self.now, num_free=9, is_held=True)
             assert (one is None) == (not self.waiting)
             if one is None:
                 return

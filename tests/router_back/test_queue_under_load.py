@@ -77,6 +77,17 @@ def modest_times(fates: Fates, plan: list[Request]) -> list[float]:
     return [fates.answered[name] - at for name, at in accepted.items()]
 
 
+@pytest.mark.parametrize("timeout_s", [None, 1.0])
+def test_a_greedy_tenant_costs_the_others_next_to_nothing(timeout_s: float | None) -> None:
+    """Whether or not it claims to be in a hurry, and although it fills the backlog."""
+    alone, beside = modest_and_greedy(greedy=False), modest_and_greedy(greedy=True, timeout_s=timeout_s)
+    before = percentile(modest_times(simulate(alone, places=64, service_s=0.32), alone), 0.99)
+    fates = simulate(beside, places=64, service_s=0.32, max_queued_tokens=20_000)
+    after = percentile(modest_times(fates, beside), 0.99)
+    assert after <= 1.2 * before
+    assert len(fates.answered) >= 0.9 * 200 * 10, "what they leave is the greedy one's"
+
+
 def test_a_full_backlog_is_shared() -> None:
     plan = [request(f"greedy{i}", 0.0, tenant="greedy") for i in range(200)]
     plan += [request(f"modest{i}", 0.1, tenant="modest") for i in range(20)]
