@@ -16,7 +16,7 @@ its terms, so that it can be logged and replayed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from router.affinity import favourite
@@ -58,7 +58,7 @@ class PromptHashes:
             while number < len(hashes):
                 yield hashes[number]
                 number += 1
-            if not self._hash_more(block_size, _HASHED_AT_ONCE):
+            if not self._hash_more(block_size, max(number, _HASHED_AT_ONCE)):
                 return
 
     def _hash_more(self, block_size: int, num_blocks: int) -> bool:
@@ -93,6 +93,15 @@ class _Group(NamedTuple):
     """The rest of it, by what that costs."""
 
 
+class _Level(NamedTuple):
+    """Replicas of one group, or one that computes a part of the prompt, with the same cost."""
+
+    cost: float
+    slots: int
+    matched_tokens: int
+    uncached_tokens: float
+
+
 class LeastCost:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -100,29 +109,20 @@ class LeastCost:
     def place(self, request: Request, hashes: PromptHashes, roster: Roster, *, attempt: int = 1) -> Decision | None:
         allowed = roster.able_to(request.needed_capabilities)
         sharing, groups = _offers(request, hashes, roster, allowed)
-        num_able = (allowed & roster.able).bit_count()
-        num_able += sum(not roster.able >> slot & 1 for slot, _ in sharing)
-        if not num_able:
+        levels = _levels(sharing, groups, roster)
+        if not levels:
             return None
-        cheapest: list[tuple[float, int]] = []
-        """(cost, slots)"""
-        for group in groups:
-            found = next(roster.by_load(group.slots), None)
-            if found is not None:
-                cheapest.append((found[0] + group.uncached_tokens, found[1]))
-        cheapest += ((candidate.cost, 1 << slot) for slot, candidate in sharing)
-        least = min(cost for cost, _ in cheapest)
-        ties = 0
-        for cost, slots in cheapest:
-            if cost == least:
-                ties |= slots
-        # Of several with one cost in one group all are among these; no two groups share a slot.
+        least, ties = levels[0].cost, 0
+        for level in levels:
+            if level.cost != least:
+                break
+            ties |= level.slots
         is_tie = ties & (ties - 1) != 0
         if is_tie and request.affinity_key:
             slot = roster.circle.favourite(request.affinity_key, ties)
         else:
             slot = _draw(self._rng, ties) if is_tie else ties.bit_length() - 1
-        candidates = _listed(slot, sharing, groups, roster)
+        candidates = _listed(slot, levels, dict(sharing), roster)
         return Decision(
             replica=candidates[0].replica,
             rule=_rule(candidates, is_affine=is_tie and bool(request.affinity_key)),
@@ -190,33 +190,35 @@ def _candidate(
     return Candidate(name, matched_tokens, owed, float(uncached_tokens), decode, displaced)
 
 
-def _listed(
-    chosen: int, sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], roster: Roster
-) -> list[Candidate]:
-    """Return the chosen candidate and the cheapest of the others, in the order of their cost."""
-    others = ~(1 << chosen)
-    nothing = group_of_chosen = _Group(0, 0, 0.0)
-    by_cost = [(candidate.cost, slot, nothing) for slot, candidate in sharing if slot != chosen]
-    for group in groups:
-        if group.slots & ~others:
-            group_of_chosen = group
+def _levels(sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], roster: Roster) -> list[_Level]:
+    """Return who can take the request, the cheapest first, as far as that may be listed."""
+    levels = [_Level(candidate.cost, 1 << slot, 0, 0.0) for slot, candidate in sharing]
+    for slots, matched, uncached in groups:
         num_listed = 0
-        for load, equals in roster.by_load(group.slots & others):
-            cost = load + group.uncached_tokens
-            for slot in slots_of(equals):
-                by_cost.append((cost, slot, group))
-                num_listed += 1
-                if num_listed >= MAX_CANDIDATES - 1:
-                    break
-            else:
-                continue
+        for load, equals in roster.by_load(slots):
+            levels.append(_Level(load + uncached, equals, matched, uncached))
+            num_listed += equals.bit_count()
+            if num_listed >= MAX_CANDIDATES:
+                break
+    levels.sort()
+    return levels
+
+
+def _listed(chosen: int, levels: Sequence[_Level], shared: Mapping[int, Candidate], roster: Roster) -> list[Candidate]:
+    """Return the chosen candidate and the cheapest of the others, in the order of their cost."""
+    first: list[Candidate] = []
+    others: list[Candidate] = []
+    for _, slots, matched, uncached in levels:
+        if slots >> chosen & 1:
+            first.append(shared.get(chosen) or _candidate(roster, chosen, matched, uncached))
+        if first and len(others) == MAX_CANDIDATES - 1:
             break
-    by_cost.sort()
-    shared = dict(sharing)
-    return [
-        shared.get(slot) or _candidate(roster, slot, group.matched_tokens, group.uncached_tokens)
-        for _, slot, group in ((0.0, chosen, group_of_chosen), *by_cost[: MAX_CANDIDATES - 1])
-    ]
+        for slot in slots_of(slots):
+            if len(others) == MAX_CANDIDATES - 1:
+                break
+            if slot != chosen:
+                others.append(shared.get(slot) or _candidate(roster, slot, matched, uncached))
+    return first + others
 
 
 def _rule(candidates: Sequence[Candidate], *, is_affine: bool) -> str:
