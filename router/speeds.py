@@ -50,7 +50,7 @@ class Speeds:
         expected_s = self._first.at(request.num_known_tokens)
         if first_token_s is not None:
             self._first.add(request.num_known_tokens, first_token_s)
-        elif expected_s is None or elapsed_s > expected_s:
+        elif expected_s is None or elapsed_s >= expected_s:
             self._first.add(request.num_known_tokens, elapsed_s)
         else:
             return

@@ -140,7 +140,9 @@ class Client:
         async def call(channel: grpc.aio.Channel) -> list[model_service_pb2.Model]:
             stub: model_service_pb2_grpc.ModelServiceAsyncStub = model_service_pb2_grpc.ModelServiceStub(channel)
             response = await stub.ListModels(
-                model_service_pb2.ListModelsRequest(), timeout=self._options.call_timeout_s
+                model_service_pb2.ListModelsRequest(),
+                timeout=self._options.call_timeout_s,
+                metadata=self._options.metadata,
             )
             return list(response.models)
 
@@ -152,7 +154,11 @@ class Client:
 
         async def call(channel: grpc.aio.Channel) -> list[int]:
             stub: model_service_pb2_grpc.ModelServiceAsyncStub = model_service_pb2_grpc.ModelServiceStub(channel)
-            return list((await stub.Tokenize(request, timeout=self._options.call_timeout_s)).token_ids)
+            return list(
+                (
+                    await stub.Tokenize(request, timeout=self._options.call_timeout_s, metadata=self._options.metadata)
+                ).token_ids
+            )
 
         return await self._ask(call)
 
@@ -170,7 +176,9 @@ class Client:
 
         async def call(channel: grpc.aio.Channel) -> str:
             stub: model_service_pb2_grpc.ModelServiceAsyncStub = model_service_pb2_grpc.ModelServiceStub(channel)
-            return (await stub.Detokenize(request, timeout=self._options.call_timeout_s)).text
+            return (
+                await stub.Detokenize(request, timeout=self._options.call_timeout_s, metadata=self._options.metadata)
+            ).text
 
         return await self._ask(call)
 
@@ -179,7 +187,11 @@ class Client:
 
         async def call(channel: grpc.aio.Channel) -> status_service_pb2.GetStatusResponse:
             stub: status_service_pb2_grpc.StatusServiceAsyncStub = status_service_pb2_grpc.StatusServiceStub(channel)
-            return await stub.GetStatus(status_service_pb2.GetStatusRequest(), timeout=self._options.call_timeout_s)
+            return await stub.GetStatus(
+                status_service_pb2.GetStatusRequest(),
+                timeout=self._options.call_timeout_s,
+                metadata=self._options.metadata,
+            )
 
         return await self._ask(call)
 
@@ -195,7 +207,9 @@ class Client:
                 response_deserializer=wrappers_pb2.Int32Value.FromString,
             )
             status: wrappers_pb2.Int32Value = await check(
-                wrappers_pb2.StringValue(value=service), timeout=self._options.call_timeout_s
+                wrappers_pb2.StringValue(value=service),
+                timeout=self._options.call_timeout_s,
+                metadata=self._options.metadata,
             )
             return status.value == 1
 

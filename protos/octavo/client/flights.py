@@ -80,7 +80,9 @@ class Flights:
     def __init__(
         self, targets: tuple[str, ...], options: ClientOptions, *, dial: Callable[[str], grpc.aio.Channel]
     ) -> None:
-        self.links = [Link(target, self, dial=dial, backoff=options.backoff) for target in targets]
+        self.links = [
+            Link(target, self, dial=dial, backoff=options.backoff, metadata=options.metadata) for target in targets
+        ]
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._turn = itertools.count()

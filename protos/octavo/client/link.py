@@ -44,15 +44,23 @@ class LinkOwner(Protocol):
 
 
 class Link:
-    """`dial` makes a channel with a connection of its own. Methods are for the event loop's thread only."""
+    """`dial` makes a channel with a connection of its own; `metadata` goes with each Session. Methods are for the event
+    loop's thread only."""
 
     def __init__(
-        self, target: str, owner: LinkOwner, *, dial: Callable[[str], grpc.aio.Channel], backoff: Backoff
+        self,
+        target: str,
+        owner: LinkOwner,
+        *,
+        dial: Callable[[str], grpc.aio.Channel],
+        backoff: Backoff,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
         self.target = target
         self._owner = owner
         self._dial = dial
         self._backoff = backoff
+        self._metadata = metadata
         self._loop = asyncio.get_running_loop()
         self._session: Session | None = None
         self._sessions: set[Session] = set()
@@ -109,7 +117,7 @@ class Link:
                 if self._timer is None:
                     self._timer = self._loop.call_at(self._not_before, self._retry)
                 return
-            self._session = Session(self._dial(self.target), self)
+            self._session = Session(self._dial(self.target), self, metadata=self._metadata)
             self._sessions.add(self._session)
         waiting, self._waiting = self._waiting, {}
         abandoned, self._abandoned = self._abandoned, {}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import Final
 
 from octavo.client.backoff import Backoff
+
+_MAX_KEY: Final = 64
+_KEY: Final = re.compile(rf"[a-z0-9_.-]{{1,{_MAX_KEY}}}")
+_MAX_VALUE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +30,25 @@ class ClientOptions:
     max_message_bytes: int = 16 * 1024 * 1024
     """At most what the router takes (its `max_message_bytes`)."""
     backoff: Backoff = field(default_factory=Backoff)
+    metadata: tuple[tuple[str, str], ...] = ()
+    """(key, value) pairs of ASCII text that are sent with every call: a Session and all its requests have the same."""
 
     def check(self) -> None:
         for name in ClientOptions.__slots__:
             value = getattr(self, name)
-            if name != "backoff" and not value > 0:
+            if name not in ("backoff", "metadata") and not value > 0:
                 raise ValueError(f"{name} must be > 0, is {value!r}")
+        for key, text in self.metadata:
+            _check_pair(key, text)
+
+
+def _check_pair(key: str, value: str) -> None:
+    if not _KEY.fullmatch(key) or key.startswith("grpc-") or key.endswith("-bin"):
+        raise ValueError(
+            f"metadata: a key must have 1 to {_MAX_KEY} characters [a-z0-9_.-], not begin with grpc- and not end with "
+            f"-bin, is {key!r}"
+        )
+    if len(value) > _MAX_VALUE or not (value.isascii() and value.isprintable()):
+        raise ValueError(
+            f"metadata: the value of {key} must have at most {_MAX_VALUE} printable ASCII characters, is {value!r}"
+        )

@@ -52,7 +52,9 @@ class SessionOwner(Protocol):
 class Session:
     """Starts its tasks when made; ends when the stream breaks, after `retire` with its last exchange, or by `close`."""
 
-    def __init__(self, channel: grpc.aio.Channel, owner: SessionOwner) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, owner: SessionOwner, *, metadata: tuple[tuple[str, str], ...] = ()
+    ) -> None:
         self.exchanges: dict[str, Exchange] = {}
         self.cancelled: dict[str, Exchange] = {}
         """Cancelled here; the router's Terminal for them is still to come, and perhaps it never heard of it."""
@@ -68,7 +70,7 @@ class Session:
         self._is_retiring = False
         self._is_closing = False
         stub: pb_grpc.InferenceServiceAsyncStub = pb_grpc.InferenceServiceStub(channel)
-        self._call = stub.Session()
+        self._call = stub.Session(metadata=metadata)
         self._has_failed_write = False
         self._task = self._loop.create_task(self._run(), name="octavo-session")
 
