@@ -27,8 +27,8 @@ class Reason:
     ENGINE_CAPABILITY = "ENGINE_CAPABILITY"
     INCOMPATIBLE_PEER = "INCOMPATIBLE_PEER"
     # RESOURCE_EXHAUSTED
-    QUEUE_FULL = "QUEUE_FULL"
-    DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
+    QUEUE_FULL = "QUEUE_FULL"  # the backlog is full, and the request's tenant has its part of it or more
+    DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"  # the client's deadline cannot be met, by measured speeds; told at once
     SLOW_CONSUMER = "SLOW_CONSUMER"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     SESSION_LIMIT = "SESSION_LIMIT"
@@ -39,7 +39,7 @@ class Reason:
     SESSION_LOST = "SESSION_LOST"
     # DEADLINE_EXCEEDED
     DEADLINE_PASSED = "DEADLINE_PASSED"
-    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"  # it has waited, and what is left does not suffice: never computed
     # CANCELLED
     CANCELLED = "CANCELLED"
     # UNAUTHENTICATED
