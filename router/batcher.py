@@ -238,7 +238,10 @@ class Batcher:
         request = queued.request
         if self._speeds is None or not request.has_own_deadline:
             return request.deadline
-        return request.deadline - (self._speeds.service_s(request, now) or 0.0)
+        service_s = self._speeds.service_s(request, now)
+        if service_s is None:
+            return request.deadline
+        return request.deadline - service_s - (self._speeds.last_margin_s if self.is_held else 0.0)
 
     def check_integrity(self) -> None:
         """Assert every invariant; for tests."""

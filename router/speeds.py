@@ -17,8 +17,10 @@ KEEP = 1 - 1 / 64
 """Weight of what was known when something new is seen."""
 MIN_SEEN = 8
 STALE_S = 5.0
-MARGIN_DEVIATIONS = 2.0
-"""How many mean deviations an answer may take longer than expected, for whom that matters."""
+MARGIN_DEVIATIONS = 3.0
+"""How many mean deviations longer than expected an answer may take when its request is taken on."""
+LAST_DEVIATIONS = 1.5
+"""And when its turn comes and others wait, who may have more time for the place."""
 
 
 class Speeds:
@@ -71,8 +73,13 @@ class Speeds:
 
     @property
     def margin_s(self) -> float:
-        """What an answer may well take longer."""
+        """What an answer may well take longer than expected."""
         return MARGIN_DEVIATIONS * self._deviation_s
+
+    @property
+    def last_margin_s(self) -> float:
+        """What it may take longer if it begins at last."""
+        return LAST_DEVIATIONS * self._deviation_s
 
     def cost(self, request: Request) -> int:
         """Return prompt and expected answer of all choices, in tokens; with max_tokens while nothing is known."""
@@ -91,8 +98,13 @@ class Speeds:
         return first + max(num_tokens - 1.0, 0.0) * per_token
 
     def _note_deviation(self, request: Request, num_tokens: int, elapsed_s: float, *, is_answered: bool) -> None:
-        if is_answered and self._num_seen >= MIN_SEEN:
+        if self._num_seen < MIN_SEEN:
+            return
+        if is_answered:
             off_s = abs(elapsed_s - self._predict(request, num_tokens))
+        else:  # its time was over: it took longer than this
+            off_s = elapsed_s - self._predict(request, self._expected(request) or 1.0)
+        if is_answered or off_s > 0:
             self._deviation_s += (1 - KEEP) * (off_s - self._deviation_s)
 
 

@@ -65,8 +65,10 @@ def poisson(rng: random.Random, rate: float, duration_s: float) -> Iterable[floa
         at += rng.expovariate(rate)
 
 
-def simulate(plan: Iterable[Request], *, places: int, service_s: float, **config: Any) -> Fates:
-    """Let a replica that answers `places` requests at a time, each in `service_s`, answer `plan`."""
+def simulate(plan: Iterable[Request], *, places: int, service_s: float, jitter: float = 0.0, **config: Any) -> Fates:
+    """Let a replica that answers `places` requests at a time, each in `service_s`, answer `plan`. `jitter`: how much
+    longer it may take now and then, as a share."""
+    rng = random.Random(7)
     settings = RouterConfig(**config)
     batcher, forecast = make_queue(settings)
     admission = Admission(
@@ -81,9 +83,11 @@ def simulate(plan: Iterable[Request], *, places: int, service_s: float, **config
         while running and running[0][0] <= now:
             at, key = heapq.heappop(running)
             flight = flights.pop(key)
-            flight.first_token_at = flight.sent_at + service_s / flight.request.max_tokens
-            flight.num_tokens = flight.request.max_tokens
-            forecast.over(flight, at, is_answered=at <= flight.request.deadline, is_lost=False)
+            is_answered = at <= flight.request.deadline
+            taken_s = at - flight.sent_at
+            flight.first_token_at = flight.sent_at + taken_s / flight.request.max_tokens
+            flight.num_tokens = flight.request.max_tokens if is_answered else flight.request.max_tokens - 1
+            forecast.over(flight, at, is_answered=is_answered, is_lost=False)
             flight.permit.release()
             if at <= flight.request.deadline:
                 fates.answered[flight.request.request_id] = at
@@ -115,7 +119,8 @@ def simulate(plan: Iterable[Request], *, places: int, service_s: float, **config
                         forecast.sent(flights[queued.key], queued, now)
                         flights[queued.key].permit.dispatched(now)
                         fates.waits[queued.request.request_id] = now - queued.request.accepted_at
-                        heapq.heappush(running, (now + service_s, queued.key))
+                        takes_s = service_s * (1 + jitter * rng.expovariate(2.0))
+                        heapq.heappush(running, (now + takes_s, queued.key))
         batcher.check_integrity() if len(flights) < 20 else None
         forecast.check_integrity(len(running))
         now += TURN_S

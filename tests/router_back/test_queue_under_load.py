@@ -30,6 +30,13 @@ def test_at_ten_times_the_load_nearly_all_that_is_computed_is_in_time() -> None:
     assert all(error.retry_after_s for error in refusals)
 
 
+def test_answers_that_vary_are_begun_early_enough() -> None:
+    """Begun when an average answer would just be in time, every fifth was late."""
+    fates = simulate(impatient(600.0, 20.0), places=12, service_s=0.2, jitter=1.0)
+    assert len(fates.answered) >= 0.9 * 60 / 1.5 * 20
+    assert len(fates.late) <= 0.1 * len(fates.answered)
+
+
 def test_without_a_deadline_of_its_own_nobody_is_refused_for_time() -> None:
     rng = random.Random(2)
     plan = [request(f"r{i}", at) for i, at in enumerate(poisson(rng, 200.0, 5.0))]
