@@ -128,12 +128,14 @@ class TenantQueue:
         per_second *= JUMPS / (JUMPS + 1) if self._undated else 1.0
         own, first = _slice(latest_start), _slice(now)
         ahead, worst = 0, now - latest_start if own < first - HINDSIGHT else -math.inf
-        for at in range(first - HINDSIGHT, first + FORESIGHT):
+        for at in sorted({own, *self._work}):
+            if at >= first + FORESIGHT:
+                break
             work = self._work.get(at, 0)
             if at == own:
                 worst = max(worst, (ahead + work) / per_second - (latest_start - now))
                 ahead += cost
-            elif at > own and work:
+            elif at > own:
                 worst = max(worst, (ahead + work) / per_second - ((at + 1) * SLICE_S - now))
             ahead += work
         if own >= first + FORESIGHT:
