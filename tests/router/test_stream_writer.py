@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from octavo.names import Reason
+
 from router.stream_writer import StreamWriter
 from workers.errors import OverloadedError
 

@@ -1,0 +1,204 @@
+"""From the queue to replicas: requests that wait, when they are looked at, and how they leave.
+
+Owns the batcher, what is expected of time, the wait for a first replica, and the one timer of the router's back. What
+ends a request is for its `DepartureOwner`. On one event loop; nothing here awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+from router import dispatch_errors
+from router.admission import Admission, Permit
+from router.alarm import Alarm
+from router.batcher import DispatchBatch
+from router.config import RouterConfig
+from router.fleet import Fleet
+from router.flight import Flight
+from router.flights import Flights
+from router.forecast import make_queue
+from router.link import ReplicaLink
+from router.queued import Queued
+from router.replica_wait import ReplicaWait
+from router.sender import Sender
+from router.types import Request
+from workers.errors import CapabilityError, OctavoError
+
+
+class DepartureOwner(Protocol):
+    def end(self, flight: Flight, error: OctavoError | None) -> None:
+        """End a request; `remove` is called before this returns."""
+
+
+class Departures:
+    """`clock` is in seconds."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        flights: Flights,
+        sender: Sender,
+        owner: DepartureOwner,
+        *,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._flights = flights
+        self._sender = sender
+        self._owner = owner
+        self._clock = clock
+        self._batcher, self._forecast = make_queue(config)
+        self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
+        self._alarm = Alarm(self._on_alarm)
+        self._is_pump_due = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        return self._batcher.num_requests
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens."""
+        return self._batcher.num_tokens
+
+    def start(self) -> None:
+        """Let requests go, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._replica_wait = ReplicaWait(self._config.no_replica_wait_s, self._clock())
+        self.pump_soon()
+
+    def stop(self) -> None:
+        """Nothing goes any more."""
+        self._loop = None
+        self._alarm.cancel()
+
+    def permit(self, request: Request, admission: Admission, now: float) -> Permit:
+        """Return a permit; who has more than an equal part of a full backlog gives way.
+
+        Raises OverloadedError when the backlog is full, or `request` would be late.
+        """
+        self._forecast.check(request, now)
+        size = request.num_known_tokens
+        while True:
+            tenant = admission.who_gives_way(size, now, tenant=request.tenant, num_choices=request.n)
+            if tenant is None:
+                return admission.admit(size, now, tenant=request.tenant, num_choices=request.n)
+            refusal = admission.refusal(size, now)
+            newest = self._batcher.newest(tenant)
+            if newest is None:
+                raise refusal
+            self._end_queued(newest, dispatch_errors.gave_way_error(refusal))
+
+    def add(self, flight: Flight, now: float) -> None:
+        """Let `flight` wait, as short as possible."""
+        self._batcher.add(self._forecast.queued(flight, now))
+        self.pump_soon()
+
+    def remove(self, flight: Flight, now: float) -> None:
+        """It does not wait any more, if it did."""
+        self._batcher.remove(flight.key, now)
+
+    def leave(self, flight: Flight, *, is_answered: bool = False, is_lost: bool = False) -> ReplicaLink | None:
+        """Take a request off its replica's books, if it is on any; return that link."""
+        link = self._flights.leave(flight)
+        if link is not None:
+            self._forecast.over(flight, self._clock(), is_answered=is_answered, is_lost=is_lost)
+        return link
+
+    def pump_soon(self) -> None:
+        """Pump at the end of this turn of the loop, so that what arrives together goes together."""
+        if not self._is_pump_due and self._loop is not None:
+            self._is_pump_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Send what can be sent now, and see to it that the rest is looked at in time."""
+        self._is_pump_due = False
+        now = self._clock()
+        self._expire(now)
+        has_ready = self._fleet.has_ready
+        self._replica_wait.see(now, has_replica=has_ready)
+        left: list[Queued] = []
+        while has_ready and (batch := self._next_batch(now)) is not None:
+            left += self._dispatch(batch, now)
+        self._expire(now)
+        for queued in left:
+            if self._flights.find(queued.key) is not None:
+                self._batcher.add(replace(queued, since=now))
+        if (limit := self._replica_wait.overdue_since(now)) is not None:
+            for queued in self._batcher.waiting_since(limit, now):
+                self._end_queued(queued, dispatch_errors.no_replica_error(self._replica_wait.max_wait_s))
+        self._arm(now, self._fleet.credit_tokens)
+
+    def _expire(self, now: float) -> None:
+        for queued in self._batcher.expire(now):
+            request = queued.request
+            is_past = request.deadline <= now
+            error = dispatch_errors.deadline_error if is_past else dispatch_errors.unreachable_error
+            self._end_queued(queued, error(request, now))
+
+    def _next_batch(self, now: float) -> DispatchBatch | None:
+        fleet = self._fleet
+        return self._batcher.next_batch(
+            now, fleet.credit_tokens, credit_sequences=fleet.credit_sequences, block_size=fleet.block_size
+        )
+
+    def _dispatch(self, batch: DispatchBatch, now: float) -> list[Queued]:
+        """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
+        credit for each request of a batch.)"""
+        left: list[Queued] = []
+        for queued in itertools.chain.from_iterable(batch.groups):
+            flight = self._flights.find(queued.key)
+            if flight is None:  # cancelled by what its neighbour's sink did
+                self._forecast.unsent(queued)
+                continue
+            # Before it goes: its sink may end it while it is told that it has gone.
+            self._forecast.sent(flight, queued, now)
+            try:
+                if not self._sender.send(flight, batch.batch_id, now):
+                    self._forecast.recalled(queued)
+                    left.append(queued)
+            except CapabilityError as error:
+                self._forecast.recalled(queued)
+                self._owner.end(flight, error)
+        return left
+
+    def _end_queued(self, queued: Queued, error: OctavoError) -> None:
+        """End a request that the batcher has handed back, unless the sink of another one did so meanwhile."""
+        flight = self._flights.find(queued.key)
+        if flight is not None:
+            self._owner.end(flight, error)
+
+    # Time.
+
+    def _arm(self, now: float, credit_tokens: int) -> None:
+        """Look at the queue again when the next thing happens by itself."""
+        if self._loop is None:
+            return
+        events = (
+            self._batcher.next_event(credit_tokens, now),
+            self._flights.first_deadline(),
+            self._replica_wait.next_event(self._batcher.oldest_since),
+        )
+        self._alarm.set(min((event for event in events if event is not None), default=math.inf), now)
+
+    def _on_alarm(self) -> None:
+        now = self._clock()
+        while (flight := self._flights.first_late(now)) is not None:
+            self._owner.end(flight, dispatch_errors.deadline_error(flight.request, now))
+        self._pump()
+
+    def check_integrity(self) -> None:
+        """Assert that every book agrees with every other; for tests."""
+        self._batcher.check_integrity()
+        num_aboard = len(self._flights.aboard)
+        self._forecast.check_integrity(num_aboard)
+        assert len(self._flights) == self.num_waiting + num_aboard
