@@ -58,14 +58,14 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
 
 
-def busiest_threads_s(pid: int, count: int) -> float:
-    """Return the processor time so far of the `count` threads of a process that took most; 0 if it has ended."""
-    times = []
+def thread_times_s(pid: int) -> dict[int, float]:
+    """Return the processor time so far of each thread of a process, by its number; nothing if it has ended."""
+    times = {}
     for task in (_PROC / str(pid) / "task").glob("[0-9]*"):
         fields = _stat_at(task)
         if fields is not None:
-            times.append(int(fields[11]) + int(fields[12]))
-    return sum(sorted(times, reverse=True)[:count]) / _TICKS_PER_S
+            times[int(task.name)] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    return times
 
 
 def await_end(processes: list[Process], timeout_s: float) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from load_tests import machine, process_tree
+from load_tests import machine
 from load_tests.bars import exit_code, write_bars
 from load_tests.measurement import AskError, Measurement, Sample, measure
 from load_tests.natural_text import NaturalText
@@ -40,6 +40,7 @@ from load_tests.peers.contestants import (
 )
 from load_tests.peers.runs import Run, by_contestant
 from load_tests.peers.tables import print_bars, print_figures
+from load_tests.processor_time import ProcessorTime
 from load_tests.server import ServerError, ServerProcess, end_on_sigterm, free_port, watched
 from load_tests.workloads import WORKLOADS, Workload, make_prompts, warm_up_prompts
 
@@ -138,16 +139,15 @@ class Bench:
             run = dataclasses.replace(run, first_answer_s=round(first.total_s, 3))
             for workload in self._plan.workloads:
                 asked = make_prompts(workload, self._text, seed=seed, repetition=repetition)
-                before = _cpu_s(server, ready)
+                spent = ProcessorTime(server.pid, ready.replicas, engine_threads=THREADS)
                 try:
                     measurement, samples = await measure(driver, workload, asked)
                 except AskError as error:
                     return dataclasses.replace(run, failure=f"{workload.name}: {error}")
-                spent = {who: round(s - before[who], 2) for who, s in _cpu_s(server, ready).items()}
                 run = dataclasses.replace(
                     run,
                     measurements=(*run.measurements, measurement),
-                    cpu_s={**run.cpu_s, workload.name: spent},
+                    cpu_s={**run.cpu_s, workload.name: spent.seconds()},
                 )
                 if isinstance(contestant, Octavo) and repetition == 0:
                     cases = _cases(contestant.arithmetic, asked, samples, JUDGED[workload.name])
@@ -158,18 +158,6 @@ class Bench:
 def _cases(arithmetic: str, prompts: list[list[int]], samples: Sequence[Sample], count: int) -> Iterator[Case]:
     for prompt, sample in list(zip(prompts, samples, strict=True))[:count]:
         yield {"arithmetic": arithmetic, "prompt": prompt, "answer": list(sample.token_ids[:JUDGED_TOKENS])}
-
-
-def _cpu_s(server: ServerProcess, ready: Ready) -> dict[str, float]:
-    """Return the processor seconds so far of the engine's threads, which are the busiest of what computes, of all else
-    of the server, and of this process."""
-    pids = {process.pid for process in process_tree.tree(server.pid)}
-    engine = sum(process_tree.busiest_threads_s(pid, THREADS) for pid in pids & set(ready.replicas))
-    return {
-        "engine": engine,
-        "others": sum(map(process_tree.cpu_s, pids)) - engine,
-        "driver": time.process_time(),
-    }
 
 
 def output_of(name: str, *arguments: str, given: str | None = None) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from load_tests import machine, process_tree
+from load_tests.processor_time import ProcessorTime
 from load_tests.server import ServerError, watched
 
 PARENT = """
@@ -34,7 +35,7 @@ def test_a_server_is_awaited_watched_and_ended(tmp_path: Path) -> None:
         assert watch.peak_tree > watch.peak_of([server.pid]) > 64 << 20
         assert watch.peak_of([]) == watch.peak_tree
         assert process_tree.cpu_s(server.pid) >= 0
-        assert process_tree.busiest_threads_s(os.getpid(), 1) > 0
+        assert process_tree.thread_times_s(os.getpid())[os.getpid()] > 0
     assert process_tree.tree(server.pid) == []
     assert process_tree.tree(child) == []
 
@@ -63,7 +64,18 @@ def test_what_has_ended_has_nothing() -> None:
     assert process_tree.tree(child.pid) == []
     assert process_tree.pss_bytes(child.pid) == 0
     assert process_tree.cpu_s(child.pid) == 0.0
-    assert process_tree.busiest_threads_s(child.pid, 2) == 0.0
+    assert process_tree.thread_times_s(child.pid) == {}
+
+
+def test_processor_time_is_that_of_the_busiest_threads() -> None:
+    spent = ProcessorTime(os.getpid(), [os.getpid()], engine_threads=1)
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    seconds = spent.seconds()
+    assert seconds["engine"] >= 0.05
+    assert seconds["driver"] >= 0.1
+    assert ProcessorTime(os.getpid(), [], engine_threads=1).seconds()["engine"] == 0.0
 
 
 def test_the_machine_is_described() -> None:
@@ -104,6 +116,7 @@ def test_a_bench_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path, mod
 ASK = """
 import sys
 from load_tests.peers.bench import output_of
+from load_tests.processor_time import ProcessorTime
 from load_tests.server import end_on_sigterm
 sys.executable = sys.argv[1]
 end_on_sigterm()
