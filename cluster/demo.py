@@ -2,7 +2,7 @@
 
 Everything is the real thing: the cluster is a child process that runs `octavo serve`, the questions go through
 `octavo.client`, and the times are those that this process sees. The questions come in waves: the first meets empty
-caches, the next share its system prompt, so that their cached tokens show.
+caches, the next share its two system prompts, so that their cached tokens show.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ from cluster.served import served
 START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 
-SYSTEM_PROMPT = (
+SYSTEM_PROMPTS = (
     "You are a friendly guide for travellers. You know the countries of the world, their capitals, rivers, mountains, "
     "food and history. Answer every question correctly, in one or two short sentences, in plain English. Name the "
     "thing that was asked for first and then add one fact about it. Do not use lists, headings or emoji. If you do "
-    "not know the answer, say so instead of guessing. Never ask the traveller a question in return."
+    "not know the answer, say so instead of guessing. Never ask the traveller a question in return.",
+    "You teach science to curious children. You know animals, plants, oceans, weather, stars and the human body. "
+    "Explain what was asked for in one or two short sentences, with simple words and correct facts. Begin with the "
+    "answer itself and then add one thing that is surprising about it. Do not use lists, headings or emoji. If you do "
+    "not know the answer, say so instead of guessing. Never ask the child a question in return.",
 )
+"""Of two applications, whose questions take turns."""
 WAVES = (
-    ("What is the capital of France?", "What is the longest river in Africa?"),
+    ("What is the capital of France?", "What is photosynthesis?"),
     (
-        "What is the largest ocean on Earth?",
-        "In which country are the pyramids of Giza?",
-        "What is photosynthesis?",
+        "What is the longest river in Africa?",
         "Where do penguins live?",
+        "In which country are the pyramids of Giza?",
+        "What is the largest ocean on Earth?",
     ),
 )
 
@@ -124,7 +129,7 @@ async def _ask_all(address: str, options: DemoOptions, view: View, began: float)
 
 async def _ask(client: Client, question: Question, wave: int, options: DemoOptions, view: View) -> Answer:
     messages: list[Message] = [
-        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "system", "content": SYSTEM_PROMPTS[(question.number - 1) % len(SYSTEM_PROMPTS)]},
         {"role": "user", "content": question.text},
     ]
     asked = time.monotonic()

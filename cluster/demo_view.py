@@ -153,7 +153,7 @@ class JsonView:
 def wave_title(wave: int, count: int) -> str:
     if wave == 1:
         return f"{count} questions at once, on empty caches:"
-    return f"{count} more at once; they share the system prompt with the first:"
+    return f"{count} more at once; they share the system prompts of the first:"
 
 
 def table(answers: Sequence[Answer], width: int) -> Table:
