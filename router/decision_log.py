@@ -5,8 +5,9 @@
     {"at": ..., "router": ..., "dropped": 17}            so many decisions before this line were not written
 
 The event loop hands a decision over and goes on; a thread turns it into text and writes. When the disk is slower than
-the router, decisions are dropped, counted and told. The file is renamed to PATH.1, over an older one, when it has
-`max_bytes`, so both together are bounded. Several routers may write to one path.
+the router, or full, decisions are dropped, counted and told; of a line that it took a part of, that part stays. The
+file is renamed to PATH.1, over an older one, when it has `max_bytes`, so both together are bounded. Several routers may
+write to one path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -51,20 +52,28 @@ class DecisionLog:
         self._router_id = router_id
         self._max_bytes = max_bytes
         self._queue: Queue[_Entry | None] = Queue(max_queued)
-        self._num_dropped_before = 0
-        """Told in the file."""
-        self.num_dropped = 0
+        self._num_crowded_out = 0
+        """Decisions that found the queue full; counted by who adds."""
+        self._num_lost = 0
+        """Those that could not be written; counted by the thread, as are those of which the file tells."""
+        self._num_told = 0
+        self._is_failing = False
         self._thread = Thread(target=self._run, name="decision-log", daemon=True)
         self._thread.start()
+
+    @property
+    def num_dropped(self) -> int:
+        """Decisions that the file does not have."""
+        return self._num_crowded_out + self._num_lost
 
     def add(self, request: Request, decision: Decision) -> None:
         """Hand a decision over. Never blocks."""
         try:
             self._queue.put_nowait((time.time(), request.request_id, request.affinity_key, decision))
         except Full:
-            if not self.num_dropped:
+            if not self._num_crowded_out:
                 _log.warning("decisions come faster than %s takes them; some are dropped", self._path)
-            self.num_dropped += 1
+            self._num_crowded_out += 1
 
     def close(self) -> None:
         """Write what waits, within `CLOSE_S`. Blocks for so long at most."""
@@ -88,15 +97,16 @@ class DecisionLog:
                 except Empty:
                     break
             is_open = None not in entries
+            written = [entry for entry in entries if entry is not None]
             try:
                 file = self._with_room(file)
-                file.writelines(self._line(entry) for entry in entries if entry is not None)
-                self._tell_dropped(file)
-                file.flush()
+                self._write(file, written)
+                self._is_failing = False
             except OSError as error:  # what was not flushed is lost, with the file
-                if self.num_dropped == self._num_dropped_before:
+                if not self._is_failing:
                     _log.error("decisions cannot be written to %s: %s", self._path, error)
-                self.num_dropped += sum(entry is not None for entry in entries)
+                self._is_failing = True
+                self._num_lost += len(written)
                 if file is not None:
                     with suppress(OSError):
                         file.close()
@@ -118,7 +128,28 @@ class DecisionLog:
         if is_full:
             with suppress(FileNotFoundError):  # another router was faster
                 self._path.replace(f"{self._path}.1")
-        return self._path.open("a", encoding="utf-8")
+        is_cut_off = there is not None and there.st_size > 0 and not is_full and self._ends_within_a_line()
+        file = self._path.open("a", encoding="utf-8")
+        if is_cut_off:
+            file.write("\n")
+        return file
+
+    def _ends_within_a_line(self) -> bool:
+        """Whether a full disk, or the end of a router, has cut the last line off. False if that cannot be seen."""
+        with suppress(OSError), self._path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+        return False
+
+    def _write(self, file: TextIOWrapper, entries: Iterable[_Entry]) -> None:
+        """Write `entries`, and how many were dropped that the file does not tell of."""
+        file.writelines(map(self._line, entries))
+        num_dropped = self.num_dropped
+        if num_dropped != self._num_told:
+            told = {"at": time.time(), "router": self._router_id, "dropped": num_dropped - self._num_told}
+            file.write(_json(told))
+        file.flush()
+        self._num_told = num_dropped
 
     def _line(self, entry: _Entry) -> str:
         at, request_id, affinity_key, decision = entry
@@ -138,12 +169,6 @@ class DecisionLog:
                 ],
             }
         )
-
-    def _tell_dropped(self, file: TextIOWrapper) -> None:
-        dropped = self.num_dropped - self._num_dropped_before
-        if dropped:
-            file.write(_json({"at": time.time(), "router": self._router_id, "dropped": dropped}))
-            self._num_dropped_before += dropped
 
 
 def read_decision(line: str) -> tuple[Decision, str] | None:

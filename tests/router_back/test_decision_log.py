@@ -110,3 +110,44 @@ def test_a_path_that_cannot_be_written_costs_the_log_and_nothing_else(
         log.close()
     assert log.num_dropped == 1
     assert "decisions cannot be written to" in caplog.text
+
+
+def fails_once_more(log: DecisionLog) -> None:
+    """Add a decision and wait until it is seen that it cannot be written."""
+    before = log.num_dropped
+    log.add(make_request([1]), DECISION)
+    while log.num_dropped == before:
+        time.sleep(0.001)
+
+
+def test_a_full_disk_is_told_once_and_what_it_cost_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each failed attempt logged an error, for each request one, onto the disk that was full; and the counts that an
+    attempt would have told were lost with it."""
+    path = tmp_path / "log"
+    path.symlink_to("/dev/full")
+    with caplog.at_level(logging.ERROR, logger="router.decision_log"):
+        log = DecisionLog(path, "router-1")
+        for _ in range(4):
+            fails_once_more(log)
+        path.unlink()
+        log.add(make_request([1]), DECISION)
+        log.close()
+    assert len(caplog.records) == 1
+    decided, dropped = lines_of(path)
+    assert decided["replica"] == "one"
+    assert dropped["dropped"] == log.num_dropped == 4
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    """As by a disk that was full in the middle of it; the next decision was written behind it, into the same line."""
+    path = tmp_path / "log"
+    path.write_text('{"at":1.0,"rout')
+    for _ in range(2):
+        log = DecisionLog(path, "router-1")
+        log.add(make_request([1]), DECISION)
+        log.close()
+    cut_off, *lines = path.read_text().splitlines()
+    assert cut_off == '{"at":1.0,"rout'
+    assert [read_decision(line) for line in lines] == [(DECISION, "")] * 2
