@@ -4,14 +4,14 @@ One server at a time, ours and the peers' in turns, and that several times over;
 prompts, in the next one new ones. Then the oracle judges a sample of our answers, perplexity and start-up are measured.
 Writes results/peers.json (a row for each bar) and results/peers_runs.json (every figure); prints both as tables.
 
-Ctrl-C ends the rounds early; what was measured until then is judged all the same.
+Ctrl-C ends the rounds early; what was measured until then is judged all the same. `--add` judges what is measured now
+together with results/peers_runs.json, in which it takes the place of the same contestants' runs.
 
 Exit codes: 0 every bar is met; 1 one is not; 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import json
@@ -35,33 +35,19 @@ from load_tests.peers.contestants import (
     Contestant,
     Octavo,
     Ready,
-    all_contestants,
-    defaults,
 )
+from load_tests.peers.plan import RESULTS, Plan, parse
 from load_tests.peers.runs import Run, by_contestant
 from load_tests.peers.tables import print_bars, print_figures
 from load_tests.processor_time import ProcessorTime
 from load_tests.server import ServerError, ServerProcess, end_on_sigterm, free_port, watched
-from load_tests.workloads import WORKLOADS, Workload, make_prompts, warm_up_prompts
+from load_tests.workloads import WORKLOADS, make_prompts, warm_up_prompts
 
-RESULTS = Path(__file__).parents[1] / "results"
 QUIET_CORES = 0.25
 QUIET_TIMEOUT_S = 60.0
 JUDGED = {"single": 4, "conc16": 4, "prefix": 2, "longin": 2}
 """How many answers of each workload the oracle judges, of one repetition."""
 JUDGED_TOKENS = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What the command line asks for."""
-
-    folder: Path
-    contestants: Sequence[Contestant]
-    workloads: Sequence[Workload]
-    repetitions: int
-    seed: int
-    is_smoke: bool
 
 
 Case = dict[str, Any]
@@ -103,6 +89,7 @@ class Bench:
             contestant=contestant.name,
             family=contestant.family,
             repetition=repetition,
+            began=time.strftime("%Y-%m-%d %H:%M"),
             load_before=load,
             busy_before=busy,
         )
@@ -178,12 +165,13 @@ def output_of(name: str, *arguments: str, given: str | None = None) -> Any:
 def find_out(plan: Plan, bench: Bench) -> Findings:
     """Measure what needs no server, and put everything together."""
     weights = plan.folder / MODEL_FILE
-    verdicts: dict[str, Any] = {}
+    earlier = plan.earlier
+    verdicts: dict[str, Any] = {**earlier.verdicts}
     for name, cases in bench.cases.items():
         _say(f"the oracle judges {len(cases)} answers of {name}")
         verdicts[name] = output_of("rigs.judge", "--weights", str(weights), given=json.dumps(cases)) or []
-    perplexity: dict[str, float] = {}
-    starts: dict[str, Any] = {}
+    perplexity: dict[str, float] = {**earlier.perplexity_increase}
+    starts: dict[str, Any] = {**earlier.starts}
     ours = {contestant.name for contestant in plan.contestants}
     for column, contestant in OURS.items():
         if contestant.name in ours:
@@ -198,7 +186,12 @@ def find_out(plan: Plan, bench: Bench) -> Findings:
         starts = both_starts(
             output_of("startup", "--model", str(weights)), output_of("rigs.replica_start", "--model", str(weights))
         )
-    return Findings(medians=by_contestant(bench.runs), verdicts=verdicts, perplexity_increase=perplexity, starts=starts)
+    return Findings(
+        medians=by_contestant([*earlier.runs, *bench.runs]),
+        verdicts=verdicts,
+        perplexity_increase=perplexity,
+        starts=starts,
+    )
 
 
 def both_starts(served: Any, bare: Any) -> dict[str, Any]:
@@ -210,52 +203,18 @@ def both_starts(served: Any, bare: Any) -> dict[str, Any]:
 
 
 def report(plan: Plan, bench: Bench, findings: Findings) -> dict[str, Any]:
+    runs = [*plan.earlier.runs, *bench.runs]
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "machine": machine.describe(),
         "seed": plan.seed,
-        "repetitions": max((run.repetition + 1 for run in bench.runs), default=0),
+        "repetitions": max((run.repetition + 1 for run in runs), default=0),
         "is_smoke": plan.is_smoke,
-        "runs": [dataclasses.asdict(run) for run in bench.runs],
+        "runs": [dataclasses.asdict(run) for run in runs],
         "verdicts": findings.verdicts,
         "perplexity_increase": findings.perplexity_increase,
         "starts": findings.starts,
     }
-
-
-def parse(arguments: Sequence[str] | None = None) -> Plan:
-    parser = argparse.ArgumentParser(prog="make bench-peers", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the peers are (see load_tests/peers/README.md)")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--contestants", default="", help="comma separated; default: all that this machine is made for")
-    parser.add_argument("--workloads", default="", help="comma separated; default: all")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="of the prompts; default: a new one")
-    parser.add_argument("--smoke", action="store_true", help="a few tokens each: shows that it works, measures nothing")
-    given = parser.parse_args(arguments)
-    contestants = _chosen(parser, "contestants", given.contestants, all_contestants(), defaults(machine.instructions()))
-    workloads = _chosen(parser, "workloads", given.workloads, WORKLOADS, WORKLOADS)
-    if given.repetitions < 1:
-        parser.error(f"--repetitions must be >= 1, is {given.repetitions}")
-    return Plan(
-        folder=given.folder.absolute(),
-        contestants=contestants,
-        workloads=[workload.shortened() for workload in workloads] if given.smoke else workloads,
-        repetitions=given.repetitions,
-        seed=given.seed,
-        is_smoke=given.smoke,
-    )
-
-
-def _chosen(
-    parser: argparse.ArgumentParser, what: str, names: str, every: Sequence[Any], default: Sequence[Any]
-) -> Any:
-    if not names:
-        return default
-    by_name = {each.name: each for each in every}
-    unknown = [name for name in names.split(",") if name not in by_name]
-    if unknown:
-        parser.error(f"--{what} must be of {', '.join(by_name)}; {unknown[0]!r} is not")
-    return [by_name[name] for name in names.split(",")]
 
 
 def _brief(run: Run) -> str:

@@ -167,13 +167,16 @@ VLLM = "vLLM"
 
 BF16 = Octavo(name="octavo-bf16", arithmetic="bf16", settings={"DTYPE": "bf16", "WEIGHTS": "exact"})
 INT8 = Octavo(name="octavo-int8", arithmetic="int8", settings={"DTYPE": "int8"})
+_PLAIN_MACHINE = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"}
+"""As on a machine without AVX-512."""
 TORCH = Octavo(
-    name="octavo-torch",
-    arithmetic="exact",
-    settings={"DTYPE": "fp32", "KERNELS": "torch"},
-    extra={"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"},
+    name="octavo-torch", arithmetic="exact", settings={"DTYPE": "fp32", "KERNELS": "torch"}, extra=_PLAIN_MACHINE
 )
-"""As on a machine without a compiler and without AVX-512."""
+"""As without a compiler, either."""
+TORCH_BF16 = Octavo(
+    name="octavo-torch-bf16", arithmetic="bf16", settings={"DTYPE": "bf16", "KERNELS": "torch"}, extra=_PLAIN_MACHINE
+)
+"""The same with weights in 16 bits."""
 
 VLLM_BF16 = Vllm(name="vllm-bf16", dtype="bfloat16")
 VLLM_FP32 = Vllm(name="vllm-fp32", dtype="float32")
@@ -184,6 +187,7 @@ _EVERYWHERE: tuple[Contestant, ...] = (
     INT8,
     LlamaCpp(name="llama-q4_0-fa", family=LLAMA_BEST, weights="model/q4_0.gguf", options=("-fa", "on", "--kv-unified")),
     TORCH,
+    TORCH_BF16,
     LlamaCpp(name="llama-q4_0", family=LLAMA_BEST, weights="model/q4_0.gguf", options=("-fa", "off")),
 )
 """In the order of a repetition: ours and the peers' take turns."""

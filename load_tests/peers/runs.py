@@ -16,6 +16,8 @@ class Run:
     contestant: str
     family: str
     repetition: int
+    began: str = ""
+    """Date and time of its start."""
     load_before: float
     """Of the last minute, that of the contestant before included."""
     busy_before: float
