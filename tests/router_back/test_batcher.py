@@ -11,24 +11,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from router.batcher import Batcher, DispatchBatch
 from router.order import FairOrder
 from router.queued import Queued
-from router.types import Request
-from workers.types import SamplingParams
+from tests.router_back.made_requests import make_queued
 
 PLENTY = 1_000_000
 
 
 def queued(key: int, num_tokens: int = 10, *, since: float = 0.0, deadline: float = 100.0, priority: int = 0) -> Queued:
-    request = Request(
-        request_id=str(key),
-        model="fake",
-        prompt=range(num_tokens),
-        sampling=SamplingParams(),
-        max_tokens=1,
-        priority=priority,
-        deadline=deadline,
-        accepted_at=since,
-    )
-    return Queued(key=key, request=request, since=since, cost=num_tokens + 1)
+    return make_queued(key, range(num_tokens), since=since, accepted_at=since, deadline=deadline, priority=priority)
 
 
 def make_batcher(*waiting: Queued, tokens: int = 100, requests: int = 4, wait_s: float = 0.5) -> Batcher:

@@ -14,7 +14,8 @@ import pytest
 from router.decision_log import DecisionLog, read_decision
 from router.placement import LeastCost, PromptHashes, replay
 from router.types import Candidate, Decision
-from tests.router_back.test_placement import KEY, Replica, make_request, make_roster
+from tests.router_back.made_requests import make_request
+from tests.router_back.test_placement import KEY, Replica, make_roster
 
 DECISION = Decision(replica="one", rule="only", candidates=(Candidate("one", 4, 1.0, 2.0, 8.0, 16.0),), attempt=2)
 

@@ -15,8 +15,7 @@ from router.order import ArrivalOrder, FairOrder
 from router.priority_class import ADVANCE_S
 from router.queued import Queued
 from router.tenant_queue import JUMPS
-from router.types import Request
-from workers.types import SamplingParams
+from tests.router_back.made_requests import make_queued
 
 
 def queued(
@@ -28,19 +27,15 @@ def queued(
     priority: int = 0,
     accepted_at: float | None = None,
 ) -> Queued:
-    request = Request(
-        request_id=str(key),
-        model="fake",
-        prompt=range(cost),
-        sampling=SamplingParams(),
-        max_tokens=1,
-        priority=priority,
+    return make_queued(
+        key,
+        range(cost),
+        cost=cost,
+        latest_start=latest_start,
         tenant=tenant,
-        deadline=1e6,
-        has_own_deadline=latest_start < math.inf,
+        priority=priority,
         accepted_at=float(key) if accepted_at is None else accepted_at,
     )
-    return Queued(key=key, request=request, since=0.0, cost=cost, latest_start=latest_start)
 
 
 class Queue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +14,9 @@ from router.affinity import favourite
 from router.placement import MAX_CANDIDATES, LeastCost, PromptHashes, replay
 from router.prefix_index import count_matched, slots_of
 from router.roster import DECODE_TOKENS, DISPLACED_TOKENS, Roster, load_of
-from router.types import Decision, Request
+from router.types import Decision
+from tests.router_back.made_requests import make_request
 from workers.prefix import PrefixHasher
-from workers.types import SamplingParams
 
 KEY = b"key"
 
@@ -47,20 +48,6 @@ class Replica:
         return self
 
 
-def make_request(prompt: list[int], *, affinity_key: str = "", salt: bytes = b"") -> Request:
-    return Request(
-        request_id="r",
-        model="fake",
-        prompt=prompt,
-        sampling=SamplingParams(),
-        max_tokens=1,
-        deadline=1.0,
-        accepted_at=0.0,
-        affinity_key=affinity_key,
-        salt=salt,
-    )
-
-
 def make_roster(*replicas: Replica) -> Roster:
     roster = Roster()
     for replica in replicas:
@@ -71,16 +58,16 @@ def make_roster(*replicas: Replica) -> Roster:
     return roster
 
 
-def place(*replicas: Replica, prompt: list[int] | None = None, seed: int = 1, **fields: object) -> Decision | None:
-    request = make_request(prompt or list(range(10)), **fields)  # type: ignore[arg-type]
+def place(*replicas: Replica, prompt: list[int] | None = None, seed: int = 1, **fields: Any) -> Decision | None:
+    request = make_request(prompt or list(range(10)), **fields)
     decision = LeastCost(random.Random(seed)).place(request, PromptHashes(KEY, request), make_roster(*replicas))
     if decision is not None:
         assert replay(decision, request.affinity_key) == (decision.replica, decision.rule)
     return decision
 
 
-def chosen(*replicas: Replica, **fields: object) -> str:
-    decision = place(*replicas, **fields)  # type: ignore[arg-type]
+def chosen(*replicas: Replica, **fields: Any) -> str:
+    decision = place(*replicas, **fields)
     assert decision is not None
     return decision.replica
 

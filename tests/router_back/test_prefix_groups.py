@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,7 @@ from router.order import FairOrder
 from router.placement import PromptHashes
 from router.prefix_groups import PrefixGroups
 from router.queued import Queued
-from router.types import Request
-from workers.types import SamplingParams
+from tests.router_back.made_requests import make_queued
 
 SIZE = 4
 
@@ -32,25 +33,13 @@ class CountingHashes(PromptHashes):
 def queued(
     key: int, prompt: Sequence[int], *, salt: bytes = b"", tenant: str = "", latest_start: float = math.inf
 ) -> Queued:
-    request = Request(
-        request_id=str(key),
-        model="fake",
-        prompt=prompt,
-        sampling=SamplingParams(),
-        max_tokens=1,
-        tenant=tenant,
-        salt=salt,
-        deadline=1e6,
-        has_own_deadline=latest_start < math.inf,
-        accepted_at=float(key),
-    )
-    hashes = CountingHashes(b"key", request)
-    return Queued(key=key, request=request, since=0.0, cost=len(prompt) + 1, latest_start=latest_start, hashes=hashes)
+    waiting = make_queued(key, prompt, latest_start=latest_start, salt=salt, tenant=tenant)
+    return replace(waiting, hashes=CountingHashes(b"key", waiting.request))
 
 
-def alike(key: int, prefix: int, own: int = 4, **fields: object) -> Queued:
+def alike(key: int, prefix: int, own: int = 4, **fields: Any) -> Queued:
     """A prompt of 16 shared and `own` tokens of its own."""
-    return queued(key, [*range(prefix * 100, prefix * 100 + 16), *range(key * 1000, key * 1000 + own)], **fields)  # type: ignore[arg-type]
+    return queued(key, [*range(prefix * 100, prefix * 100 + 16), *range(key * 1000, key * 1000 + own)], **fields)
 
 
 def make_batcher(*waiting: Queued, tokens: int = 1_000, requests: int = 8) -> Batcher:
@@ -92,9 +81,7 @@ def test_nobody_rides_over_priorities_tenants_and_salts() -> None:
     other = alike(3, 1)
     urgent = Queued(
         key=9,
-        request=other.request.__class__(
-            **{f: getattr(other.request, f) for f in other.request.__slots__} | {"priority": -1}
-        ),  # type: ignore[attr-defined]
+        request=replace(other.request, priority=-1),
         since=0.0,
         cost=1,
         hashes=other.hashes,

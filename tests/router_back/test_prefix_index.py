@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -137,23 +139,28 @@ def test_no_more_of_a_prompt_is_hashed_than_anybody_has_and_one() -> None:
     index.store(3, blocks(1, 2))
     asked = []
 
-    def prompt() -> object:
+    def prompt() -> Iterator[bytes]:
         for number in (1, 2, 3, 4, 5):
             asked.append(number)
             yield block(number)
 
-    assert index.match(prompt()).runs == [(2, 1 << 3)]  # type: ignore[arg-type]
+    assert index.match(prompt()).runs == [(2, 1 << 3)]
     assert asked == [1, 2, 3]
 
 
-def test_a_replica_that_leaves_costs_what_it_had() -> None:
+def test_a_replica_that_leaves_costs_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 400 replicas with 16 blocks each one leaves; what the others have is not looked at."""
     index = PrefixIndex()
     for slot in range(400):
         index.store(slot, blocks(*range(slot, slot + 16)))
     forgotten = []
     forget = index._forget
-    index._forget = lambda *args: (forgotten.append(args), forget(*args))[1]  # type: ignore[method-assign]
+
+    def note(*entry: Any) -> None:
+        forgotten.append(entry)
+        forget(*entry)
+
+    monkeypatch.setattr(index, "_forget", note)
     index.clear(200)
     assert len(forgotten) == 16
     index.check_integrity()
