@@ -38,7 +38,7 @@ from router.link import LinkTimes, ReplicaLink
 from router.placement import LeastCost, Placement, PromptHashes
 from router.sender import Sender
 from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
-from router.wire import from_finish, from_logprobs
+from router.wire import from_finish, from_logprobs, from_tokens
 from workers.errors import OctavoError
 from workers.types import Finish, FinishReason
 
@@ -151,10 +151,10 @@ class Dispatcher:
         if self._departures.num_waiting or not link.can_send:
             self._departures.pump_soon()
 
-    def link_delivered(self, link: ReplicaLink, deltas: Sequence[pb.WorkDelta]) -> None:
-        now = self._clock()
-        for delta in deltas:
-            flight = self._flights.find_work(delta.work_id, link)
+    def link_delivered(self, link: ReplicaLink, batch: pb.StepBatch) -> None:
+        now, find_work = self._clock(), self._flights.find_work
+        for delta in batch.deltas:
+            flight = find_work(delta.work_id, link)
             if flight is None:
                 continue  # of an attempt that is over
             if delta.HasField("cached_tokens"):
@@ -162,13 +162,16 @@ class Dispatcher:
             if delta.index not in flight.open_choices:
                 continue  # of a choice that nobody wants any more
             if delta.token_ids:
-                if flight.first_token_at is None:
-                    flight.first_token_at, flight.is_untouched = now, False
-                flight.num_tokens += len(delta.token_ids)
+                flight.count(len(delta.token_ids), now)
                 logprobs = from_logprobs(delta.logprobs) if delta.logprobs else ()
                 flight.sink.tokens(delta.index, list(delta.token_ids), logprobs)
             if delta.HasField("finish") and delta.index in flight.open_choices and not flight.is_ended:
                 self._finish(flight, delta.index, from_finish(delta.finish))
+        for number, token_ids in from_tokens(batch.tokens):
+            flight = find_work(number, link)
+            if flight is not None and 0 in flight.open_choices:
+                flight.count(len(token_ids), now)
+                flight.sink.tokens(0, token_ids, ())
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
         for flight in self._fleet.aboard(link):

@@ -58,3 +58,9 @@ class Flight:
         self.is_untouched = True
         """Whether the sink has had no token yet, so that another replica may begin anew."""
         self.is_ended = False
+
+    def count(self, num_tokens: int, now: float) -> None:
+        """Its replica has generated some."""
+        if self.first_token_at is None:
+            self.first_token_at, self.is_untouched = now, False
+        self.num_tokens += num_tokens

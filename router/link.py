@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,7 +53,8 @@ class LinkListener(Protocol):
     def link_changed(self, link: ReplicaLink) -> None:
         """State or load is another: there may be credit."""
 
-    def link_delivered(self, link: ReplicaLink, deltas: Sequence[pb.WorkDelta]) -> None: ...
+    def link_delivered(self, link: ReplicaLink, batch: pb.StepBatch) -> None:
+        """It has deltas or tokens. Raises ValueError for what no replica of ours says."""
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
         """The stream ended: nothing more comes of what was sent on it."""
@@ -282,8 +282,8 @@ class ReplicaLink:
                 may_have_credit = self.state.update(batch)
                 if self.state.needs_resync:
                     self._resync()
-                if batch.deltas:
-                    self._listener.link_delivered(self, batch.deltas)
+                if batch.deltas or batch.HasField("tokens"):
+                    self._listener.link_delivered(self, batch)
                 self._outbox.batch_taken()
                 if self._outbox.owes_credit:
                     self._wake.set()

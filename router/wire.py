@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
@@ -57,6 +57,17 @@ def _to_sampling(sampling: SamplingParams) -> pb.SamplingParams:
         seed=sampling.seed,
         logit_bias=sampling.logit_bias,
     )
+
+
+def from_tokens(message: pb.WorkTokens) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number and the tokens of each work. Raises ValueError if there are more or fewer of them than said."""
+    token_ids, start = list(message.token_ids), 0
+    for number, num_tokens in zip(message.work_ids, message.num_tokens, strict=True):
+        end = start + num_tokens
+        yield number, token_ids[start:end]
+        start = end
+    if start != len(token_ids):
+        raise ValueError(f"a StepBatch must have the tokens that it counts, {start}, has {len(token_ids)}")
 
 
 def from_logprobs(messages: Iterable[pb.TokenLogprobs]) -> list[TokenLogprobs]:

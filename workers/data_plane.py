@@ -31,7 +31,7 @@ from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceServicer
 from octavo.names import Reason
 
 from workers.errors import StartupError
-from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, is_proven
+from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, TOKENS_PROTOCOL, is_proven
 from workers.router_stream import ProtocolError, RouterStream
 from workers.types import Engine
 from workers.wire import to_hello_ack
@@ -256,7 +256,8 @@ class DataPlaneServer(DataPlaneServiceServicer):
         self._num_attached += 1
         # An owner of its own for each attachment: late tokens of a broken stream never reach the one that follows it.
         owner = f"{hello.router_id}/{hello.router_epoch}/{self._num_attached}"
-        stream = RouterStream(self._ledger, owner, context, self._times.report_s)
+        in_columns = hello.protocol >= TOKENS_PROTOCOL
+        stream = RouterStream(self._ledger, owner, context, self._times.report_s, in_columns=in_columns)
         self._streams.add(stream)
         if self._ledger.is_draining:
             stream.router.outbox.announce_draining(0.0)

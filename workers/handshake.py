@@ -10,10 +10,12 @@ import hashlib
 import hmac
 from dataclasses import dataclass, field
 
-PROTOCOL = 1
+PROTOCOL = 2
 """What this release speaks."""
 MIN_PROTOCOL = 1
-"""The oldest it still understands: the version before, once there is one."""
+"""The oldest it still understands: the version before."""
+TOKENS_PROTOCOL = 2
+"""From this version on a replica sends plain tokens in columns (`WorkTokens`)."""
 
 SECRET_BYTES = 32
 NONCE_BYTES = 32

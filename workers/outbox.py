@@ -1,28 +1,36 @@
 """What one router has not been told yet, merged into as few messages as it takes: pure, one per attached router.
 
 Deltas of one work and choice become one delta, KV events their net effect, loads the last one; so what waits for a
-slow router is bounded by its works and by the size of the block pool. `take` needs credit, and says everything at once.
-Knows no gRPC stream, no clock and no engine.
+slow router is bounded by its works and by the size of the block pool. Tokens of which nothing else is to be said, as of
+most, go in columns, if the router knows these. `take` needs credit, and says everything at once. Knows no gRPC stream,
+no clock and no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
 from workers.types import KvEvent, KvEventKind, Load, Resident, TokenDelta
-from workers.wire import add_to, to_load
+from workers.wire import add_to, fill_load, fill_tokens
 
 
 class Outbox:
-    """`resident` returns the hashes of all resident blocks; it is asked when the events that wait outgrow the pool."""
+    """`resident` returns the hashes of all resident blocks; it is asked when the events that wait outgrow the pool.
+    `in_columns`: the router knows `WorkTokens`."""
 
-    def __init__(self, *, max_kv_events: int, resident: Callable[[], Iterable[bytes]]) -> None:
+    def __init__(
+        self, *, max_kv_events: int, resident: Callable[[], Iterable[bytes]], in_columns: bool = False
+    ) -> None:
         self._max_kv_events = max_kv_events
         self._resident = resident
-        self._batch = pb.StepBatch()
+        self._in_columns = in_columns
+        self._response = pb.AttachResponse()
+        """With the deltas that wait, those of `_deltas`."""
         self._deltas: dict[tuple[int, int], pb.WorkDelta] = {}
+        self._tokens: dict[int, list[int]] = {}
+        """By work: tokens of the first choice, of which nothing else is to be said; none of these is in `_deltas`."""
         self._kv = PendingKv()
         self._load: Load | None = None
         self._of_engine: Resident | None = None
@@ -32,11 +40,11 @@ class Outbox:
 
     @property
     def has_deltas(self) -> bool:
-        return bool(self._deltas)
+        return bool(self._deltas or self._tokens)
 
     @property
     def is_empty(self) -> bool:
-        return not self._deltas and self._load is None and self._draining is None and not self._kv
+        return not self.has_deltas and self._load is None and self._draining is None and not self._kv
 
     @property
     def can_take(self) -> bool:
@@ -46,11 +54,24 @@ class Outbox:
         self._credit += num_batches
 
     def add(self, delta: TokenDelta) -> None:
-        key = (delta.work_id.number, delta.index)
-        message = self._deltas.get(key)
+        number, index = delta.work_id.number, delta.index
+        message = self._deltas.get((number, index))
         if message is None:
-            message = self._deltas[key] = self._batch.deltas.add(work_id=key[0], index=key[1])
+            message = self._response.step_batch.deltas.add(work_id=number, index=index)
+            self._deltas[number, index] = message
+            if index == 0 and (waiting := self._tokens.pop(number, None)) is not None:
+                message.token_ids.extend(waiting)
         add_to(message, delta)
+
+    def add_tokens(self, number: int, token_ids: Sequence[int]) -> None:
+        """Tell of tokens of a work's first choice, of which nothing else is to be said: the quick way."""
+        waiting = self._tokens.get(number)
+        if waiting is not None:
+            waiting += token_ids
+        elif (message := self._deltas.get((number, 0))) is not None:
+            message.token_ids.extend(token_ids)
+        else:
+            self._tokens[number] = list(token_ids)
 
     def add_kv_events(self, events: Iterable[KvEvent]) -> None:
         self._kv.extend(events)
@@ -70,24 +91,34 @@ class Outbox:
     def take(self) -> pb.AttachResponse:
         """Return everything that waits as one message and spend a credit, if `can_take`."""
         assert self.can_take
-        response = pb.AttachResponse()
+        if self._credit > 0:
+            self._credit -= 1
+            response = self._response
+            self._fill(response.step_batch)
+            self._response, self._deltas, self._tokens, self._load = pb.AttachResponse(), {}, {}, None
+        else:
+            response = pb.AttachResponse()
         if self._draining is not None:
             response.draining.CopyFrom(self._draining)
             self._draining = None
-        if self._credit > 0:
-            self._credit -= 1
-            batch, self._batch, self._deltas = self._batch, pb.StepBatch(), {}
-            if self._load is not None:
-                batch.load.CopyFrom(to_load(self._load))
-                batch.step = self._load.num_steps
-                batch.last_batch_id = self._last_batch_id
-                if self._of_engine is not None:
-                    batch.resident.num_blocks, batch.resident.digest = self._of_engine
-                self._load = None
-            if self._kv:
-                batch.kv_events.CopyFrom(self._kv.take())
-            response.step_batch.CopyFrom(batch)
         return response
+
+    def _fill(self, batch: pb.StepBatch) -> None:
+        """Add all that waits beside the deltas, which are in there."""
+        batch.SetInParent()
+        if self._tokens and self._in_columns:
+            fill_tokens(batch.tokens, self._tokens)
+        else:
+            for number, token_ids in self._tokens.items():
+                batch.deltas.add(work_id=number, token_ids=token_ids)
+        if self._load is not None:
+            fill_load(batch.load, self._load)
+            batch.step = self._load.num_steps
+            batch.last_batch_id = self._last_batch_id
+            if self._of_engine is not None:
+                batch.resident.num_blocks, batch.resident.digest = self._of_engine
+        if self._kv:
+            batch.kv_events.CopyFrom(self._kv.take())
 
 
 class PendingKv:

@@ -21,10 +21,13 @@ class ProtocolError(Exception):
 
 
 class RouterStream:
-    """`owner` names this attachment, unlike any other; `report_s` is how long news without tokens wait for company."""
+    """`owner` names this attachment, unlike any other; `report_s` is how long news without tokens wait for company;
+    `in_columns`: see `Outbox`."""
 
-    def __init__(self, ledger: WorkLedger, owner: str, context: Any, report_s: float) -> None:
-        self.router = ledger.attach(owner, self._on_news)
+    def __init__(
+        self, ledger: WorkLedger, owner: str, context: Any, report_s: float, *, in_columns: bool = False
+    ) -> None:
+        self.router = ledger.attach(owner, self._on_news, in_columns=in_columns)
         self.wake = asyncio.Event()
         self._ledger = ledger
         self._context = context

@@ -117,12 +117,12 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
-    """What one step added to one choice. Exactly one delta of each choice has a `finish`: its last."""
+class TokenDelta(NamedTuple):
+    """What one step added to one choice. Exactly one delta of each choice has a `finish`: its last. (A tuple: one is
+    made for each token, and a frozen dataclass takes three times as long.)"""
 
     work_id: WorkId
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index, which nobody wants of it
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None

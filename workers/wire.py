@@ -6,7 +6,8 @@ taken as they are; what an engine cannot do, it says itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -108,28 +109,34 @@ def _to_finish(message: pb.Finish, finish: Finish) -> None:
     message.num_preemptions = finish.num_preemptions
 
 
-def to_load(load: Load) -> pb.Load:
-    return pb.Load(
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_blocks=load.num_blocks,
-        num_free_blocks=load.num_free_blocks,
-        owed_prefill_tokens=load.owed_prefill_tokens,
-        credit_tokens=load.credit_tokens,
-        credit_sequences=load.credit_sequences,
-        prefix_cache_queries=load.prefix_cache_queries,
-        prefix_cache_hits=load.prefix_cache_hits,
-        num_preemptions=load.num_preemptions,
-        num_computed_tokens=load.num_computed_tokens,
-        num_drafted_tokens=load.num_drafted_tokens,
-        num_accepted_tokens=load.num_accepted_tokens,
-    )
+def fill_tokens(message: pb.WorkTokens, tokens: Mapping[int, Sequence[int]]) -> None:
+    """Say the tokens of each work, by its number, in columns."""
+    message.work_ids.extend(tokens)
+    message.num_tokens.extend(map(len, tokens.values()))
+    message.token_ids.extend(chain.from_iterable(tokens.values()))
+
+
+def fill_load(message: pb.Load, load: Load) -> None:
+    message.num_running = load.num_running
+    message.num_waiting = load.num_waiting
+    message.num_blocks = load.num_blocks
+    message.num_free_blocks = load.num_free_blocks
+    message.owed_prefill_tokens = load.owed_prefill_tokens
+    message.credit_tokens = load.credit_tokens
+    message.prefix_cache_queries = load.prefix_cache_queries
+    message.prefix_cache_hits = load.prefix_cache_hits
+    message.num_preemptions = load.num_preemptions
+    message.num_computed_tokens = load.num_computed_tokens
+    message.num_drafted_tokens = load.num_drafted_tokens
+    message.num_accepted_tokens = load.num_accepted_tokens
+    if load.credit_sequences is not None:
+        message.credit_sequences = load.credit_sequences
 
 
 def to_hello_ack(
     info: EngineInfo, *, protocol: int, replica_id: str, epoch: int, pid: int, load: Load, resident: Iterable[bytes]
 ) -> pb.HelloAck:
-    return pb.HelloAck(
+    ack = pb.HelloAck(
         protocol=protocol,
         replica_id=replica_id,
         epoch=epoch,
@@ -141,7 +148,6 @@ def to_hello_ack(
         num_blocks=info.num_blocks,
         max_model_len=info.max_model_len,
         capabilities=sorted(info.capabilities),
-        load=to_load(load),
         resident=pb.KvEvents(cleared=True, stored=b"".join(resident)),
         kernels=info.kernels,
         dtype=info.dtype,
@@ -149,3 +155,5 @@ def to_hello_ack(
         pid=pid,
         model=info.model,
     )
+    fill_load(ack.load, load)
+    return ack

@@ -7,7 +7,7 @@ engine, what the engine says goes into the outboxes. Has no gRPC, no asyncio and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -61,11 +61,13 @@ class WorkLedger:
     def routers(self) -> list[AttachedRouter]:
         return list(self._routers.values())
 
-    def attach(self, owner: str, on_news: Callable[[bool], None]) -> AttachedRouter:
+    def attach(self, owner: str, on_news: Callable[[bool], None], *, in_columns: bool = False) -> AttachedRouter:
         """Keep books for a router from now on. `on_news` is called when its outbox has something new; with True when
-        there are tokens, with False when it can wait for company."""
+        there are tokens, with False when it can wait for company. `in_columns`: see `Outbox`."""
         assert owner not in self._routers
-        outbox = Outbox(max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident)
+        outbox = Outbox(
+            max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident, in_columns=in_columns
+        )
         router = self._routers[owner] = AttachedRouter(owner, outbox, on_news)
         return router
 
@@ -109,6 +111,7 @@ class WorkLedger:
             work = self._works.get(work_id)
             if work is not None and choice.index not in work.aborted_choices:
                 work.aborted_choices.add(choice.index)
+                work.is_plain = False
                 self._engine.abort(work_id, choice.index)
 
     def collect(self, *, anew: bool = False) -> None:
@@ -121,8 +124,7 @@ class WorkLedger:
         # If nothing happened meanwhile, the events are all that led to what the engine has now.
         of_engine = load.resident if load.resident == before.resident else None
         self._keep_resident(events)
-        for delta in deltas:
-            self._deliver(delta)
+        self._deliver(deltas)
         for router in self._routers.values():
             router.outbox.add_kv_events(events)
             router.outbox.report(load, router.last_counted_batch(load), of_engine)
@@ -130,7 +132,7 @@ class WorkLedger:
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
         if not work.is_aborted:
-            work.is_aborted = True
+            work.is_aborted, work.is_plain = True, False
             self._engine.abort(work_id)
 
     def _refusal(self, work: Work) -> tuple[str, str] | None:
@@ -150,11 +152,23 @@ class WorkLedger:
             router.outbox.add(TokenDelta(work_id=work_id, index=index, finish=finish))
         router.on_news(True)
 
-    def _deliver(self, delta: TokenDelta) -> None:
-        work = self._works.get(delta.work_id)
-        assert work is not None, "an engine ends each choice once"
+    def _deliver(self, deltas: Iterable[TokenDelta]) -> None:
+        """Put each delta where it belongs. Most are a token of a work that runs: these take no more than this loop."""
+        works = self._works
+        for delta in deltas:
+            work_id, index, token_ids, logprobs, finish, num_cached_tokens, pooled = delta
+            work = works.get(work_id)
+            assert work is not None, "an engine ends each choice once"
+            is_more = index or finish or logprobs or pooled or num_cached_tokens is not None
+            if work.is_plain and token_ids and not is_more:
+                work.router.outbox.add_tokens(work_id.number, token_ids)
+            else:
+                self._deliver_one(delta, work)
+
+    def _deliver_one(self, delta: TokenDelta, work: _LiveWork) -> None:
         if not work.is_seen:
             work.is_seen = True
+            work.is_plain = work.spans is None and not (work.is_aborted or work.aborted_choices)
             work.batch.num_unseen -= 1
         if work.spans is not None:
             work.spans.observe(delta)
@@ -167,7 +181,7 @@ class WorkLedger:
                     work.spans.end(work.num_prompt_tokens)
             if finish.reason is FinishReason.CANCELLED and not work.is_unwanted(delta.index):
                 # Nobody asked for it: the engine is being closed. To the request this is a lost replica.
-                delta = replace(delta, finish=_lost(finish, f"replica {self._replica_id} stopped"))
+                delta = delta._replace(finish=_lost(finish, f"replica {self._replica_id} stopped"))
         if not work.is_unwanted(delta.index):
             work.router.outbox.add(delta)
 
@@ -229,6 +243,7 @@ class _LiveWork:
         "aborted_choices",
         "batch",
         "is_aborted",
+        "is_plain",
         "is_seen",
         "num_choices",
         "num_prompt_tokens",
@@ -243,6 +258,9 @@ class _LiveWork:
         self.num_choices = _num_choices(work)
         self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
         self.is_seen = False
+        self.is_plain = False
+        """Whether tokens of the first choice only have to be passed on: the router has heard of the work and wants all
+        of it, and nobody else looks at it."""
         self.is_aborted = False
         self.aborted_choices: set[int] = set()
         """Those that were aborted while the others go on."""

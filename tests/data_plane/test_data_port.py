@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Any
 
 import grpc.aio
@@ -14,12 +15,13 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 from octavo.names import Reason
 
+from router.wire import from_tokens
 from tests.client.cuttable_proxy import cuttable_proxy
 from tests.data_plane.rig import KEYS, VOCAB, Replica, until
 from workers.data_plane import DataPlaneServer, DataPlaneTimes
 from workers.errors import StartupError
 from workers.fake import fake_continuation
-from workers.handshake import PROTOCOL, prove
+from workers.handshake import MIN_PROTOCOL, PROTOCOL, TOKENS_PROTOCOL, prove
 
 
 @asynccontextmanager
@@ -42,8 +44,8 @@ def answer(challenge: pb.Challenge, **changes: Any) -> pb.AttachRequest:
     return pb.AttachRequest(hello=pb.Hello(**(fields | changes)))
 
 
-async def attach(call: Any, credit: int = 1_000) -> pb.HelloAck:
-    first = answer((await call.read()).challenge)
+async def attach(call: Any, credit: int = 1_000, protocol: int = PROTOCOL) -> pb.HelloAck:
+    first = answer((await call.read()).challenge, protocol=protocol)
     first.credit.step_batches = credit
     await call.write(first)
     return (await call.read()).hello_ack
@@ -84,7 +86,14 @@ def has_finished(number: int) -> Any:
 
 
 def tokens_of(batches: list[pb.StepBatch], number: int) -> list[int]:
-    return [token for batch in batches for d in batch.deltas if d.work_id == number for token in d.token_ids]
+    """Of the work's only choice, in whatever form they came."""
+    tokens: list[int] = []
+    for batch in batches:
+        parts = [list(d.token_ids) for d in batch.deltas if d.work_id == number]
+        parts += [token_ids for other, token_ids in from_tokens(batch.tokens) if other == number]
+        assert len(parts) <= 1
+        tokens += chain.from_iterable(parts)
+    return tokens
 
 
 async def test_a_good_router_learns_all_about_the_replica() -> None:
@@ -170,8 +179,8 @@ async def test_a_replayed_hello_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"protocol": 0}, "protocol must be in [1, 1], is 0"),
-        ({"protocol": 99}, "protocol must be in [1, 1], is 99"),
+        ({"protocol": 0}, "protocol must be in [1, 2], is 0"),
+        ({"protocol": 99}, "protocol must be in [1, 2], is 99"),
         ({"fingerprints": pb.Fingerprints(model="other")}, "expects model 'other', this replica has 'fake'"),
         ({"fingerprints": pb.Fingerprints(tokenizer="other")}, "expects tokenizer 'other'"),
         ({"fingerprints": pb.Fingerprints(hash_key="other")}, "expects hash key 'other'"),
@@ -204,17 +213,20 @@ async def test_a_work_id_in_use_ends_the_stream_and_its_works() -> None:
         await until(lambda: replica.thread.load().num_free_blocks == 256)
 
 
-async def test_the_tokens_of_a_step_come_in_one_message_with_load_and_events() -> None:
+@pytest.mark.parametrize("protocol", [MIN_PROTOCOL, PROTOCOL])
+async def test_the_tokens_of_a_step_come_in_one_message_with_load_and_events(protocol: int) -> None:
     async with replica_and_stream(fake_step_s=0.005) as (_, call):
-        await attach(call)
+        assert (await attach(call, protocol=protocol)).protocol == protocol
         prompts = {number: [number] * 8 for number in (1, 2, 3)}
         dispatch = pb.Dispatch(batch_id=9, work=[work(n, prompt, 6) for n, prompt in prompts.items()])
         await call.write(pb.AttachRequest(dispatch=dispatch))
         batches = await read_until(call, has_finished(3))
         for number, prompt in prompts.items():
             assert tokens_of(batches, number) == fake_continuation(prompt, 6, VOCAB)
-        with_tokens = [batch for batch in batches if batch.deltas]
-        assert [len(batch.deltas) for batch in with_tokens] == [3] * 6
+        with_tokens = [batch for batch in batches if batch.deltas or batch.HasField("tokens")]
+        num_deltas = [3, 3, 3, 3, 3, 3] if protocol < TOKENS_PROTOCOL else [3, 0, 0, 0, 0, 3]
+        assert [len(batch.deltas) for batch in with_tokens] == num_deltas
+        assert [len(batch.tokens.work_ids) for batch in with_tokens] == [3 - count for count in num_deltas]
         assert [d.cached_tokens for d in with_tokens[0].deltas if d.HasField("cached_tokens")] == [0, 0, 0]
         assert not any(d.HasField("cached_tokens") for d in with_tokens[1].deltas)
         assert all(batch.HasField("load") for batch in batches)

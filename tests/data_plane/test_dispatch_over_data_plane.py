@@ -518,8 +518,9 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
         link = dispatcher._fleet._present["one"]
         [flight] = dispatcher._flights.aboard
         late = pb.WorkDelta(work_id=flight.work_id, token_ids=[1, 2, 3], finish=pb.Finish(reason="length"))
+        tokens = pb.WorkTokens(work_ids=[flight.work_id], num_tokens=[2], token_ids=[8, 9])
         dispatcher._lose(flight, "taken away", Reason.REPLICA_LOST)
-        dispatcher.link_delivered(link, [late])
+        dispatcher.link_delivered(link, pb.StepBatch(deltas=[late], tokens=tokens))
         assert sink.token_ids == []
         assert_answers(await sink.wait(), request)
         assert [decision.attempt for decision in sink.decisions] == [1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from router.link import LinkTimes, ReplicaLink
 from router.types import ReplicaAddress
 from tests.data_plane.rig import FAST, KEYS, ROUTER, RecordingSink, Replica, make_dispatcher, make_request, until
 from workers.errors import UnavailableError
-from workers.handshake import PROTOCOL, ClusterKeys
+from workers.handshake import MIN_PROTOCOL, PROTOCOL, ClusterKeys
 from workers.prefix import PrefixHasher
 
 OTHER_KEYS = ClusterKeys.derive(bytes(32))
@@ -37,7 +37,7 @@ class Listener:
     def link_changed(self, link: ReplicaLink) -> None:
         self.num_changes += 1
 
-    def link_delivered(self, link: ReplicaLink, deltas: Sequence[pb.WorkDelta]) -> None:
+    def link_delivered(self, link: ReplicaLink, batch: pb.StepBatch) -> None:
         raise AssertionError("nothing was sent")
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
@@ -214,6 +214,15 @@ async def test_a_malformed_message_ends_the_stream_and_the_requests_on_it() -> N
     async with impostor(Impostor(challenge(), hello_ack(), bad)) as address, link_to(address) as (_, listener):
         await until(lambda: bool(listener.lost))
         assert "16 bytes each" in listener.lost[0]
+
+
+async def test_a_replica_of_the_version_before_is_spoken_to_in_its_own() -> None:
+    """A rolling update: such a replica sends no columns, and is not asked for any."""
+    peer = Impostor(challenge(min_protocol=MIN_PROTOCOL, max_protocol=MIN_PROTOCOL), hello_ack())
+    async with impostor(peer) as address, link_to(address) as (link, _):
+        await until(lambda: link.can_send)
+        assert [message.hello.protocol for message in peer.heard] == [MIN_PROTOCOL]
+    assert MIN_PROTOCOL < PROTOCOL
 
 
 async def test_what_the_listener_raises_costs_the_stream_and_not_the_link(caplog: pytest.LogCaptureFixture) -> None:

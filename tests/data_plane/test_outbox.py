@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from octavo.internal.v1 import data_plane_pb2 as pb
 
+from router.wire import from_tokens
 from workers.outbox import Outbox
 from workers.types import Finish, FinishReason, KvEvent, KvEventKind, Load, TokenDelta, TokenLogprobs, WorkId
 
 STORED, REMOVED, CLEARED = KvEventKind.STORED, KvEventKind.REMOVED, KvEventKind.CLEARED
 
 
-def make_outbox(*, credit: int = 10, max_kv_events: int = 100, resident: tuple[bytes, ...] = ()) -> Outbox:
-    outbox = Outbox(max_kv_events=max_kv_events, resident=lambda: resident)
+def make_outbox(
+    *, credit: int = 10, max_kv_events: int = 100, resident: tuple[bytes, ...] = (), in_columns: bool = False
+) -> Outbox:
+    outbox = Outbox(max_kv_events=max_kv_events, resident=lambda: resident, in_columns=in_columns)
     outbox.grant(credit)
     return outbox
 
@@ -49,6 +53,65 @@ def test_deltas_of_one_choice_become_one_in_order_of_their_first() -> None:
     assert not third.HasField("cached_tokens")
     assert not third.HasField("finish")
     assert outbox.is_empty
+
+
+def test_plain_tokens_go_in_columns_to_those_who_know_them() -> None:
+    for in_columns in (True, False):
+        outbox = make_outbox(in_columns=in_columns)
+        for number, *token_ids in ((3, 1), (1, 2), (3, 4, 5), (2, 6)):
+            outbox.add_tokens(number, token_ids)
+        assert outbox.has_deltas
+        batch = outbox.take().step_batch
+        expected = {3: [1, 4, 5], 1: [2], 2: [6]}
+        assert dict(from_tokens(batch.tokens)) == (expected if in_columns else {})
+        assert {d.work_id: list(d.token_ids) for d in batch.deltas} == ({} if in_columns else expected)
+        assert outbox.is_empty
+
+
+def test_a_work_with_more_to_say_is_in_no_column() -> None:
+    """Whatever comes first: its tokens keep their order, and it is told of once."""
+    outbox = make_outbox(in_columns=True)
+    outbox.add(delta(1, 1, num_cached_tokens=8))
+    outbox.add_tokens(1, [2])
+    outbox.add_tokens(2, [7])
+    outbox.add(delta(2, 8, index=1))
+    outbox.add_tokens(3, [4])
+    outbox.add(delta(3, 5, finish=Finish(reason=FinishReason.LENGTH)))
+    batch = outbox.take().step_batch
+    told = [(d.work_id, d.index, list(d.token_ids)) for d in batch.deltas]
+    assert told == [(1, 0, [1, 2]), (2, 1, [8]), (3, 0, [4, 5])]
+    assert dict(from_tokens(batch.tokens)) == {2: [7]}
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans(), st.booleans()), max_size=30))
+def test_every_token_is_told_once_and_in_order(steps: list[tuple[int, bool, bool]]) -> None:
+    """Steps: whose token, whether something else is said with it, whether a message is taken after it."""
+    outbox = make_outbox(credit=100, in_columns=True)
+    said: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    heard: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    for token, (number, is_plain, is_taken) in enumerate([*steps, (1, True, True)]):
+        said[number].append(token)
+        if is_plain:
+            outbox.add_tokens(number, (token,))
+        else:
+            outbox.add(delta(number, token, num_cached_tokens=0))
+        if is_taken:
+            batch = outbox.take().step_batch
+            columns = dict(from_tokens(batch.tokens))
+            assert not columns.keys() & {d.work_id for d in batch.deltas}
+            for number_told, token_ids in [*columns.items(), *((d.work_id, d.token_ids) for d in batch.deltas)]:
+                heard[number_told] += token_ids
+    assert heard == said
+
+
+def test_columns_that_do_not_add_up_are_no_message() -> None:
+    for bad in (
+        pb.WorkTokens(work_ids=[1, 2], num_tokens=[1], token_ids=[5]),
+        pb.WorkTokens(work_ids=[1], num_tokens=[2], token_ids=[5]),
+        pb.WorkTokens(work_ids=[1], num_tokens=[1], token_ids=[5, 6]),
+    ):
+        with pytest.raises(ValueError, match=r"zip|tokens that it counts"):
+            list(from_tokens(bad))
 
 
 def test_a_message_costs_a_credit() -> None:

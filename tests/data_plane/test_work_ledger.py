@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from router.wire import to_work
+from router.wire import from_tokens, to_work
 from tests.data_plane.rig import KEYS, VOCAB, make_request
 from workers.config import EngineConfig
 from workers.fake import FakeEngine, fake_manifest
+from workers.types import WorkId
 from workers.work_ledger import AttachedRouter, WorkLedger
 
 
-def make_ledger() -> tuple[FakeEngine, WorkLedger, AttachedRouter]:
+def make_ledger(*, in_columns: bool = False) -> tuple[FakeEngine, WorkLedger, AttachedRouter]:
     engine = FakeEngine(
         EngineConfig(engine="fake", block_size=4, num_blocks=64, chunk_tokens=8),
         manifest=fake_manifest(vocab_size=VOCAB),
         hash_key=KEYS.prefix_hash,
     )
     ledger = WorkLedger(engine, "one")
-    router = ledger.attach("router/1/1", lambda _: None)
+    router = ledger.attach("router/1/1", lambda _: None, in_columns=in_columns)
     router.outbox.grant(100)
     return engine, ledger, router
 
 
-def send(ledger: WorkLedger, router: AttachedRouter, number: int) -> None:
-    request = make_request(range(number, number + 30))
+def send(ledger: WorkLedger, router: AttachedRouter, number: int, **fields: int) -> None:
+    request = make_request(range(number, number + 30), **fields)  # type: ignore[arg-type]
     work = to_work(request, work_id=number, attempt=1, now=request.accepted_at, traceparent="", tracestate="")
     ledger.submit(router, pb.Dispatch(batch_id=number, work=[work]), request.accepted_at)
 
@@ -62,3 +64,39 @@ def test_a_report_says_what_the_engine_has_by_its_own_books() -> None:
     assert again.kv_events.cleared
     assert (again.kv_events.stored, again.resident) == (batch.kv_events.stored, batch.resident)
     assert b"".join(ledger.resident) == batch.kv_events.stored
+
+
+def test_plain_tokens_go_in_columns_and_all_else_as_deltas() -> None:
+    """The first token says what was cached, the last one why it ends; of a second choice columns know nothing."""
+    engine, ledger, router = make_ledger(in_columns=True)
+    send(ledger, router, 1, max_tokens=3)
+    send(ledger, router, 2, max_tokens=3, n=2)
+    told = []
+    while ledger.num_works:
+        engine.step()
+        batch = report(ledger, router)
+        plain = [(number, 0, "plain") for number, _ in from_tokens(batch.tokens)]
+        told += plain + [(d.work_id, d.index, d.finish.reason) for d in batch.deltas]
+    assert [each for each in told if each[0] == 1] == [(1, 0, ""), (1, 0, "plain"), (1, 0, "length")]
+    assert [each for each in told if each[:2] == (2, 0)] == [(2, 0, ""), (2, 0, "plain"), (2, 0, "length")]
+    assert [each for each in told if each[:2] == (2, 1)] == [(2, 1, ""), (2, 1, ""), (2, 1, "length")]
+
+
+@pytest.mark.parametrize("choices", [[], [pb.Abort.Choice(work_id=1, index=0)]])
+@pytest.mark.parametrize("num_steps", [0, 6])
+def test_nothing_is_told_of_what_was_aborted(choices: list[pb.Abort.Choice], num_steps: int) -> None:
+    """Neither before nor after its first token; the engine ends it a step late, as one on a thread of its own does."""
+    engine, ledger, router = make_ledger(in_columns=True)
+    send(ledger, router, 1, max_tokens=50)
+    for _ in range(num_steps):
+        engine.step()
+    report(ledger, router)
+    end, engine.abort = engine.abort, lambda *_: None  # type: ignore[method-assign]
+    ledger.abort(router, pb.Abort(choices=choices) if choices else pb.Abort(work_ids=[1]))
+    for _ in range(8):
+        engine.step()
+    end(WorkId(router.owner, 1))
+    batch = report(ledger, router)
+    assert not batch.deltas
+    assert not batch.HasField("tokens")
+    assert ledger.num_works == 0

@@ -542,6 +542,7 @@ class StepBatch(google.protobuf.message.Message):
     KV_EVENTS_FIELD_NUMBER: builtins.int
     LAST_BATCH_ID_FIELD_NUMBER: builtins.int
     RESIDENT_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Engine steps so far; a batch may merge several."""
     last_batch_id: builtins.int
@@ -558,6 +559,10 @@ class StepBatch(google.protobuf.message.Message):
         their way to this message's writer.
         """
 
+    @property
+    def tokens(self) -> Global___WorkTokens:
+        """To routers that speak protocol 2, instead of deltas that say nothing but these."""
+
     def __init__(
         self,
         *,
@@ -567,11 +572,43 @@ class StepBatch(google.protobuf.message.Message):
         kv_events: Global___KvEvents | None = ...,
         last_batch_id: builtins.int = ...,
         resident: Global___Resident | None = ...,
+        tokens: Global___WorkTokens | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["kv_events", b"kv_events", "load", b"load", "resident", b"resident"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "last_batch_id", b"last_batch_id", "load", b"load", "resident", b"resident", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["kv_events", b"kv_events", "load", b"load", "resident", b"resident", "tokens", b"tokens"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["deltas", b"deltas", "kv_events", b"kv_events", "last_batch_id", b"last_batch_id", "load", b"load", "resident", b"resident", "step", b"step", "tokens", b"tokens"]) -> None: ...
 
 Global___StepBatch: typing_extensions.TypeAlias = StepBatch
+
+@typing.final
+class WorkTokens(google.protobuf.message.Message):
+    """Tokens of several works, of the first choice of each, without anything else to be said of them; in columns, since a
+    message for each work costs many times what its token does. No work is in here and has a delta for that choice in the
+    same StepBatch, too.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORK_IDS_FIELD_NUMBER: builtins.int
+    NUM_TOKENS_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    @property
+    def work_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def num_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """How many of token_ids belong to each work: one after the other, at least one each."""
+
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        work_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        num_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["num_tokens", b"num_tokens", "token_ids", b"token_ids", "work_ids", b"work_ids"]) -> None: ...
+
+Global___WorkTokens: typing_extensions.TypeAlias = WorkTokens
 
 @typing.final
 class Resident(google.protobuf.message.Message):
