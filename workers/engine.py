@@ -270,7 +270,9 @@ class PagedEngine:
         send: those that end by then make way, one in any case. All others wait in the router, where order can still
         change: one that is here goes before whatever comes there."""
         running = self._scheduler.running
-        num_ending = sum(s.work.max_tokens - s.num_answer_tokens <= 2 for s in running)
+        num_ending = sum(
+            len(s.tokens) + s.num_placeholders + 2 >= len(s.work.prompt) + s.work.max_tokens for s in running
+        )
         num_places = self._config.max_num_sequences - len(running) - len(self._scheduler.waiting)
         return max(0, num_places + max(1, num_ending))
 

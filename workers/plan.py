@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from workers.types import TokenLogprobs
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from workers.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One sequence's share of a step: compute the tokens at positions ``[start, start + num_tokens)``.
 
     Keys and values of positions below `start` are in the sequence's blocks; those of the chunk are written to

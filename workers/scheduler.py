@@ -14,7 +14,6 @@ is admitted when the blocks of its longest possible answer are there, and nothin
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import replace
 from heapq import merge
 
 from octavo.names import Reason
@@ -72,7 +71,7 @@ class Scheduler:
         """Known tokens of accepted sequences that must be computed before their next token; of those that wait, without
         what was cached when they came or is computed for another."""
         decoding = 1
-        owed = (s.num_tokens - s.num_computed for s in self.running)
+        owed = (len(s.tokens) + s.num_placeholders - s.num_computed for s in self.running)
         waiting = (max(s.num_tokens - s.num_spared, decoding) for s in self.waiting)
         return sum(waiting) + sum(n for n in owed if n > decoding)
 
@@ -120,7 +119,9 @@ class Scheduler:
         self.is_short_of_blocks = False
         self._may_admit = True
         chunks: list[Chunk] = []
-        self._draft(self._prefill(now, self._decode(chunks), chunks), chunks)
+        prefills: list[Sequence] = []
+        budget = self._decode(chunks, prefills)
+        self._draft(self._prefill(now, budget, prefills, chunks), chunks)
         if chunks:
             self.num_steps += 1
             self._precedence.count((chunk.sequence for chunk in chunks), self.waiting, self.running)
@@ -161,9 +162,16 @@ class Scheduler:
             if sequence.work.deadline is not None and sequence.work.deadline <= now:
                 self.end(sequence, FinishReason.DEADLINE, now)
 
-    def _decode(self, chunks: list[Chunk]) -> int:
-        """Plan a token for every running sequence that lacks one only; return what is left of the budget."""
-        decodes = [s for s in self.running if s.num_to_schedule == 1]
+    def _decode(self, chunks: list[Chunk], prefills: list[Sequence]) -> int:
+        """Plan a token for every running sequence that lacks one only, and note those that lack more; return what is
+        left of the budget."""
+        decodes: list[Sequence] = []
+        for sequence in self.running:
+            num_tokens = sequence.num_to_schedule
+            if num_tokens == 1:
+                decodes.append(sequence)
+            elif num_tokens:
+                prefills.append(sequence)
         for sequence in decodes:
             if not sequence.block_table:
                 continue  # preempted a moment ago
@@ -173,13 +181,13 @@ class Scheduler:
                 break  # the blocks of all that follow are in flight: let them land, so that they can be taken
         return self._chunk_tokens - len(decodes)
 
-    def _prefill(self, now: float, budget: int, chunks: list[Chunk]) -> int:
+    def _prefill(self, now: float, budget: int, prefills: list[Sequence], chunks: list[Chunk]) -> int:
         """Plan what is left of prompts, those of waiting sequences too, in order of rank; return what is left of the
-        budget."""
-        prefills = [s for s in self.running if s.num_to_schedule > 1]
+        budget. `prefills` may have been preempted meanwhile."""
         has_places = self._may_admit and len(self.running) < self._max_running
         overtaken: list[Sequence] = []
-        for sequence in merge(prefills, list(self.waiting) if has_places else (), key=by_rank):
+        running = [s for s in prefills if s.block_table]
+        for sequence in merge(running, list(self.waiting) if has_places else (), key=by_rank):
             if budget == 0:
                 break
             if sequence.block_table:
@@ -203,7 +211,7 @@ class Scheduler:
             draft = draft[: self._tables.extend_for_draft(sequence, len(draft), spare=len(self.running))]
             sequence.draft(len(draft))
             budget -= len(draft)
-            chunks[i] = replace(chunk, draft=draft)
+            chunks[i] = chunk._replace(draft=draft)
 
     def _provide(self, sequence: Sequence, num_tokens: int) -> bool:
         """Get the blocks that the next `num_tokens` of a running sequence are written to; return whether it has them.
@@ -300,15 +308,17 @@ class Scheduler:
             accepted += 1
             if reason is not None:
                 break
-        num_stored = max(0, min(accepted - 1, len(chunk.draft)))
-        assert tokens[:num_stored] == chunk.draft[:num_stored]
-        sequence.commit(chunk.num_tokens, samples=chunk.samples, num_drafted=len(chunk.draft), num_accepted=num_stored)
-        self.num_drafted_tokens += len(chunk.draft)
-        self.num_accepted_tokens += num_stored
+        draft, num_stored = chunk.draft, 0
+        if draft:
+            num_stored = max(0, min(accepted - 1, len(draft)))
+            assert tokens[:num_stored] == draft[:num_stored]
+            self.num_drafted_tokens += len(draft)
+            self.num_accepted_tokens += num_stored
+        sequence.commit(chunk.num_tokens, samples=chunk.samples, num_drafted=len(draft), num_accepted=num_stored)
         if chunk.samples and not tokens:
             sequence.roll_back()
         self._tables.publish(sequence, chunk.start)
-        if chunk.draft:
+        if draft:
             self._tables.shrink(sequence)
         if accepted and sequence.first_token_at is None:
             sequence.first_token_at = now

@@ -141,9 +141,12 @@ class Sequence:
     @property
     def num_to_schedule(self) -> int:
         """Tokens to compute before the next one can be drawn; 0 while nothing may be drawn."""
-        if self.needs_last_token or self.num_answer_tokens >= self.work.max_tokens:
+        # Asked of every sequence in every step: not by way of the other properties.
+        if self.num_placeholders and (self.constraint is not None or self.proposer is not None):
             return 0
-        return self.num_tokens - self.num_scheduled
+        num_tokens = len(self.tokens) + self.num_placeholders
+        work = self.work
+        return 0 if num_tokens - len(work.prompt) >= work.max_tokens else num_tokens - self.num_scheduled
 
     @property
     def num_logprobs(self) -> int | None:
@@ -207,12 +210,11 @@ class Sequence:
 
     def ending(self) -> FinishReason | None:
         """Return why the answer is complete as it stands; None if it is not."""
-        num_answer_tokens = len(self.tokens) - len(self.work.prompt)
-        if num_answer_tokens > self.work.min_tokens and self.tokens[-1] in self.work.stop_token_ids:
+        work = self.work
+        num_answer_tokens = len(self.tokens) - len(work.prompt)
+        if self.tokens[-1] in work.stop_token_ids and num_answer_tokens > work.min_tokens:
             return FinishReason.STOP
-        if num_answer_tokens >= self.work.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_answer_tokens >= work.max_tokens else None
 
     def roll_back(self) -> None:
         """Forget what was computed beyond the last known token but one, so that a next token can be drawn."""
