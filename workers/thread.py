@@ -172,6 +172,7 @@ class EngineThread:
         deltas = _endings(work_id, sorted(self._open.pop(work_id)), reason, message)
         with self._lock:
             self._outputs += deltas
+        self._emission.add(len(deltas), is_urgent=True)
 
     def _publish(self, began: float, *, is_busy: bool) -> None:
         """Hand over what the engine produced in the step that `began` then, and say so if it is to leave now."""
@@ -179,7 +180,7 @@ class EngineThread:
         events: list[KvEvent] = []
         load = self._load
         if self.failure is None:
-            outputs = [delta for delta in self._engine.drain_outputs() if self._is_open(delta)]
+            outputs = self._still_open(self._engine.drain_outputs())
             events = self._engine.kv_events()
             load = self._engine.load()
         has_news = _credit(load) != _credit(self._load)
@@ -189,9 +190,10 @@ class EngineThread:
             self._load = load
             self._outputs += outputs
             self._events += events
-            is_due = self._emission.is_due(self._outputs, step_s=now - began, now=now, is_last=not is_busy)
             has_only_events = bool(self._events) and not self._outputs
+        is_due = self._emission.is_due(step_s=now - began, now=now, is_last=not is_busy)
         if is_due or has_only_events or has_news:
+            self._emission.release()  # whatever waits leaves with it
             self._notify()
 
     def _tell_cache(self) -> None:
@@ -199,16 +201,23 @@ class EngineThread:
         with self._lock:
             self._events = events
 
-    def _is_open(self, delta: TokenDelta) -> bool:
-        """Whether this delta belongs to a choice that has not ended; note if it ends with it."""
-        choices = self._open.get(delta.work_id, set())
-        if delta.index not in choices:
-            return False
-        if delta.finish is not None:
-            choices.remove(delta.index)
-            if not choices:
-                del self._open[delta.work_id]
-        return True
+    def _still_open(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
+        """Return those of choices that have not ended, note those that end with them, and let `_emission` know."""
+        works, kept, is_urgent = self._open, list[TokenDelta](), False
+        for delta in deltas:
+            choices = works.get(delta.work_id)
+            if choices is None or delta.index not in choices:
+                continue
+            kept.append(delta)
+            if delta.finish is not None:
+                is_urgent = True
+                choices.remove(delta.index)
+                if not choices:
+                    del works[delta.work_id]
+            elif delta.num_cached_tokens is not None:
+                is_urgent = True
+        self._emission.add(len(kept), is_urgent=is_urgent)
+        return kept
 
     def _close(self) -> None:
         self._is_running = False
