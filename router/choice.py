@@ -78,6 +78,10 @@ class Choice:
     def push(self, token_ids: Sequence[int]) -> int:
         """Take tokens and return how many: those after a stop string are dropped. A token that stops has no text."""
         detokenizer, known, pieces = self.detokenizer, self.token_ids, self.pieces
+        if self._stop_token_ids.isdisjoint(token_ids) and (texts := detokenizer.push_whole(token_ids)) is not None:
+            known += token_ids
+            pieces += texts
+            return len(token_ids)
         for count, token_id in enumerate(token_ids, start=1):
             known.append(token_id)
             may_end = len(known) > self._min_tokens

@@ -30,6 +30,10 @@ class Decoder(Protocol):
     def push(self, token_id: int) -> str:
         """Return the text that became certain with this token."""
 
+    def push_whole(self, token_ids: Sequence[int]) -> list[str] | None:
+        """Return the text of each token if that is known at once and nothing is held back before, between or after
+        them; else None, and no effect: then `push` them."""
+
     def flush(self) -> str:
         """Return what was held back; the answer is over."""
 
@@ -84,6 +88,16 @@ class TableDecoder:
         self._is_pending = self._utf8.getstate()[0] != b""
         return text
 
+    def push_whole(self, token_ids: Sequence[int]) -> list[str] | None:
+        if self._is_pending:
+            return None
+        texts = self._texts
+        try:
+            found = [texts[token_id] for token_id in token_ids]
+        except IndexError:
+            return None
+        return None if None in found else found  # type: ignore[return-value]  # there is no None in it
+
     def flush(self) -> str:
         self._is_pending = False
         return self._utf8.decode(b"", True)
@@ -113,6 +127,9 @@ class WindowDecoder:
         if len(text) <= len(self._known) and num_held <= MAX_HELD_TOKENS:
             return ""
         return self._move(text)
+
+    def push_whole(self, token_ids: Sequence[int]) -> list[str] | None:
+        return None
 
     def flush(self) -> str:
         return self._move(self._decode(self._ids)) if self._start < len(self._ids) else ""
@@ -221,6 +238,16 @@ class Detokenizer:
         if stops is None or (self._state == 0 and not stops.may_begin_in(text)):
             return text
         return self._release(stops, text, may_end)
+
+    def push_whole(self, token_ids: Sequence[int]) -> list[str] | None:
+        """Return the text of each token if no stop string may end or begin with them and nothing is held back; else
+        None, and no effect: then `push` them. As most do; several cost little more than one then."""
+        if self._state:
+            return None
+        texts = self._decoder.push_whole(token_ids)
+        if texts is None or self._stops is None or not self._stops.may_begin_in("".join(texts)):
+            return texts
+        return None
 
     def flush(self, *, may_end: bool = True) -> str:
         """Return everything held back. The tokens are over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import tokenizers
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from router.choice import Choice
 from router.detokenizer import REPLACEMENT, Detokenizer, StopStrings, TokenTable
 from router.tokenizer import Tokenizer
 from tests.router.rig import END, byte_tokenizer
+from workers.types import Finish, FinishReason
 
 SAMPLES = [
     "the quick brown fox said hello, hello and hello again",
@@ -202,3 +205,48 @@ def test_stop_strings_hold_back_no_more_than_they_must(text: str, stops: list[st
 def test_what_is_held_back_when(text: str, stops: list[str], expected: list[str]) -> None:
     detokenizer = detokenizer_of(BYTES, *stops)
     assert pieces(detokenizer, text.encode()) == expected
+
+
+@given(
+    st.data(),
+    st.sampled_from([BYTES, TRAINED, SENTENCEPIECE, WORDS]),
+    st.lists(st.sampled_from(["a", "he", "hello", "é", "ing", "time"]), max_size=3),
+    st.integers(0, 5),
+)
+def test_tokens_in_groups_are_the_same_as_one_by_one(
+    data: st.DataObject, tokenizer: tokenizers.Tokenizer, stops: list[str], min_tokens: int
+) -> None:
+    """Whatever of them goes the quick way: what a step brings says nothing of how the answer is cut."""
+    ids = data.draw(ids_of(tokenizer))
+    stop_ids = frozenset(data.draw(st.sets(st.sampled_from(ids), max_size=2))) if ids else frozenset()
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(0, len(ids)), max_size=6))), len(ids)]
+
+    def answer(groups: list[list[int]]) -> tuple[list[int], list[str], str, str | None]:
+        detokenizer = detokenizer_of(tokenizer, *stops)
+        choice = Choice(detokenizer, stop_token_ids=stop_ids, min_tokens=min_tokens)
+        for group in groups:
+            num_taken = choice.push(group)
+            if choice.finish is not None:
+                assert choice.token_ids[-1] == group[num_taken - 1]
+                break
+            assert num_taken == len(group)
+        if choice.finish is None:
+            choice.end(Finish(reason=FinishReason.LENGTH))
+        assert choice.finish is not None
+        return choice.token_ids, choice.pieces, choice.tail, choice.finish.stop
+
+    expected = answer([[token_id] for token_id in ids])
+    assert answer([ids[start:end] for start, end in pairwise(cuts) if start < end]) == expected
+
+
+def test_whole_texts_are_known_at_once_unless_something_is_held_back() -> None:
+    """So that this way is taken at all."""
+    detokenizer = detokenizer_of(BYTES, "stop")
+    assert detokenizer.push_whole(b"abc") == ["a", "b", "c"]
+    assert detokenizer.push_whole(b"abs") is None
+    assert detokenizer.push(ord("s")) == ""
+    assert detokenizer.push_whole(b"abc") is None
+    assert detokenizer.push(ord("a")) == "sa"
+    assert detokenizer.push_whole(b"a") == ["a"]
+    assert detokenizer.push_whole("é".encode()) is None
+    assert detokenizer.push_whole([10**9]) is None
