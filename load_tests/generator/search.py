@@ -20,13 +20,17 @@ class MaxRate:
 
 
 async def search_max_rate(
-    trial: Callable[[float], Awaitable[bool]], *, start: float, precision: float = 0.05
+    trial: Callable[[float], Awaitable[bool]],
+    *,
+    start: float,
+    precision: float = 0.05,
+    max_trials: int = MAX_TRIALS,
 ) -> MaxRate:
-    """Search from `start` on, until the two are within `precision` of one another or after `MAX_TRIALS` trials."""
+    """Search from `start` on, until the two are within `precision` of one another or after `max_trials` trials."""
     holds: float | None = None
     breaks: float | None = None
     rate = start
-    for _ in range(MAX_TRIALS):
+    for _ in range(max_trials):
         if await trial(rate):
             holds = rate
         else:

@@ -1,6 +1,7 @@
 """A client that does as little as it can, for measuring what a router can: a closed loop over Session or Generate.
 
-    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "requests", "seed", "clock"}
+    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "requests", "seed", "clock",
+           "is_staggered"}
     in    a line: begin
     out   {"event": "ready"}, then {"event": "done", ...LeanCounts}
     in    end of file: stop; also when the parent died
@@ -90,11 +91,18 @@ class LeanClient:
         request = pb.GenerateRequest(
             prompt=types_pb2.Prompt(token_ids=types_pb2.TokenIds(ids=prompt)),
             sampling=types_pb2.Sampling(temperature=0.0),
-            max_tokens=self._job["output"],
+            max_tokens=self._output(),
             ignore_eos=True,
             stop=STOPS,
         )
         return f"{self._job['seed']}-{self._num_made}", request
+
+    def _output(self) -> int:
+        """Return how many tokens the request just counted asks for."""
+        output: int = self._job["output"]
+        if not self._job["is_staggered"] or self._num_made > self.streams:
+            return output
+        return max(1, output * self._num_made // self.streams)
 
     def arrived(self, ids: Any, now: float) -> None:
         """Count the tokens of one delta."""

@@ -32,6 +32,9 @@ class LeanLoad:
     """Whether the rig's tokens say when they were made."""
     requests: int = 0
     """Send so many, within the duration; 0: as many as there is time for."""
+    is_staggered: bool = False
+    """Whether the first answer of each stream is shorter, of each by another length: otherwise all end at once, again
+    and again, and what is measured is 64 requests that begin in one step."""
 
 
 class Target(Protocol):
@@ -123,6 +126,7 @@ async def _start(target: str, load: LeanLoad, index: int) -> asyncio.subprocess.
         "duration_s": load.duration_s,
         "warm_up_s": min(load.warm_up_s, load.duration_s / 2),
         "seed": index + 1,
+        "is_staggered": load.is_staggered,
         "requests": load.requests // load.processes,
         "clock": [RIG_WORDS.start, len(RIG_WORDS), TICKS_PER_S] if load.tells_time else None,
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from load_tests.rigs import (
     router_storm,
     router_with_model,
 )
+from load_tests.rigs.bar_command import Settings
 from load_tests.rigs.lean_client import LeanClient
 from load_tests.rigs.lean_crew import age_ms, merged
 from load_tests.rigs.router_rig import ROOT
@@ -96,12 +98,54 @@ def test_speed_is_rate_and_age_and_cost() -> None:
     figures = {"tokens_per_s": 31_000.0, "age_p99_ms": 12.0, "router_us_per_token": 26.0}
     for _ in range(3):
         notes.add("session, paced", **figures)
+        notes.add("session, in time", tokens_per_s=31_000.0, age_p99_ms=12.0)
         notes.add("session, one token", requests_per_s=1_999.0)
     bars = by_name(router_speed.judge(notes))
-    assert bars["session: tokens/s, 64 streams"].ok
+    assert bars["session: tokens/s, 64 streams, in time"].ok
     assert bars["session: p99 age of a token, ms"].ok
     assert not bars["session: CPU of the router, µs a token"].ok
     assert not bars["session: one-token requests/s"].ok
+
+
+@pytest.mark.parametrize("capacity", [40_000.0, 22_000.0, 9_000.0, 10.0])
+async def test_the_largest_rate_in_time_is_found(monkeypatch: pytest.MonkeyPatch, capacity: float) -> None:
+    """A system that was offered too much told of tokens of any age, and nothing of what it can do."""
+    runs: list[float] = []
+
+    async def at(_: Settings, call: str, rate: float, seconds: float) -> dict[str, Any]:
+        runs.append(rate)
+        age_ms = 12.0 if rate <= capacity else 150.0
+        return {"tokens_per_s": min(rate, 1.1 * capacity), "age_p50_ms": 5.0, "age_p99_ms": age_ms}
+
+    monkeypatch.setattr(router_speed, "_at", at)
+    notes = Notes()
+    await router_speed._paced(Settings(), notes, "session")
+    [found] = notes.of("session, in time", "tokens_per_s")
+    assert len(runs) <= 6
+    if capacity > 30_000:
+        assert (found, runs) == (30_000, [30_000])
+    else:
+        assert capacity / 1.12 <= found <= capacity
+    bars = by_name(router_speed.judge(notes))
+    assert bars["session: tokens/s, 64 streams, in time"].ok == bars["session: p99 age of a token, ms"].ok
+
+
+async def test_nothing_in_time_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at(*_: object) -> dict[str, Any]:
+        return {"tokens_per_s": 1_000.0, "age_p50_ms": 5.0, "age_p99_ms": None}
+
+    monkeypatch.setattr(router_speed, "_at", at)
+    notes = Notes()
+    await router_speed._paced(Settings(), notes, "generate")
+    assert notes.median("generate, in time", "tokens_per_s") == 0.0
+
+
+def test_streams_do_not_all_end_at_once() -> None:
+    job = {"streams": 4, "seed": 1, "requests": 0, "clock": None, "prompt": 2, "output": 100, "is_staggered": True}
+    client = LeanClient(job)
+    assert [client.request()[1].max_tokens for _ in range(6)] == [25, 50, 75, 100, 100, 100]
+    client = LeanClient({**job, "is_staggered": False})
+    assert [client.request()[1].max_tokens for _ in range(2)] == [100, 100]
 
 
 def test_added_latency_is_beside_the_data_port() -> None:
