@@ -6,12 +6,15 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
 
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.hello import RouterIdentity
-from router.link import LinkTimes
+from router.link import LinkTimes, ReplicaLink
 from router.types import Decision, ReplicaAddress, Request
 from workers.config import EngineConfig
 from workers.data_plane import DataPlaneServer, DataPlaneTimes
@@ -35,12 +38,18 @@ class Replica:
     """A fake engine on its thread behind a data port. `await start()`; later `stop()` or `kill()`."""
 
     def __init__(
-        self, replica_id: str, *, keys: ClusterKeys = KEYS, times: DataPlaneTimes = TIMES, **engine: object
+        self, replica_id: str, *, keys: ClusterKeys = KEYS, times: DataPlaneTimes = TIMES, **engine: Any
     ) -> None:
-        settings = {"engine": "fake", "block_size": 4, "num_blocks": 256, "chunk_tokens": 64, "max_num_sequences": 32}
+        settings: dict[str, Any] = {
+            "engine": "fake",
+            "block_size": 4,
+            "num_blocks": 256,
+            "chunk_tokens": 64,
+            "max_num_sequences": 32,
+        }
         self.replica_id = replica_id
         self.engine = FakeEngine(
-            EngineConfig(**(settings | engine)),  # type: ignore[arg-type]
+            EngineConfig(**(settings | engine)),
             manifest=fake_manifest(vocab_size=VOCAB, max_model_len=1_000),
             hash_key=keys.prefix_hash,
         )
@@ -132,9 +141,9 @@ class RecordingSink:
         return self
 
 
-def make_request(prompt: Sequence[int], max_tokens: int = 8, *, timeout_s: float = 30.0, **fields: object) -> Request:
+def make_request(prompt: Sequence[int], max_tokens: int = 8, *, timeout_s: float = 30.0, **fields: Any) -> Request:
     now = time.monotonic()
-    defaults: dict[str, object] = {
+    defaults: dict[str, Any] = {
         "request_id": f"request-{next(_numbers)}",
         "model": "fake",
         "prompt": list(prompt),
@@ -143,20 +152,41 @@ def make_request(prompt: Sequence[int], max_tokens: int = 8, *, timeout_s: float
         "deadline": now + timeout_s,
         "accepted_at": now,
     }
-    return Request(**(defaults | fields))  # type: ignore[arg-type]
+    return Request(**(defaults | fields))
 
 
 def make_prompt(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(num_tokens)]
 
 
-def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTER, **config: float | str) -> Dispatcher:
-    return Dispatcher(
-        RouterConfig(**config),  # type: ignore[arg-type]
-        identity,
-        rng=random.Random(1),
-        link_times=times,
-    )
+def make_dispatcher(*, times: LinkTimes = FAST, identity: RouterIdentity = ROUTER, **config: Any) -> Dispatcher:
+    return Dispatcher(RouterConfig(**config), identity, rng=random.Random(1), link_times=times)
+
+
+@asynccontextmanager
+async def cluster(*replicas: Replica, **config: Any) -> AsyncIterator[Dispatcher]:
+    """A started dispatcher in front of started replicas; at the end everything must be idle and ends."""
+    dispatcher = make_dispatcher(**config)
+    dispatcher.start()
+    for replica in replicas:
+        await replica.start()
+    dispatcher.update_replicas([replica.address for replica in replicas])
+    try:
+        yield dispatcher
+        await assert_idle(dispatcher)
+    finally:
+        await dispatcher.stop()
+        for replica in replicas:
+            await replica.stop()
+    dispatcher.check_integrity()
+
+
+@asynccontextmanager
+async def ready_cluster(*replicas: Replica) -> AsyncIterator[Dispatcher]:
+    """The same once all are ready."""
+    async with cluster(*replicas) as dispatcher:
+        await until(lambda: all(view.state == "ready" for view in dispatcher.replicas()))
+        yield dispatcher
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
@@ -181,9 +211,17 @@ async def assert_idle(dispatcher: Dispatcher, *replicas: Replica) -> None:
     backlog = dispatcher.backlog()
     assert (backlog.num_queued_requests, backlog.num_queued_tokens, backlog.num_running_requests) == (0, 0, 0)
     for replica in replicas:
-        await until(lambda replica=replica: replica.server.num_works == 0)  # type: ignore[misc]
-        await until(lambda replica=replica: replica.thread.load().num_free_blocks == 256)  # type: ignore[misc]
+        await until(partial(_has_nothing, replica))
     for link in dispatcher._fleet._present.values():
         if link.can_send:
-            await until(lambda link=link: link.state.num_running == 0 and link.state.owed_tokens == 0)  # type: ignore[misc]
+            await until(partial(_owes_nothing, link))
             assert link.state.num_uncounted == 0
+            assert link.state.num_expected == 0
+
+
+def _has_nothing(replica: Replica) -> bool:
+    return replica.server.num_works == 0 and replica.thread.load().num_free_blocks == 256
+
+
+def _owes_nothing(link: ReplicaLink) -> bool:
+    return link.state.num_running == 0 and link.state.owed_tokens == 0

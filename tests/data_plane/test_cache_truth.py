@@ -5,36 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from router.dispatcher import Dispatcher
 from router.link import ReplicaLink
-from tests.data_plane.rig import RecordingSink, Replica, make_dispatcher, make_prompt, make_request, until
+from tests.data_plane.rig import (
+    RecordingSink,
+    Replica,
+    make_dispatcher,
+    make_prompt,
+    make_request,
+    ready_cluster,
+    until,
+)
 from workers.data_plane import DataPlaneTimes
 from workers.types import KvEvent
 
 USUAL = DataPlaneTimes()
 """Not quickened: what is noticed is to be noticed within two of these heartbeats."""
-
-
-@asynccontextmanager
-async def cluster(*replicas: Replica) -> AsyncIterator[Dispatcher]:
-    dispatcher = make_dispatcher()
-    dispatcher.start()
-    for replica in replicas:
-        await replica.start()
-    dispatcher.update_replicas([replica.address for replica in replicas])
-    await until(lambda: all(view.state == "ready" for view in dispatcher.replicas()))
-    try:
-        yield dispatcher
-    finally:
-        await dispatcher.stop()
-        for replica in replicas:
-            await replica.stop()
-    dispatcher.check_integrity()
 
 
 async def ask(dispatcher: Dispatcher, prompt: list[int], max_tokens: int = 4) -> RecordingSink:
@@ -47,13 +38,13 @@ def link_to(dispatcher: Dispatcher, replica: Replica) -> ReplicaLink:
     return dispatcher._fleet.link(replica.replica_id)
 
 
-async def on_engine_thread(replica: Replica, action: object) -> None:
+async def on_engine_thread(replica: Replica, action: Callable[[], object]) -> None:
     """Run it between two steps, as whatever changes a cache behind everybody's back would."""
     done = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def run() -> None:
-        action()  # type: ignore[operator]
+        action()
         loop.call_soon_threadsafe(done.set)
 
     replica.thread._inbox.put(run)
@@ -76,7 +67,7 @@ async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_sec
     prompt = make_prompt(random.Random(1), 41)
     one, two = Replica("one", times=USUAL), Replica("two", times=USUAL)
     with caplog.at_level(logging.WARNING, logger="router.link"):
-        async with cluster(one, two) as dispatcher:
+        async with ready_cluster(one, two) as dispatcher:
             home = (await ask(dispatcher, prompt)).decisions[0].replica
             emptied = one if home == "one" else two
             state = link_to(dispatcher, emptied).state
@@ -96,7 +87,7 @@ async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_sec
 async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
     prompts = [make_prompt(random.Random(seed), 41) for seed in range(3)]
     replica = Replica("one", times=USUAL)
-    async with cluster(replica) as dispatcher:
+    async with ready_cluster(replica) as dispatcher:
         state = link_to(dispatcher, replica).state
         await ask(dispatcher, prompts[0])
         await until(lambda: len(state.resident) >= 10)
@@ -122,7 +113,7 @@ async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
 async def test_every_router_is_told_anew_when_one_has_found_the_cache_wrong() -> None:
     prompt = make_prompt(random.Random(1), 41)
     replica = Replica("one")
-    async with cluster(replica) as dispatcher:
+    async with ready_cluster(replica) as dispatcher:
         other = make_dispatcher()
         other.start()
         other.update_replicas([replica.address])
@@ -140,7 +131,7 @@ async def test_a_sound_replica_is_never_asked_again_under_load() -> None:
     """The digest travels only when it and the events tell of the same moment; a step between the two was a mismatch."""
     rng = random.Random(5)
     replica = Replica("one", num_blocks=64, fake_step_s=0.0005)
-    async with cluster(replica) as dispatcher:
+    async with ready_cluster(replica) as dispatcher:
         beginnings = [make_prompt(rng, 24) for _ in range(6)]
         for _ in range(5):
             sinks = [RecordingSink() for _ in range(30)]
@@ -160,9 +151,9 @@ async def test_a_burst_with_one_new_prefix_is_prefilled_once(num_at_once: int) -
     """Each replica computed it (llm-d-router#1726): what was sent counts as cached where it was sent."""
     rng = random.Random(6)
     prefix = make_prompt(rng, 800)
-    engine = {"fake_step_s": 0.002, "chunk_tokens": 128, "num_blocks": 1_024}
+    engine: dict[str, Any] = {"fake_step_s": 0.002, "chunk_tokens": 128, "num_blocks": 1_024}
     replicas = [Replica(name, **engine) for name in ("one", "two", "three", "four")]
-    async with cluster(*replicas) as dispatcher:
+    async with ready_cluster(*replicas) as dispatcher:
         sinks = [RecordingSink() for _ in range(32)]
         for number, sink in enumerate(sinks):
             if number % num_at_once == 0:
@@ -178,7 +169,7 @@ async def test_a_burst_with_one_new_prefix_is_prefilled_once(num_at_once: int) -
 async def test_a_cancelled_prompt_is_expected_nowhere() -> None:
     prefix = make_prompt(random.Random(7), 400)
     replica = Replica("one", fake_step_s=0.02, chunk_tokens=64)
-    async with cluster(replica) as dispatcher:
+    async with ready_cluster(replica) as dispatcher:
         state = link_to(dispatcher, replica).state
         cancel = dispatcher.submit(make_request(prefix), RecordingSink())
         await until(lambda: state.num_expected == 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -20,7 +21,7 @@ from tests.data_plane.rig import (
     make_dispatcher,
     make_prompt,
     make_request,
-    until,
+    ready_cluster,
 )
 from workers.errors import CapabilityError
 from workers.fake import FakeRunner, FakeTicket
@@ -47,9 +48,9 @@ class TellingRunner(FakeRunner):
         return replace(ticket, result=replace(ticket.result, logprobs=logprobs))
 
 
-def able_replica(replica_id: str, **engine: object) -> Replica:
+def able_replica(replica_id: str, **engine: Any) -> Replica:
     """A replica with all capabilities."""
-    replica = Replica(replica_id, **engine)  # type: ignore[arg-type]
+    replica = Replica(replica_id, **engine)
     engine_ = replica.engine
     able = engine_.info.capabilities | {CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS}
     engine_._info = replace(engine_.info, capabilities=able)
@@ -59,19 +60,9 @@ def able_replica(replica_id: str, **engine: object) -> Replica:
 
 @asynccontextmanager
 async def started(*replicas: Replica) -> AsyncIterator[Dispatcher]:
-    dispatcher = make_dispatcher()
-    dispatcher.start()
-    for replica in replicas:
-        await replica.start()
-    dispatcher.update_replicas([replica.address for replica in replicas])
-    try:
-        await until(lambda: all(view.state == "ready" for view in dispatcher.replicas()))
+    async with ready_cluster(*replicas) as dispatcher:
         yield dispatcher
         await assert_idle(dispatcher, *replicas)
-    finally:
-        await dispatcher.stop()
-        for replica in replicas:
-            await replica.stop()
 
 
 NEEDY = [
@@ -81,10 +72,10 @@ NEEDY = [
 
 
 @pytest.mark.parametrize(("fields", "field"), NEEDY)
-async def test_what_no_engine_can_do_is_refused_at_once(fields: dict[str, object], field: str) -> None:
+async def test_what_no_engine_can_do_is_refused_at_once(fields: dict[str, Any], field: str) -> None:
     async with started(Replica("one")) as dispatcher:
         with pytest.raises(CapabilityError) as refusal:
-            dispatcher.submit(make_request(range(9), **fields), RecordingSink())  # type: ignore[arg-type]
+            dispatcher.submit(make_request(range(9), **fields), RecordingSink())
         [violation] = refusal.value.violations
         assert violation.field == field
         assert repr(field.rpartition(".")[2]) in violation.description
