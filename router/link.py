@@ -180,7 +180,9 @@ class ReplicaLink:
         while not self._is_retired:
             self.status = "connecting"
             was_attached = await self._attach()
-            delay = self._times.min_backoff_s if was_attached else min(2 * delay, self._times.max_backoff_s)
+            # What one says in attaching, or soon after, may be refused as well: it would say so again at once.
+            is_sound = was_attached and self.status != "refused"
+            delay = self._times.min_backoff_s if is_sound else min(2 * delay, self._times.max_backoff_s)
             if not self._is_retired:
                 await asyncio.sleep(delay * self._rng.uniform(0.5, 1.0))
 

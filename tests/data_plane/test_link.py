@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -68,8 +70,10 @@ class Impostor(DataPlaneServiceServicer):
         self.responses = responses
         self.ends = ends
         self.heard: list[pb.AttachRequest] = []
+        self.attached_at: list[float] = []
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        self.attached_at.append(time.monotonic())
         for response in self.responses:
             await context.write(response)
         while not self.ends and (message := await context.read()) is not grpc.aio.EOF:
@@ -214,6 +218,19 @@ async def test_a_malformed_message_ends_the_stream_and_the_requests_on_it() -> N
     async with impostor(Impostor(challenge(), hello_ack(), bad)) as address, link_to(address) as (_, listener):
         await until(lambda: bool(listener.lost))
         assert "16 bytes each" in listener.lost[0]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_what_says_nonsense_each_time_is_attached_ever_less_often(is_late: bool) -> None:
+    """It had the secret and fitted, so each attachment counted as a success, and the next one followed at once."""
+    bad = pb.AttachResponse(step_batch=pb.StepBatch(kv_events=pb.KvEvents(stored=b"short")))
+    ack = hello_ack() if is_late else hello_ack(resident=pb.KvEvents(stored=b"short"))
+    times, peer = replace(FAST, min_backoff_s=0.01, max_backoff_s=60.0), Impostor(challenge(), ack, bad)
+    async with impostor(peer) as address, link_to(address, times=times) as _:
+        await until(lambda: len(peer.attached_at) >= 6)
+    waits = [later - sooner for sooner, later in itertools.pairwise(peer.attached_at)]
+    for number, wait in enumerate(waits, start=1):
+        assert wait >= 0.5 * 0.01 * 2**number
 
 
 async def test_a_replica_of_the_version_before_is_spoken_to_in_its_own() -> None:
