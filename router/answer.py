@@ -113,6 +113,13 @@ class Answer:
         """0 before it has begun."""
         return self._journal.num_choices
 
+    @property
+    def num_used(self) -> int:
+        """Tokens that its tenant has to pay for: none before it was sent to a replica."""
+        if self._request is None or self.accounts.decision is None:
+            return 0
+        return len(self._request.prompt) + self._journal.num_generated - sum(map(len, self._request.received))
+
     def begin(self, accepted: Accepted, submit: Callable[[Request], Cancel]) -> None:
         """Hand the valid request to the back. Raises what `submit` raises; then the answer has to `fail`."""
         assert self._request is None

@@ -23,6 +23,17 @@ class RouterConfig:
     tenant_header: str = ""
     """The metadata key of Generate and Session calls that says who pays. Empty: everybody is one tenant. Whoever can
     reach the port can write it: name one only if a trusted proxy in front sets it and removes what clients wrote."""
+    keys_file: str = ""
+    """The file that `octavo keys` writes, at the same place on every node with a router: calls need one of its bearer
+    tokens, and it says which tenants form a group and what their quotas are. Read again when it changes. Empty: no
+    tokens."""
+    tls_cert_file: str = ""
+    """The router's certificate chain in PEM, at the same place on every node with a router. Empty: no TLS."""
+    tls_key_file: str = ""
+    """The certificate's private key in PEM."""
+    tls_client_ca_file: str = ""
+    """Certificates in PEM of who may sign clients' certificates, which every client must have then; the one subject
+    alternative name of a client's is its tenant. Empty: clients need none."""
     decision_log: str = ""
     """A file to which every placement decision goes as a line of JSON (router/decision_log.py says what is in it), with
     PATH.1 at most 128 MiB. Routers of one node may share it. Empty: none."""
@@ -47,13 +58,36 @@ class RouterConfig:
     """How long a request waits while no replica is ready."""
     keepalive_s: float = 30.0
 
+    @property
+    def has_proofs(self) -> bool:
+        """Whether clients must prove who they are."""
+        return bool(self.keys_file or self.tls_client_ca_file)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether anybody may reach the port: what goes over it is encrypted, and clients prove who they are."""
+        return bool(self.tls_cert_file) and self.has_proofs
+
     def check(self) -> None:
         """Raises ConfigError with the rule and the value."""
         _check_header(self.tenant_header)
+        _check_trust(self)
         for name in self.__slots__:
             value = getattr(self, name)
             if not isinstance(value, bool | str) and not value > 0:
                 raise ConfigError(f"router.{name} must be > 0, is {value!r}")
+
+
+def _check_trust(config: RouterConfig) -> None:
+    if bool(config.tls_cert_file) != bool(config.tls_key_file):
+        raise ConfigError("router.tls_cert_file and router.tls_key_file must be given together")
+    if config.tls_client_ca_file and not config.tls_cert_file:
+        raise ConfigError("router.tls_client_ca_file needs router.tls_cert_file and router.tls_key_file")
+    if config.tenant_header and config.has_proofs:
+        raise ConfigError(
+            f"router.tenant_header must be empty where tenants prove who they are (router.keys_file, "
+            f"router.tls_client_ca_file), is {config.tenant_header!r}"
+        )
 
 
 def _check_header(key: str) -> None:

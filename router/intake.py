@@ -1,8 +1,8 @@
 """Where requests come in, from Generate and from Session alike, and where all their answers are kept count of.
 
-`open` makes an `Answer`, `admit` checks the request and hands it to the back; whatever goes wrong ends that answer and
-nothing is raised. Owns the set of answers whose terminal was not sent, and the sweep that ends those that nobody takes
-and breaks off writes that get stuck.
+`open` makes an `Answer`, `admit` checks the request, charges its tenant and hands it to the back; whatever goes wrong
+ends that answer and nothing is raised. Owns the set of answers whose terminal was not sent, and the sweep that ends
+those that nobody takes and breaks off writes that get stuck.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from octavo.v1.inference_service_pb2 import GenerateRequest
 from router import status
 from router.answer import Answer
 from router.config import RouterConfig
+from router.identity import Identities
 from router.model import ServedModel
+from router.quotas import Charge, Quotas
 from router.span import RequestSpan
 from router.stream_writer import StreamWriter, slow_consumer
-from router.types import Backend
+from router.types import Backend, Cancel, Request
 from router.validation import Envelope, Validator
 from workers.errors import DeadlineError, OctavoError, UnavailableError
 
@@ -32,8 +34,16 @@ MAX_SWEEP_S = 1.0
 
 
 class Intake:
+    """`identities` says what holds for a tenant; None: nothing is limited."""
+
     def __init__(
-        self, config: RouterConfig, models: Mapping[str, ServedModel], backend: Backend, *, router_id: str
+        self,
+        config: RouterConfig,
+        models: Mapping[str, ServedModel],
+        backend: Backend,
+        *,
+        router_id: str,
+        identities: Identities | None = None,
     ) -> None:
         self.config = config
         self.validator = Validator(config, models)
@@ -42,6 +52,9 @@ class Intake:
         self.num_ended = 0
         self._backend = backend
         self._router_id = router_id
+        self._identities = identities or Identities()
+        self._quotas = Quotas()
+        self._charges: dict[Answer, Charge] = {}
         self._answers: set[Answer] = set()
         self._writers: set[StreamWriter] = set()
         self._idle = asyncio.Event()
@@ -83,15 +96,33 @@ class Intake:
     async def admit(self, answer: Answer, message: GenerateRequest) -> None:
         """Check `message` and submit it; suspends only if `Validator.is_quick` says no."""
         try:
+            self._identities.recheck(answer.envelope.identity)
             self._refuse_if_hopeless(answer.envelope)
             accepted = await self.validator.accept(message, answer.envelope, traceparent=answer.span.traceparent)
             if not answer.has_failed:
                 self._refuse_if_hopeless(answer.envelope)
-                answer.begin(accepted, lambda request: self._backend.submit(request, answer))
+                answer.begin(accepted, lambda request: self._submit(request, answer))
         except OctavoError as error:
             answer.fail(error)
         except Exception as error:
             answer.fail(status.unexpected(error))
+
+    def _submit(self, request: Request, answer: Answer) -> Cancel:
+        """Charge the request to its tenant and hand it to the back."""
+        terms, num_tokens = self._identities.terms(request.tenant), max_num_tokens(request)
+        charge = self._quotas.charge(request.tenant, terms, num_tokens, time.monotonic())
+        if charge is not None:
+            self._charges[answer] = charge
+        try:
+            return self._backend.submit(request, answer)
+        except BaseException:
+            self._settle(answer, 0)
+            raise
+
+    def _settle(self, answer: Answer, num_used: int) -> None:
+        charge = self._charges.pop(answer, None)
+        if charge is not None:
+            self._quotas.settle(charge, num_used)
 
     def _refuse_if_hopeless(self, envelope: Envelope) -> None:
         if self.is_draining:
@@ -130,6 +161,7 @@ class Intake:
 
     def over(self, answer: Answer) -> None:
         self.num_ended += 1
+        self._settle(answer, answer.num_used)
 
     def closed(self, answer: Answer) -> None:
         self._answers.discard(answer)
@@ -148,3 +180,9 @@ class Intake:
                 answer.fail(slow_consumer(limit_s))
         for writer in self._writers:
             writer.check(now)
+
+
+def max_num_tokens(request: Request) -> int:
+    """Return what a request may use at most: its prompt, and what all its choices may still generate."""
+    num_received = sum(map(len, request.received))
+    return len(request.prompt) + request.n * request.max_tokens - num_received

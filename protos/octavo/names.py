@@ -32,6 +32,7 @@ class Reason:
     SLOW_CONSUMER = "SLOW_CONSUMER"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     SESSION_LIMIT = "SESSION_LIMIT"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"  # the tenant has had its requests or tokens of this minute
     # UNAVAILABLE
     NO_REPLICA = "NO_REPLICA"
     REPLICA_LOST = "REPLICA_LOST"
@@ -44,6 +45,12 @@ class Reason:
     CANCELLED = "CANCELLED"
     # UNAUTHENTICATED
     BAD_PROOF = "BAD_PROOF"
+    NO_CREDENTIALS = "NO_CREDENTIALS"
+    BAD_CREDENTIALS = "BAD_CREDENTIALS"
+    KEY_REVOKED = "KEY_REVOKED"
+    KEY_EXPIRED = "KEY_EXPIRED"
+    # PERMISSION_DENIED
+    TENANT_MISMATCH = "TENANT_MISMATCH"  # the certificate and the token are of different tenants
     # INTERNAL
     INTERNAL = "INTERNAL"
 
@@ -91,6 +98,7 @@ class Attribute:
 class Metadata:
     """gRPC metadata keys."""
 
+    AUTHORIZATION = "authorization"
     TRACEPARENT = "traceparent"
     TRACESTATE = "tracestate"
     REPLICA = "octavo-replica"

@@ -8,7 +8,8 @@ from octavo.client import Client, ClientOptions
 from octavo.names import Reason
 
 from router.config import RouterConfig
-from router.identity import ANYBODY, MAX_TENANT_BYTES, SALT_BYTES, Identities
+from router.identity import ANYBODY, SALT_BYTES, Identities
+from router.keyring import MAX_NAME_BYTES
 from tests.router.rig import Rig, answering, running, text_request
 from workers.errors import ConfigError, InvalidRequestError
 
@@ -47,7 +48,7 @@ async def test_each_tenant_has_a_salt_of_its_own(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["generate", "session"])
-@pytest.mark.parametrize("values", [["acme", "other"], ["x" * (MAX_TENANT_BYTES + 1)]])
+@pytest.mark.parametrize("values", [["acme", "other"], ["x" * (MAX_NAME_BYTES + 1)]])
 async def test_what_is_no_tenant_is_refused(way: str, values: list[str]) -> None:
     metadata = [(HEADER, value) for value in values]
     async with running(tenant_header=HEADER) as rig:
