@@ -20,7 +20,6 @@ import torch
 
 from cluster.capacity import WeightFormat, layer_sizes
 from workers import kernels
-from workers.attention.cache import KvCache
 from workers.forward import Forward
 from workers.memory import free_memory
 from workers.native import library
@@ -109,20 +108,12 @@ def measure_steps(shape: ModelShape, weights: WeightFormat, run: StepRun, rows: 
     blocks = -(-(run.context + 1) // run.block_size)
     model = NativeModel(_made_up(shape, weights), run.dtype, threads=run.threads)
     elements = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * run.block_size * blocks
-    room = int(free_memory() * _MOST_MEMORY) // (elements * model.cache_dtype.itemsize)
+    room = int(free_memory() * _MOST_MEMORY) // (elements * np.dtype(model.cache_dtype).itemsize)
     wanted = [count for count in rows if count <= room]
     if not wanted:
         return {}
-    cache = KvCache(
-        num_layers=shape.num_layers,
-        num_blocks=max(wanted) * blocks,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=run.block_size,
-        head_dim=shape.head_dim,
-        dtype=model.cache_dtype,
-    )
-    for pool in (*cache.keys, *cache.values):  # memory that was never written is read from one page in a cache
-        pool.fill_(0.01)
+    cache = model.new_cache(num_blocks=max(wanted) * blocks, block_size=run.block_size)
+    cache.pool.fill(0.01)  # memory that was never written is read from one page in a cache
     forward = model.over(cache)
     try:
         return {count: 1e3 * _step_s(forward, _decodes(count, run.context, blocks)) for count in wanted}

@@ -11,9 +11,10 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
-from workers.attention.cache import KvCache
+from workers.kv_memory import KvMemory
 from workers.plan import Chunk
 from workers.weights.shape import ModelShape
 
@@ -23,7 +24,7 @@ class Logits:
     """Of the rows that sample: of each chunk that does, in the order of the chunks, the row of its last token and then
     those of its draft."""
 
-    values: torch.Tensor
+    values: npt.NDArray[np.float32]
     """[n, vocab_size] in fp32; may be overwritten, and is until the next call of `compute`."""
     best: Seq[int] | None = None
     """The lowest token of each row's largest logit, -1 for a row with a NaN or infinity; None if nobody looked."""
@@ -55,14 +56,17 @@ class LoadedModel(Protocol):
         """What activations are computed in, as `EngineConfig.dtype` names it."""
 
     @property
-    def cache_dtype(self) -> torch.dtype: ...
+    def cache_dtype(self) -> npt.DTypeLike:
+        """The type of keys and values, or one of its size; for `bytes_per_block`."""
 
     @property
     def kernels(self) -> str:
         """Which kernels it computes with, for people."""
 
-    def over(self, cache: KvCache) -> Forward:
-        """Return the model at work over `cache`, which has this shape and `cache_dtype`."""
+    def new_cache(self, *, num_blocks: int, block_size: int) -> KvMemory: ...
+
+    def over(self, cache: KvMemory) -> Forward:
+        """Return the model at work over `cache`, which is a `new_cache` of it."""
 
 
 if TYPE_CHECKING:

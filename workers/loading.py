@@ -12,24 +12,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import torch
-
-from workers import kernels
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 from workers.forward import LoadedModel
-from workers.models.llama import LlamaModel
 from workers.native import library
 from workers.native.model import NativeDtype, NativeModel, can_round
-from workers.threads import set_threads
 from workers.types import ModelFiles, ModelManifest
-from workers.weights.checkpoint import open_checkpoint
 from workers.weights.packed import PackedModel, UnpackableError
 from workers.weights.packed_cache import load_packed
 from workers.weights.packed_mode import packing_mode
 from workers.weights.shape import ModelShape
-
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +52,10 @@ def load_model(
         raise ConfigError(f"engine.dtype must be auto, fp32 or bf16 here, is 'int8', for native kernels: {reason}")
     if config.kernels == "auto":
         _log.warning("computing with torch, slower than native kernels: %s", reason)
-    set_threads(threads)
-    checkpoint = open_checkpoint(files.weights)
-    check(checkpoint.shape)
-    return LlamaModel(checkpoint, kernels.native_dtype() if config.dtype == "auto" else _TORCH_DTYPES[config.dtype])
+    # Not before it is known that torch computes: importing it takes longer than all else that a replica does to start.
+    from workers.models.loading import load_torch
+
+    return load_torch(config, files, threads, check)
 
 
 def why_not_native(config: EngineConfig) -> str | None:
@@ -99,8 +91,6 @@ def _load_native(
     except _OtherDtypeError:
         dtype = NativeDtype.FP32
         packed = load(dtype)
-    # Sampling is all that torch does then; threads of its own would spin against the library's.
-    set_threads(1)
     return NativeModel(packed, dtype, threads=threads)
 
 

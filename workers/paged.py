@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable
 
-import torch
-
 from workers import memory
-from workers.attention.cache import KvCache, bytes_per_block
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.errors import ConfigError, ModelFileError
 from workers.forward import LoadedModel
+from workers.kv_memory import KvMemory, bytes_per_block
 from workers.loading import load_model
 from workers.prefix import PrefixHasher
 from workers.runner import CpuRunner
@@ -66,7 +64,7 @@ def assemble(
 ) -> PagedEngine:
     """Return an engine with a KV cache of its own over a loaded model. Raises ConfigError and ModelFileError."""
     max_model_len = choose_max_model_len(config, manifest, model.shape)
-    cache, memory_sum = _make_cache(config, model.shape, model.cache_dtype, max_model_len)
+    cache, memory_sum = _make_cache(config, model, max_model_len)
     hasher = PrefixHasher(hash_key, config.block_size)
     info = EngineInfo(
         engine="paged",
@@ -111,8 +109,9 @@ def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: M
     return max_model_len
 
 
-def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max_model_len: int) -> tuple[KvCache, str]:
+def _make_cache(config: EngineConfig, model: LoadedModel, max_model_len: int) -> tuple[KvMemory, str]:
     """Return the cache and the sum by which it was sized."""
+    shape = model.shape
     size = memory.size_pool(
         config,
         bytes_per_block=bytes_per_block(
@@ -120,18 +119,10 @@ def _make_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, max
             num_kv_heads=shape.num_kv_heads,
             block_size=config.block_size,
             head_dim=shape.head_dim,
-            dtype=dtype,
+            dtype=model.cache_dtype,
         ),
         max_model_len=max_model_len,
         free_bytes=memory.free_memory(),
     )
     _log.info("%s", size.explanation)
-    cache = KvCache(
-        num_layers=shape.num_layers,
-        num_blocks=size.num_blocks,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=config.block_size,
-        head_dim=shape.head_dim,
-        dtype=dtype,
-    )
-    return cache, size.explanation
+    return model.new_cache(num_blocks=size.num_blocks, block_size=config.block_size), size.explanation

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from workers import sampler
-from workers.attention.cache import KvCache
 from workers.forward import Forward, Logits
+from workers.kv_memory import KvMemory
 from workers.plan import Chunk, StepOutput, StepPlan, accepted
 from workers.sampler import Place
 from workers.types import TokenLogprobs
@@ -33,7 +31,7 @@ class CpuTicket:
 class CpuRunner:
     verifies_drafts = True
 
-    def __init__(self, forward: Forward, cache: KvCache) -> None:
+    def __init__(self, forward: Forward, cache: KvMemory) -> None:
         """`forward` computes over `cache`."""
         self._forward = forward
         self._cache = cache
@@ -46,11 +44,10 @@ class CpuRunner:
         for chunk in plan.chunks:
             if chunk.sequence.adapter and chunk.sequence.adapter not in self._forward.adapters:
                 raise LookupError(f"no adapter {chunk.sequence.adapter!r} is loaded")
-        with torch.inference_mode():
-            if plan.copies:
-                self._cache.copy(plan.copies)
-            self.num_computed_rows += plan.num_tokens
-            return CpuTicket(plan, _sample(plan, self._forward.compute(plan.chunks)))
+        if plan.copies:
+            self._cache.copy(plan.copies)
+        self.num_computed_rows += plan.num_tokens
+        return CpuTicket(plan, _sample(plan, self._forward.compute(plan.chunks)))
 
     def close(self) -> None:
         self._forward.close()

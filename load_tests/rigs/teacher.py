@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from workers.attention.cache import KvCache
 from workers.forward import Forward, LoadedModel
+from workers.kv_memory import KvMemory
 from workers.plan import Chunk
 from workers.sequence import Sequence
 from workers.types import GenerateWork, WorkId
@@ -15,20 +15,12 @@ from workers.types import GenerateWork, WorkId
 BLOCK_SIZE = 16
 
 
-def new_cache(model: LoadedModel, num_tokens: int) -> KvCache:
-    shape = model.shape
-    return KvCache(
-        num_layers=shape.num_layers,
-        num_blocks=-(-num_tokens // BLOCK_SIZE),
-        num_kv_heads=shape.num_kv_heads,
-        block_size=BLOCK_SIZE,
-        head_dim=shape.head_dim,
-        dtype=model.cache_dtype,
-    )
+def new_cache(model: LoadedModel, num_tokens: int) -> KvMemory:
+    return model.new_cache(num_blocks=-(-num_tokens // BLOCK_SIZE), block_size=BLOCK_SIZE)
 
 
 def teacher_forced(
-    model: LoadedModel, tokens: list[int], chunk_tokens: int, over: Callable[[KvCache], Forward] | None = None
+    model: LoadedModel, tokens: list[int], chunk_tokens: int, over: Callable[[KvMemory], Forward] | None = None
 ) -> torch.Tensor:
     """Return logits [len(tokens), vocab]; `chunk_tokens` of 1 is how an answer is decoded. `over`: see
     `LoadedModel`, unless the model is put to work in another way."""
@@ -40,5 +32,5 @@ def teacher_forced(
     for start in range(0, len(tokens), chunk_tokens):
         size = min(chunk_tokens, len(tokens) - start)
         chunk = Chunk(sequence, start, size, samples=False)
-        logits.append(forward.compute([chunk], all_rows=True).values.clone())
+        logits.append(torch.tensor(forward.compute([chunk], all_rows=True).values))
     return torch.cat(logits)

@@ -18,9 +18,9 @@ from tests.oracle.cases import num_prompts, run_case, seeded_choices
 from tests.oracle.conftest import ExpectedLogits, NewEngine
 from tests.oracle.covering import covering
 from tests.oracle.regenerate import NUM_TOKENS, compute, differences
-from workers.attention.cache import KvCache
 from workers.attention.reference import ReferenceAttention
 from workers.forward import LoadedModel
+from workers.kv_memory import KvMemory
 from workers.models.llama import LlamaModel
 from workers.models.torch_forward import TorchForward
 from workers.types import SamplingParams
@@ -160,7 +160,7 @@ def test_teacher_forced_token_by_token(
 def test_teacher_forced_with_reference_attention(
     torch_model: LlamaModel, committed: list[Committed], expected_logits: ExpectedLogits
 ) -> None:
-    def over(cache: KvCache) -> TorchForward:
+    def over(cache: KvMemory) -> TorchForward:
         return torch_model.over(cache, ReferenceAttention())
 
     for entry in shorter(committed, 500):

@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
-from workers.attention.cache import KvCache, bytes_per_block
+from workers.attention.cache import KvCache
 from workers.attention.cpu import CpuAttention
 from workers.attention.layout import StepLayout, lay_out
 from workers.attention.reference import ReferenceAttention
+from workers.kv_memory import bytes_per_block
 from workers.plan import Chunk
 from workers.sequence import Sequence
 from workers.types import GenerateWork, WorkId
@@ -129,7 +130,5 @@ def test_copies_are_read_before_they_are_written() -> None:
 
 def test_bytes_per_block_is_what_the_pool_takes() -> None:
     cache = new_cache(5, torch.bfloat16)
-    size = bytes_per_block(
-        num_layers=2, num_kv_heads=KV_HEADS, block_size=BLOCK_SIZE, head_dim=DIM, dtype=torch.bfloat16
-    )
+    size = bytes_per_block(num_layers=2, num_kv_heads=KV_HEADS, block_size=BLOCK_SIZE, head_dim=DIM, dtype="u2")
     assert 5 * size == sum(store.numel() * 2 for store in (*cache.keys, *cache.values))

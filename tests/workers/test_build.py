@@ -125,12 +125,51 @@ def test_one_poisoned_request_fails_alone(new_files: NewFiles) -> None:
 
 
 def test_the_worker_imports_what_it_needs_alone() -> None:
-    """No transformers in the worker; no torch for the fake engine; gguf only when a GGUF file is opened."""
+    """Nothing that computes before it is known what does; nothing that reads models before one is opened."""
     program = (
-        "import sys, workers.build, workers.fake; assert 'torch' not in sys.modules;"
-        "import workers.paged; assert not {'transformers', 'gguf', 'safetensors'} & sys.modules.keys()"
+        "import sys, workers.build, workers.data_plane, workers.fake, workers.paged, workers.thread;"
+        "assert not {'torch', 'transformers', 'gguf', 'safetensors', 'ray'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+LATER_START = """
+import pathlib, sys
+from workers.build import build_engine
+from workers.config import EngineConfig
+from workers.types import GenerateWork, ModelFiles, SamplingParams, WorkId
+
+weights, manifest, packed = map(pathlib.Path, sys.argv[1:])
+files = ModelFiles(
+    weights=weights, tokenizer_json=weights, chat_template=None, manifest=manifest, packed=packed
+)
+engine = build_engine(EngineConfig(dtype="fp32", num_blocks=16, lookup_tokens=2), files, hash_key=b"key", threads=1)
+each = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(seed=1, top_k=5, top_p=0.9, min_p=0.01),
+    SamplingParams(seed=2, repetition_penalty=1.5, logit_bias={3: 1.0}),
+]
+for number, sampling in enumerate(each):
+    work_id = WorkId("test", number)
+    engine.submit(GenerateWork(work_id=work_id, prompt=[1, 2, 3], sampling=sampling, max_tokens=4, num_logprobs=2))
+while engine.step():
+    pass
+engine.close()
+assert engine.info.kernels.startswith("native "), engine.info.kernels
+print(*sorted({"torch", "transformers", "gguf", "safetensors"} & sys.modules.keys()))
+"""
+
+
+@needs_library
+def test_a_replica_imports_no_torch_once_its_weights_are_packed(new_files: NewFiles, tmp_path: Path) -> None:
+    """It took longer to import than all else that a replica does to start, and a sixth of its memory; the weights on
+    disk being gone shows that they are not read again."""
+    files = replace(new_files(), packed=tmp_path / "packed")
+    built(EngineConfig(dtype="fp32", num_blocks=16), files).close()
+    files.weights.unlink()
+    command = [sys.executable, "-c", LATER_START, *map(str, (files.weights, files.manifest, files.packed))]
+    imported = subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE, text=True).stdout
+    assert imported.split() == []
 
 
 def test_manifests(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.workers.random_models import VOCAB, write_random_model
-from workers.attention.cache import KvCache
 from workers.native import library
 from workers.native.model import NativeDtype, NativeForward, NativeModel
 from workers.plan import Chunk
@@ -43,16 +42,7 @@ has_begun.wait()
 
 def new_forward(weights: Path) -> NativeForward:
     model = NativeModel(load_packed(weights, "", PackingMode.EXACT, None), NativeDtype.FP32, threads=2)
-    shape = model.shape
-    cache = KvCache(
-        num_layers=shape.num_layers,
-        num_blocks=NUM_BLOCKS,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=BLOCK_SIZE,
-        head_dim=shape.head_dim,
-        dtype=model.cache_dtype,
-    )
-    return model.over(cache)
+    return model.over(model.new_cache(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE))
 
 
 def chunk_of(tokens: list[int], *, first_block: int = 0) -> Chunk:
@@ -88,11 +78,11 @@ def test_tokens_and_blocks_that_are_not_there(weights: Path, wrong: Chunk) -> No
     """They would be read, and written, wherever that is in memory; the engine gives up the request instead."""
     forward = new_forward(weights)
     right = chunk_of([3, VOCAB - 1, 5], first_block=NUM_BLOCKS - 1)
-    expected = forward.compute([right]).values.clone()
+    expected = forward.compute([right]).values.copy()
     for chunks in ([wrong], [right, wrong]):
         with pytest.raises(IndexError, match=r"a token is not in \[0, 83\), or a block is not the cache's"):
             forward.compute(chunks)
-    assert forward.compute([right]).values.equal(expected)
+    assert (forward.compute([right]).values == expected).all()
     forward.close()
 
 

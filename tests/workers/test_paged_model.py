@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from tests.workers.gguf_files import VOCAB, random_tensors, write_gguf
-from workers.attention.cache import KvCache
 from workers.config import EngineConfig
 from workers.engine import PagedEngine
 from workers.models.llama import LlamaModel
@@ -31,15 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
 
 
 def new_runner(model: LlamaModel, num_blocks: int) -> CpuRunner:
-    shape = model.shape
-    cache = KvCache(
-        num_layers=shape.num_layers,
-        num_blocks=num_blocks,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=BLOCK_SIZE,
-        head_dim=shape.head_dim,
-        dtype=model.dtype,
-    )
+    cache = model.new_cache(num_blocks=num_blocks, block_size=BLOCK_SIZE)
     return CpuRunner(model.over(cache), cache)
 
 

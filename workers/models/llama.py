@@ -12,7 +12,6 @@ The residual stream and everything elementwise are fp32; matrix products and the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,10 +23,12 @@ from workers.attention.backend import AttentionBackend, StepAttention
 from workers.attention.cache import KvCache
 from workers.attention.cpu import CpuAttention
 from workers.attention.layout import StepLayout
+from workers.kv_memory import KvMemory
 from workers.linear import Adapter, Linear
 from workers.models.torch_forward import TorchForward
+from workers.rotary import inverse_frequencies
 from workers.weights.checkpoint import Checkpoint
-from workers.weights.shape import ModelShape, Rope
+from workers.weights.shape import ModelShape
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -50,7 +51,7 @@ class LlamaModel:
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.shape: ModelShape = checkpoint.shape
         self.dtype = dtype
-        self.cache_dtype = dtype
+        self.cache_dtype = f"u{dtype.itemsize}"
         self.dtype_name = DTYPE_NAMES[dtype]
         self.kernels = kernels.kernel_for(dtype)
         shape = self.shape
@@ -64,7 +65,7 @@ class LlamaModel:
         )
         self._head = Linear(head, None, torch.float32)
         self._embedding = embedding.to(dtype)
-        self._frequencies = inverse_frequencies(shape.rope, shape.head_dim)
+        self._frequencies = torch.from_numpy(inverse_frequencies(shape.rope, shape.head_dim))
         self.adapters: set[str] = set()
         """Names that a sequence may have."""
 
@@ -76,8 +77,21 @@ class LlamaModel:
             linear.adapters[name] = change
         self.adapters.add(name)
 
-    def over(self, cache: KvCache, attention: AttentionBackend | None = None) -> TorchForward:
+    def new_cache(self, *, num_blocks: int, block_size: int) -> KvCache:
+        """Return a cache for this model."""
+        return KvCache(
+            num_layers=self.shape.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=self.shape.num_kv_heads,
+            block_size=block_size,
+            head_dim=self.shape.head_dim,
+            dtype=self.dtype,
+        )
+
+    def over(self, cache: KvMemory, attention: AttentionBackend | None = None) -> TorchForward:
         """Return the model at work over `cache`, attending by `attention` or the CPU's own."""
+        assert isinstance(cache, KvCache)
+        assert cache.dtype is self.dtype
         return TorchForward(self, cache, attention or CpuAttention())
 
     @torch.inference_mode()
@@ -115,23 +129,6 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     half = heads.shape[-1] // 2
     left, right = heads[..., :half], heads[..., half:]
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    """Return the angle per position [head_dim / 2] of each rotated pair. llama3: Meta's llama-models, apply_scaling."""
-    frequencies = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if rope.scaling == "linear":
-        return frequencies / rope.factor
-    if rope.scaling == "divisors":
-        return frequencies / torch.tensor(rope.divisors)
-    if rope.scaling == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        turns = rope.original_max_positions / wavelengths
-        share = (turns - rope.low_frequency_factor) / (rope.high_frequency_factor - rope.low_frequency_factor)
-        share = share.clamp(0, 1)
-        return (1 - share) * frequencies / rope.factor + share * frequencies
-    assert rope.scaling == "none"
-    return frequencies
 
 
 def _load_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype) -> _Layer:

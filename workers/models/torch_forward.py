@@ -35,7 +35,7 @@ class TorchForward:
         if all_rows:
             layout = dataclasses.replace(layout, sampling_rows=torch.arange(len(layout.tokens)))
         self._cache.clear(layout.begun_blocks)
-        return Logits(self._model.forward(layout, self._attention.prepare(layout, self._cache)))
+        return Logits(self._model.forward(layout, self._attention.prepare(layout, self._cache)).numpy())
 
     def close(self) -> None:
         """Nothing to hand back: memory goes with the last reference."""

@@ -16,31 +16,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from workers.attention.cache import KvCache
 from workers.forward import Logits
-from workers.models.llama import inverse_frequencies
+from workers.kv_memory import KvMemory
 from workers.native import library
 from workers.native.packing import GROUP, PackedMatrix
 from workers.plan import Chunk
+from workers.rotary import inverse_frequencies
 from workers.weights.packed import PackedLayer, PackedModel
 from workers.weights.shape import ModelShape
 
-_CACHE_TYPES = {torch.float32: library.CACHE_F32, torch.float16: library.CACHE_F16}
+_CACHE_TYPES = {np.dtype(np.float32): library.CACHE_F32, np.dtype(np.float16): library.CACHE_F16}
 
 
 class NativeDtype(enum.Enum):
     """What `EngineConfig.dtype` means here: how products treat activations, and what the cache keeps."""
 
-    FP32 = (library.EXACT, torch.float32)
-    BF16 = (library.EXACT, torch.float16)
+    FP32 = (library.EXACT, np.float32)
+    BF16 = (library.EXACT, np.float16)
     """Nothing is rounded but keys and values, and these less than to bf16."""
-    INT8 = (library.INT8, torch.float16)
+    INT8 = (library.INT8, np.float16)
 
-    def __init__(self, arithmetic: int, cache: torch.dtype) -> None:
+    def __init__(self, arithmetic: int, cache: type[np.floating[Any]]) -> None:
         self.arithmetic = arithmetic
-        self.cache = cache
+        self.cache: np.dtype[Any] = np.dtype(cache)
 
 
 def can_round(shape: ModelShape) -> bool:
@@ -63,7 +63,7 @@ class NativeModel:
         self.kernels = f"native {library.instructions()}"
         self._library = found
         self._threads = threads
-        self._frequencies = np.ascontiguousarray(inverse_frequencies(self.shape.rope, self.shape.head_dim).numpy())
+        self._frequencies = np.ascontiguousarray(inverse_frequencies(self.shape.rope, self.shape.head_dim))
         self._packed = packed
         self._layers = (library.Layer * len(packed.layers))(*map(_layer, packed.layers))
         self._model = library.Model(
@@ -83,10 +83,22 @@ class NativeModel:
             layers=self._layers,
         )
 
-    def over(self, cache: KvCache) -> NativeForward:
-        assert cache.dtype is self.cache_dtype
+    def new_cache(self, *, num_blocks: int, block_size: int) -> KvMemory:
+        """Return a cache for this model."""
+        return KvMemory(
+            num_layers=self.shape.num_layers,
+            num_blocks=num_blocks,
+            num_kv_heads=self.shape.num_kv_heads,
+            block_size=block_size,
+            head_dim=self.shape.head_dim,
+            dtype=self.cache_dtype,
+        )
+
+    def over(self, cache: KvMemory) -> NativeForward:
+        dtype = cache.pool.dtype
+        assert dtype == self.cache_dtype
         layout = library.Cache(
-            data=cache.address, type=_CACHE_TYPES[cache.dtype], num_blocks=cache.num_blocks, block_size=cache.block_size
+            data=cache.address, type=_CACHE_TYPES[dtype], num_blocks=cache.num_blocks, block_size=cache.block_size
         )
         context = self._library.octavo_open(ctypes.byref(self._model), ctypes.byref(layout), self._threads)
         if not context:
@@ -137,7 +149,7 @@ class NativeForward:
             chunks=_start(runs),
             tables=_start(tables),
             sampling=_start(sampling),
-            logits=buffers.logits.data_ptr(),
+            logits=_address(buffers.logits),
             best=_address(buffers.best),
         )
         assert self._context.close.alive, "computes nothing after close"
@@ -160,12 +172,12 @@ class NativeForward:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    logits: torch.Tensor
-    best: np.ndarray[Any, np.dtype[np.int32]]
+    logits: npt.NDArray[np.float32]
+    best: npt.NDArray[np.int32]
 
     @classmethod
     def sized(cls, rows: int, vocab_size: int) -> _Buffers:
-        return cls(torch.empty(rows, vocab_size), np.empty(rows, dtype=np.int32))
+        return cls(np.empty((rows, vocab_size), dtype=np.float32), np.empty(rows, dtype=np.int32))
 
 
 def _layer(layer: PackedLayer) -> library.Layer:
