@@ -189,7 +189,9 @@ class Dispatcher:
             flight.sink.finished(index, finish)
             self._end_if_whole(flight)
         elif finish.reason is FinishReason.ERROR and finish.error_reason in (Reason.DRAINING, Reason.REPLICA_LOST):
-            if flight.link is not None and finish.error_reason == Reason.DRAINING:
+            if finish.error_reason == Reason.REPLICA_LOST:
+                flight.num_losses += 1
+            elif flight.link is not None:
                 flight.link.replica_drains()
             self._lose(flight, finish.error_message, finish.error_reason)
         else:

@@ -314,6 +314,19 @@ async def test_a_request_that_loses_every_replica_is_given_up() -> None:
         assert sink.token_ids == []
 
 
+async def test_a_replica_that_ends_every_work_at_once_is_given_up_as_well() -> None:
+    """Its engine has stopped, but its streams live: with the least load of all it was sent the request for ever."""
+    replica = Replica("one")
+    async with cluster(replica) as dispatcher:
+        replica.thread.close()
+        sink = RecordingSink()
+        dispatcher.submit(make_request(range(20)), sink)
+        await sink.wait()
+        assert isinstance(sink.error, UnavailableError)
+        assert sink.error.reason == Reason.REPLICA_LOST
+        assert [decision.attempt for decision in sink.decisions] == [1, 2, 3]
+
+
 async def test_a_broken_stream_is_attached_again() -> None:
     """The replica is well, only the connection broke: its works are aborted there, and the next ones are served."""
     replica = Replica("one", fake_step_s=0.002)

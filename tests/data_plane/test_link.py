@@ -226,7 +226,7 @@ async def test_what_says_nonsense_each_time_is_attached_ever_less_often(is_late:
     bad = pb.AttachResponse(step_batch=pb.StepBatch(kv_events=pb.KvEvents(stored=b"short")))
     ack = hello_ack() if is_late else hello_ack(resident=pb.KvEvents(stored=b"short"))
     times, peer = replace(FAST, min_backoff_s=0.01, max_backoff_s=60.0), Impostor(challenge(), ack, bad)
-    async with impostor(peer) as address, link_to(address, times=times) as _:
+    async with impostor(peer) as address, link_to(address, times=times):
         await until(lambda: len(peer.attached_at) >= 6)
     waits = [later - sooner for sooner, later in itertools.pairwise(peer.attached_at)]
     for number, wait in enumerate(waits, start=1):
