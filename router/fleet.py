@@ -43,6 +43,8 @@ class Fleet:
     def lacks(self, needed: frozenset[str]) -> frozenset[str]:
         """Return which of the `needed` capabilities are missing: none if some replica has them all, or if no replica
         has said yet what it can do."""
+        if not needed:
+            return needed
         known = [link.capabilities for link in self._present.values() if link.capabilities]
         return min((needed - each for each in known), key=len, default=frozenset())
 

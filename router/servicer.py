@@ -26,6 +26,10 @@ from router.stream_writer import StreamWriter
 from router.validation import MAX_ID_BYTES, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError, OverloadedError
 
+MAX_FIRST_BYTES = 1_024
+"""A first message of at most so many goes together with the initial metadata, a turn of gRPC's threads earlier. It
+fits in any client's window; of one that has none at all, the call could only be left, without a status of ours."""
+
 
 class InferenceServicer(InferenceServiceServicer):
     def __init__(self, intake: Intake, sessions: Sessions, identities: Identities) -> None:
@@ -35,7 +39,8 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
-    ) -> None:
+    ) -> bytes:
+        """Write all messages but the last one, and return that; both serialised, see `router/server.py`."""
         ready = asyncio.Event()
         try:
             envelope = self._envelope(request, context)
@@ -47,7 +52,7 @@ class InferenceServicer(InferenceServiceServicer):
         writer = self._intake.open_writer(context)
         try:
             await self._intake.admit(answer, request)
-            await _Reply(context, writer).stream(answer, ready)
+            return await _Reply(context, writer).stream(answer, ready)
         except asyncio.CancelledError:
             # The client left, or the call's deadline passed: gRPC tells both in the same way.
             is_late = time.monotonic() >= envelope.deadline - 0.001
@@ -86,8 +91,9 @@ class _Reply:
         self._writer = writer
         self._has_begun = False
 
-    async def stream(self, answer: Answer, ready: asyncio.Event) -> None:
-        """Return when the whole answer is written; raises, as `context.abort` does, if it ends with an error."""
+    async def stream(self, answer: Answer, ready: asyncio.Event) -> bytes:
+        """Return the last message when all before it is written; raises, as `context.abort` does, if the answer ends
+        with an error."""
         while True:
             await ready.wait()
             ready.clear()
@@ -100,22 +106,24 @@ class _Reply:
                     if answer.accounts.decision is not None:
                         answer.accounts.fill_decision(message.decision)
                     self._context.set_trailing_metadata(_trailers(answer))
+                    return message.SerializeToString()
                 if message.deltas or answer.error is None:
-                    await self._write(message, answer)
+                    await self._write(message.SerializeToString(), answer)
                 if answer.is_complete and answer.error is not None:
                     await self._abort(answer.error, answer)
-                if is_complete:
-                    return
 
-    async def _write(self, message: GenerateResponse, answer: Answer) -> None:
-        if not self._has_begun:
+    async def _write(self, message: bytes, answer: Answer) -> None:
+        is_first, self._has_begun = not self._has_begun, True
+        if is_first and len(message) > MAX_FIRST_BYTES:
             # Apart from the first message: if that got stuck, the call could not be aborted any more.
             await self._context.send_initial_metadata(())
-            self._has_begun = True
+            is_first = False
         try:
             await self._writer.write(message)
         except OverloadedError as error:
             answer.fail(error)
+            if is_first:
+                raise asyncio.CancelledError from None
             await self._abort(answer.error or error, answer)
 
     async def _abort(self, error: OctavoError, answer: Answer) -> None:

@@ -52,7 +52,7 @@ class Request:
     @property
     def num_known_tokens(self) -> int:
         """What a replica must have computed, or cached, before the next tokens: prompt and received tokens."""
-        return len(self.prompt) + sum(map(len, self.received))
+        return len(self.prompt) + sum(map(len, self.received)) if self.received else len(self.prompt)
 
 
 class Candidate(NamedTuple):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 
+from router.identity import Identities
+from router.servicer import MAX_FIRST_BYTES, InferenceServicer
 from tests.router.rig import END, Rig, Work, answering, eventually, read_generate, running, text_request
 from workers.errors import DeadlineError, OctavoError, UnavailableError
 from workers.types import FinishReason
@@ -188,3 +191,73 @@ async def test_an_answer_larger_than_a_message_comes_in_several(rig: Rig) -> Non
     outcome = await read_generate(call)
     assert outcome.code == grpc.StatusCode.OK
     assert outcome.text == "x" * 100_000
+
+
+async def test_a_client_that_reads_the_last_message_late_gets_all_of_it() -> None:
+    """The status goes with the last message: a full window holds up both, and nothing of the request but them."""
+    async with running(slow_consumer_s=0.3) as rig:
+        call = rig.stub.Generate(pb.GenerateRequest(prompt=text_request().prompt), timeout=20)
+        work = await rig.backend.work()
+        work.emit(b"x" * 30_000)
+        work.finish()
+        await rig.assert_nothing_left()
+        await asyncio.sleep(1.0)
+        outcome = await read_generate(call)
+        assert (outcome.code, outcome.text) == (grpc.StatusCode.OK, "x" * 30_000)
+
+
+class Call:
+    """A Generate call as its handler sees it; notes what the handler sends apart from its last message."""
+
+    def __init__(self) -> None:
+        self.sent: list[object] = []
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+    def time_remaining(self) -> float | None:
+        return None
+
+    def set_trailing_metadata(self, trailers: object) -> None:
+        pass
+
+    async def send_initial_metadata(self, metadata: tuple[object, ...]) -> None:
+        self.sent.append(metadata)
+
+    async def write(self, message: bytes) -> None:
+        self.sent.append(pb.GenerateResponse.FromString(message))
+
+
+async def serve(rig: Rig, script: Any) -> tuple[list[Any], pb.GenerateResponse]:
+    """Return what a handler sends apart from its last message, and that."""
+    rig.backend.script = script
+    call: Any = Call()
+    intake, sessions = rig.server.intake, rig.server.sessions
+    servicer = InferenceServicer(intake, sessions, Identities())
+    last = await servicer.Generate(pb.GenerateRequest(prompt=text_request().prompt), call)
+    return call.sent, pb.GenerateResponse.FromString(last)
+
+
+async def test_a_short_answer_is_its_last_message(rig: Rig) -> None:
+    """So that gRPC sends it with initial metadata and status at once."""
+    sent, last = await serve(rig, answering("x"))
+    assert not sent
+    assert last.deltas[0].text == "x"
+    assert last.deltas[0].HasField("finish")
+    assert last.HasField("usage")
+
+
+async def test_only_a_large_first_message_goes_apart_from_the_initial_metadata(rig: Rig) -> None:
+    def script(size: int) -> Any:
+        def begin(work: Work) -> None:
+            work.emit(b"x" * size)
+            asyncio.get_running_loop().call_later(0.05, work.finish)
+
+        return begin
+
+    sent, last = await serve(rig, script(1))
+    assert [message.deltas[0].text for message in sent] == ["x"]
+    assert last.deltas[0].HasField("finish")
+    sent, _ = await serve(rig, script(MAX_FIRST_BYTES))
+    assert sent[0] == ()
+    assert [message.deltas[0].text for message in sent[1:]] == ["x" * MAX_FIRST_BYTES]

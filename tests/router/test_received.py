@@ -9,6 +9,7 @@ import pytest
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 
+from router.received import MAX_KEPT_CHARACTERS, stop_strings
 from tests.router.rig import Rig, Work, eventually, text_request
 
 OK = grpc.StatusCode.OK
@@ -213,3 +214,11 @@ async def test_an_attachment_counts_the_received_tokens_of_each_choice(rig: Rig)
         outcome = await session.outcome("a")
         assert (outcome.code, outcome.texts) == (OK, ["e", "A"])
     await rig.assert_nothing_left()
+
+
+def test_stop_strings_are_prepared_once_unless_they_are_long() -> None:
+    stops, long = ("one", "two"), ("x" * (MAX_KEPT_CHARACTERS + 1),)
+    assert stop_strings(stops) is stop_strings(("one", "two"))
+    assert stop_strings(stops) is not stop_strings(("two", "one"))
+    assert stop_strings(long) is not stop_strings(long)
+    assert stop_strings(long).scan(0, long[0])[2] == long[0]
