@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,6 @@ from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
 from router.decision_log import read_decision
-from router.dispatcher import Dispatcher
-from router.types import Cancel
 from tests.data_plane.rig import (
     KEYS,
     VOCAB,
@@ -22,7 +20,7 @@ from tests.data_plane.rig import (
     Replica,
     assert_answers,
     assert_idle,
-    make_dispatcher,
+    cluster,
     make_prompt,
     make_request,
     until,
@@ -37,25 +35,6 @@ from workers.errors import (
     UnavailableError,
 )
 from workers.fake import fake_continuation, fake_next_token
-from workers.types import FinishReason
-
-
-@asynccontextmanager
-async def cluster(*replicas: Replica, **config: float | str) -> AsyncIterator[Dispatcher]:
-    """A started dispatcher in front of started replicas; at the end everything must be idle and ends."""
-    dispatcher = make_dispatcher(**config)
-    dispatcher.start()
-    for replica in replicas:
-        await replica.start()
-    dispatcher.update_replicas([replica.address for replica in replicas])
-    try:
-        yield dispatcher
-        await assert_idle(dispatcher)
-    finally:
-        await dispatcher.stop()
-        for replica in replicas:
-            await replica.stop()
-    dispatcher.check_integrity()
 
 
 async def test_answers_are_the_engines_token_for_token() -> None:
@@ -299,6 +278,10 @@ async def test_a_killed_replica_costs_only_what_it_had_begun() -> None:
     await other.stop()
 
 
+def was_sent(sink: RecordingSink, times: int) -> bool:
+    return len(sink.decisions) == times
+
+
 async def test_a_request_that_loses_every_replica_is_given_up() -> None:
     async with cluster() as dispatcher:
         sink = RecordingSink()
@@ -306,7 +289,7 @@ async def test_a_request_that_loses_every_replica_is_given_up() -> None:
         for number in range(1, 4):
             replica = await Replica(f"replica-{number}", fake_step_s=0.1).start()
             dispatcher.update_replicas([replica.address])
-            await until(lambda number=number: len(sink.decisions) == number)  # type: ignore[misc]
+            await until(partial(was_sent, sink, number))
             await replica.kill()
         await sink.wait()
         assert isinstance(sink.error, UnavailableError)
@@ -510,7 +493,7 @@ async def test_priority_goes_first_when_there_is_a_queue() -> None:
         sinks = []
         for priority in (5, 3, 5, 0, 4, 1):
             sink = RecordingSink()
-            sink.on_tokens = lambda priority=priority: order.append(priority)
+            sink.on_tokens = partial(order.append, priority)
             dispatcher.submit(make_request(range(64), 1, priority=priority), sink)
             sinks.append(sink)
         await replica.start()
@@ -571,71 +554,6 @@ class Cancelling(RecordingSink):
         super().ended(error)
         for cancel in self._cancels:
             cancel()
-
-
-async def test_random_requests_cancels_deadlines_and_kills_leave_nothing() -> None:
-    """500 requests, some for several choices, over three replicas, of which one is killed and replaced, one drained:
-    each ends once, right or with the error that its fate explains, and every count returns to zero."""
-    rng = random.Random(5)
-    replicas = {name: Replica(name, fake_step_s=0.001) for name in ("one", "two", "three", "four")}
-    async with cluster(replicas["one"], replicas["two"], replicas["three"]) as dispatcher:
-        requests, sinks, cancelled = [], [], set()
-        loop = asyncio.get_running_loop()
-
-        def drop(cancel: Cancel, sink: RecordingSink, index: int) -> None:
-            if not sink.num_ends and index not in sink.finishes:
-                sink.not_wanted.add(index)
-                cancel(index)
-
-        for number in range(500):
-            hurried = rng.random() < 0.2
-            request = make_request(
-                make_prompt(rng, rng.randrange(1, 60)),
-                rng.randrange(1, 30),
-                timeout_s=rng.uniform(0.0, 0.3) if hurried else 30.0,
-                priority=rng.randrange(3),
-                n=rng.choice((1, 1, 1, 2, 3)),
-            )
-            sink = RecordingSink()
-            cancel = dispatcher.submit(request, sink)
-            if request.n > 1 and rng.random() < 0.5:
-                loop.call_later(rng.expovariate(50), drop, cancel, sink, rng.randrange(request.n))
-            if rng.random() < 0.3:
-                cancelled.add(number)
-                loop.call_later(rng.expovariate(20), cancel)
-            requests.append(request)
-            sinks.append(sink)
-            if number == 150:
-                await replicas["two"].kill()
-            if number == 250:
-                await replicas["four"].start()
-                dispatcher.update_replicas([replicas[name].address for name in ("one", "three", "four")])
-            if number == 350:
-                asyncio.get_running_loop().create_task(replicas["three"].server.drain(10.0))
-            if rng.random() < 0.3:
-                await asyncio.sleep(rng.expovariate(200))
-                dispatcher.check_integrity()
-        for number, (request, sink) in enumerate(zip(requests, sinks, strict=True)):
-            await sink.wait(20.0)
-            full = fake_continuation(request.prompt, request.max_tokens, VOCAB)
-            for index in range(request.n):
-                tokens = sink.answers.get(index, [])
-                assert tokens == full[: len(tokens)]
-                if sink.error is None and index not in sink.not_wanted:
-                    assert tokens == full
-                    assert sink.finishes[index].reason is FinishReason.LENGTH
-            if isinstance(sink.error, CancelledRequestError):
-                assert number in cancelled
-            elif isinstance(sink.error, UnavailableError):
-                assert sink.error.reason == Reason.REPLICA_LOST
-                assert any(sink.answers.values())
-                assert sink.decisions[-1].replica == "two"
-            elif sink.error is not None:
-                assert isinstance(sink.error, DeadlineError)
-        outcomes = {type(sink.error).__name__ for sink in sinks}
-        assert outcomes >= {"NoneType", "CancelledRequestError", "DeadlineError"}
-        await assert_idle(dispatcher, replicas["one"], replicas["three"], replicas["four"])
-    await replicas["four"].stop()
 
 
 async def test_decisions_go_to_a_file_that_is_whole_when_the_router_has_stopped(tmp_path: Path) -> None:
