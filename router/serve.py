@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from router import membership
+from router import garbage, membership
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.hello import RouterIdentity
@@ -99,6 +99,7 @@ class Router:
         # The public port is the same for all routers of a node; the other one leads to this router alone.
         self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
         await self._server.start()
+        garbage.settle()
         self._drained: asyncio.Task[bool] | None = None
 
     def record_replica_metadata(self) -> dict[str, str | int]:

@@ -44,6 +44,9 @@ LINGER_S = 5.0
 """How long an answer is kept after its Terminal was written."""
 MAX_LINGERING = 1_024
 """Answers that one session keeps so."""
+MAX_TURN_S = 0.004
+"""How long starts of one message are begun before others have their turn: those that are there already go to replicas
+meanwhile, which would idle, and answers of other calls go out."""
 
 
 class Session:
@@ -114,8 +117,13 @@ class Session:
                 break
             if isinstance(message, OctavoError):
                 raise message
+            began = time.monotonic()
             for start in message.starts:
-                await self._outbox.has_room.wait()
+                if (now := time.monotonic()) - began > MAX_TURN_S:
+                    await asyncio.sleep(0)
+                    began = now
+                if not self._outbox.has_room.is_set():
+                    await self._outbox.has_room.wait()
                 try:
                     await self._start(start)
                 except OctavoError as error:

@@ -53,6 +53,7 @@ async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
 async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     from load_tests.rigs.router_model import rig_model
     from load_tests.rigs.router_policies import make_placement
+    from router import garbage
     from router.config import RouterConfig
     from router.dispatcher import Dispatcher
     from router.hello import RouterIdentity
@@ -86,6 +87,7 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     await server.start()
     while not all(view.state == "ready" for view in dispatcher.replicas()):  # noqa: ASYNC110  nobody tells when they are
         await asyncio.sleep(0.01)
+    garbage.settle()
     await _serve(f"127.0.0.1:{port}")
     await server.stop()
     await dispatcher.stop()

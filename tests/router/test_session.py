@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import grpc
 import pytest
@@ -31,6 +32,28 @@ async def test_many_requests_share_a_stream_and_a_tick_s_tokens_a_message(rig: R
             assert (outcome.code, outcome.text) == (OK, "01234")
         assert session.num_messages == 6
     await rig.assert_nothing_left()
+
+
+async def test_a_message_with_many_starts_lets_others_have_their_turn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was started of it is on its way to replicas before all of it is."""
+    monkeypatch.setattr("router.session.MAX_TURN_S", 0.0)
+    seen: list[int] = []
+
+    async def watch() -> None:
+        while not seen or seen[-1] < 50:
+            seen.append(len(rig.backend.works))
+            await asyncio.sleep(0)
+
+    rig.backend.script = answering("x")
+    async with rig.open_session() as session:
+        watching = asyncio.create_task(watch())
+        await session.send(starts=[pb.Start(request_id=f"r{i}", request=text_request()) for i in range(50)])
+        await asyncio.wait_for(watching, 10)
+        for i in range(50):
+            assert (await session.outcome(f"r{i}")).text == "x"
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= 2
 
 
 async def test_a_session_ends_when_the_client_has_finished(rig: Rig) -> None:
