@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from cluster.boot import ClusterBoot
+from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig, load
 from cluster.secret import SecretSource, ensure_secret
 from router.model import ModelSource
@@ -25,10 +25,6 @@ from workers.serve import STOP_MARGIN_S, Worker
 
 ROUTER = "Router"
 WORKER = "Worker"
-FORWARDED = ("OTEL_", "OCTAVO_", "RAY_SERVE_")
-"""Beginnings of the variables that replicas and routers get from the process that builds the application."""
-ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-"""One event loop a process: a second grpc.aio loop costs threads, hand-overs and log noise."""
 MAX_ONGOING_REQUESTS = 1_000
 """Only Serve's control calls count against it."""
 MAX_START_ATTEMPTS = 3
@@ -95,11 +91,6 @@ def app(args: dict[str, Any]) -> Any:
 def graceful_shutdown_timeout_s(config: ClusterConfig) -> float:
     """Return how long Serve waits for a router or replica that it stops: the drain, and what comes after it."""
     return config.router.drain_grace_s + 2 * STOP_MARGIN_S
-
-
-def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that routers and replicas are started with."""
-    return ONE_LOOP | {name: value for name, value in environ.items() if name.startswith(FORWARDED)}
 
 
 def cores_of_node() -> float:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster import telemetry
-from cluster.config import LogConfig
+from cluster.config import ENV_CREDENTIALS, LogConfig
 from workers.types import ModelFiles
+
+FORWARDED = ("OTEL_", "OCTAVO_", "RAY_SERVE_")
+"""Beginnings of the variables that replicas and routers get from the process that builds the application."""
+ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""One event loop a process: a second grpc.aio loop costs threads, hand-overs and log noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +33,11 @@ class ClusterBoot:
         from cluster.models import fetch_model
 
         return fake_files(ModelCache()) if name == FAKE else fetch_model(name)
+
+
+def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that routers and replicas are started with; credentials of whoever types commands are not
+    theirs."""
+    return ONE_LOOP | {
+        name: value for name, value in environ.items() if name.startswith(FORWARDED) and name not in ENV_CREDENTIALS
+    }

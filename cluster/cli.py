@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_demo, cli_models, cli_plan, telemetry
+from cluster import cli_client, cli_demo, cli_keys, cli_models, cli_plan, telemetry
 from cluster.config import ClusterConfig, LogConfig, load
 from workers.errors import OctavoError, StartupError
 
@@ -36,6 +36,7 @@ app.add_typer(cli_client.app)
 app.add_typer(cli_demo.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_keys.app, name="keys")
 
 CLIENTS = frozenset({"generate", "chat", "status", "demo"})
 """Commands whose spans are a client's."""

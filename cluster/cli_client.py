@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 from octavo.client import (
     CallError,
-    Client,
     ClientOptions,
     GenerateOptions,
     Generation,
@@ -23,6 +22,7 @@ from octavo.client import (
 )
 
 from cluster.cli_answer import answer_record, error_record, printable, report
+from cluster.cli_dial import dial
 from cluster.config import ServeConfig
 
 _REACH_S = 3.0
@@ -90,7 +90,7 @@ def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
         from cluster.cli_batch import run_batch
 
         batch = run_batch(
-            Client(targets),
+            dial(targets),
             input_file,
             output_file,
             model=model,
@@ -128,7 +128,7 @@ def chat(  # a parameter for each option
     from cluster.cli_chat import Chat
 
     options = _options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=None)
-    client = Client(_targets(address), options=ClientOptions(retry_timeout_s=_REACH_S))
+    client = dial(_targets(address), options=ClientOptions(retry_timeout_s=_REACH_S))
     raise typer.Exit(Chat(client, model=model, system=system, timeout_s=timeout, options=options).run())
 
 
@@ -147,7 +147,7 @@ def status(
     from cluster.cli_status import status_record, status_view
 
     async def ask() -> int:
-        async with Client(_targets(address)) as client:
+        async with dial(_targets(address)) as client:
             answer = await client.status()
         if as_json:
             typer.echo(json.dumps(status_record(answer)))
@@ -179,7 +179,7 @@ async def _answer(
 ) -> int:
     """Ask all at once, print in order; each answer streams as soon as those before it are printed."""
     exit_code = 0
-    async with Client(targets, options=ClientOptions(retry_timeout_s=_REACH_S)) as client:
+    async with dial(targets, options=ClientOptions(retry_timeout_s=_REACH_S)) as client:
         generations = [client.generate(prompt, model=model, timeout=timeout_s, **options) for prompt in prompts]
         for generation in generations:
             try:

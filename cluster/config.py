@@ -26,8 +26,10 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 ENV_PREFIX = "OCTAVO_"
-ENV_RESERVED = frozenset({"OCTAVO_CONFIG", "OCTAVO_CACHE_DIR", "OCTAVO_SECRET_FILE", "OCTAVO_ADDRESS"})
-"""Variables that are no configuration keys: the file, the node's cache, the node's secret, a client's router."""
+ENV_CREDENTIALS = frozenset({"OCTAVO_TOKEN", "OCTAVO_CA_FILE", "OCTAVO_CERT_FILE", "OCTAVO_KEY_FILE"})
+"""A client's (cluster/cli_dial.py)."""
+ENV_RESERVED = ENV_CREDENTIALS | {"OCTAVO_CONFIG", "OCTAVO_CACHE_DIR", "OCTAVO_SECRET_FILE", "OCTAVO_ADDRESS"}
+"""Variables that are no configuration keys: those, the file, the node's cache, the node's secret, a client's router."""
 _KUBERNETES_LINK = re.compile(r"OCTAVO_(SERVICE_|PORT$|PORT_)|OCTAVO_\w+_SERVICE_(HOST|PORT)|OCTAVO_\w+_PORT(_|$)")
 """Kubernetes puts these into every pod beside a service called octavo."""
 
@@ -42,7 +44,8 @@ class ServeConfig:
     port: int = 50051
     """0: a free one."""
     insecure: bool = False
-    """Listen beyond loopback although this release has neither TLS nor auth."""
+    """Listen beyond loopback although there is no TLS (router.tls_cert_file), or no client has to prove who it is
+    (router.keys_file, router.tls_client_ca_file)."""
     app: str = "octavo"
     """The name of the Ray Serve application."""
     start_timeout_s: float = 600.0
@@ -53,12 +56,6 @@ class ServeConfig:
         _rule(0 <= self.port <= 65535, "serve.port", "must be in [0, 65535]", self.port)
         _rule(re.fullmatch(r"[\w.-]+", self.app) is not None, "serve.app", "must be a name of [A-Za-z0-9_.-]", self.app)
         _rule(self.start_timeout_s > 0, "serve.start_timeout_s", "must be > 0", self.start_timeout_s)
-        _rule(
-            self.insecure or is_loopback(self.host),
-            "serve.host",
-            "must be a loopback address without TLS and auth, unless serve.insecure (--insecure) is set",
-            self.host,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +150,12 @@ class ClusterConfig:
         _rule(self.model != "", "model", "must not be empty", self.model)
         for section in (self.serve, self.replicas, self.resources, self.router, self.engine, self.ray, self.log):
             section.check()
+        _rule(
+            self.serve.insecure or is_loopback(self.serve.host) or self.router.is_private,
+            "serve.host",
+            "must be a loopback address without TLS and auth, unless serve.insecure (--insecure) is set",
+            self.serve.host,
+        )
 
     def num_cpus(self, cores: float) -> float:
         """Return what one replica reserves on a node of `cores`."""

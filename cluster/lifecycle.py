@@ -1,6 +1,6 @@
 """Runs a cluster from a configuration until it is told to stop, and leaves nothing behind.
 
-    reserve the port -> look at the model -> connect to Ray -> deploy -> wait until ready -> announce
+    reserve the port -> look at keys, certificates and model -> connect to Ray -> deploy -> wait until ready -> announce
     -> wait for a signal -> drain routers -> delete the application -> disconnect -> nothing of ours is left
 
 Each step is bounded in time. Ray is connected before any gRPC channel of ours exists: after one its start may hang. A
@@ -18,10 +18,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from cluster.boot import ClusterBoot
 from cluster.config import ClusterConfig, is_loopback
+from router.config import RouterConfig
+from router.key_file import read
+from router.tls import CertificateSource
 from workers.errors import PortInUseError
 
 
@@ -91,6 +95,7 @@ def run(
     with suppress(Stopped), ExitStack() as cluster:
         port = cluster.enter_context(reserved_port(config))
         if not config.ray.address:
+            check_trust(config.router)
             ClusterBoot(config.log).model_files(config.model)
         # Imports of Ray come late: a wrong option must not wait for them, and a Ray of our own is told first, by its
         # environment, that it is to stay on loopback.
@@ -124,6 +129,14 @@ def run(
         stop.wait()
         note("draining; once more to hurry")
     stop.ignore()
+
+
+def check_trust(config: RouterConfig) -> None:
+    """Raises ConfigError if routers on this node could not read their keys or certificates."""
+    if config.keys_file:
+        read(Path(config.keys_file))
+    if config.tls_cert_file:
+        CertificateSource(config)
 
 
 def version() -> str:
