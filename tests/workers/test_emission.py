@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.emission import FULL_MESSAGE, Emission
+from workers.emission import FEW, Emission
 
 FIRST = LAST = True
 NEXT = False
@@ -31,9 +31,9 @@ def test_the_first_and_the_last_leave_at_once_and_others_together() -> None:
 
 def test_many_tokens_need_not_wait_for_more() -> None:
     """64 streams at 2 ms a step waited for 16 ms and gained nothing."""
-    assert FULL_MESSAGE == 128
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=FEW) == [0, 32, 0, 32, 0, 32]
     assert due_after(Emission(0.016), [NEXT] * 6, 0.002, num_deltas=64) == [0, 128, 0, 128, 0, 128]
-    assert due_after(Emission(0.016), [NEXT] * 6, 0.002, num_deltas=200) == [200] * 6
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=64) == [64] * 6
 
 
 def test_steps_that_take_longer_leave_one_by_one() -> None:
