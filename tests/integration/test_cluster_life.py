@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.model_fake import VOCAB_SIZE
 from tests.cluster import ClusterProcess
-from tests.integration.calls import await_status, connected, generate, has_ready, request
+from tests.integration.calls import Answer, await_status, connected, generate, has_ready, request
 from workers.fake import fake_continuation
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,18 @@ def other_ray() -> Iterator[ClusterProcess]:
         ray.clean_up()
 
 
+async def drain_during(cluster: ClusterProcess, channel: grpc.aio.Channel, *, num_tokens: int) -> asyncio.Task[Answer]:
+    """Tell the cluster to stop while an answer runs; return that answer once the cluster is said to drain."""
+    begun = asyncio.Event()
+    running = asyncio.create_task(generate(channel, request([5, 6, 7], num_tokens), on_tokens=begun.set))
+    await begun.wait()
+    cluster.signal()
+    async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30):
+        if health.status == NOT_SERVING:
+            break
+    return running
+
+
 @pytest.mark.cluster
 async def test_attached_to_a_ray_of_others_it_drains_and_takes_only_itself_away(other_ray: ClusterProcess) -> None:
     cluster = ClusterProcess.serve(
@@ -92,14 +104,8 @@ async def test_attached_to_a_ray_of_others_it_drains_and_takes_only_itself_away(
     )
     try:
         cluster.await_ready()
-        begun = asyncio.Event()
         async with connected(cluster.address) as channel:
-            running = asyncio.create_task(generate(channel, request([5, 6, 7], 150), on_tokens=begun.set))
-            await begun.wait()
-            cluster.signal()
-            async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30):
-                if health.status == NOT_SERVING:
-                    break
+            running = await drain_during(cluster, channel, num_tokens=150)
             late = await generate(channel, request([5], 5))
             assert not running.done()
             answer = await running
@@ -120,14 +126,8 @@ async def test_a_second_signal_does_not_wait_for_running_answers(other_ray: Clus
     )
     try:
         cluster.await_ready()
-        begun = asyncio.Event()
         async with connected(cluster.address) as channel:
-            running = asyncio.create_task(generate(channel, request([5, 6, 7], 1000), on_tokens=begun.set))
-            await begun.wait()
-            cluster.signal()
-            async for health in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30):
-                if health.status == NOT_SERVING:
-                    break
+            running = await drain_during(cluster, channel, num_tokens=1000)
             cluster.signal()
             assert await asyncio.to_thread(cluster.stop) == 0
             assert not running.done()  # Serve gives it the time to drain that was configured
