@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import grpc
 import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
 
 from workers.handshake import ClusterKeys, choose_protocol, prove
+from workers.peer_tls import channel_credentials
 from workers.prefix import PrefixHasher
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterIdentity:
     """Who this router is, and what it expects of a replica; an empty fingerprint expects nothing."""
 
@@ -22,6 +25,11 @@ class RouterIdentity:
     keys: ClusterKeys
     model_fingerprint: str = ""
     tokenizer_fingerprint: str = ""
+
+    @cached_property
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What this router shows replicas whose ports speak TLS."""
+        return channel_credentials(self.keys.data_plane_tls)
 
 
 class MismatchError(Exception):

@@ -25,6 +25,7 @@ from router.link_outbox import WINDOW_BATCHES, LinkOutbox
 from router.replica_state import ReplicaState
 from router.roster import Roster
 from router.types import ReplicaAddress, ReplicaView
+from workers.peer_tls import CHANNEL_OPTION
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
@@ -224,18 +225,20 @@ class ReplicaLink:
         return was_attached
 
     def _channel(self) -> grpc.aio.Channel:
-        return grpc.aio.insecure_channel(
-            self.address.address,
-            options=[
-                # A connection of its own, whose failure is seen at once and not hidden behind gRPC's own backoff.
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.keepalive_time_ms", round(self._times.silence_s * 500)),
-                ("grpc.keepalive_timeout_ms", round(self._times.silence_s * 500)),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.max_pings_without_data", 0),
-            ],
+        options = [
+            # A connection of its own, whose failure is seen at once and not hidden behind gRPC's own backoff.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", round(self._times.silence_s * 500)),
+            ("grpc.keepalive_timeout_ms", round(self._times.silence_s * 500)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        ]
+        if not self.address.is_encrypted:
+            return grpc.aio.insecure_channel(self.address.address, options=options)
+        return grpc.aio.secure_channel(
+            self.address.address, self._identity.credentials, options=[*options, CHANNEL_OPTION]
         )
 
     def _become_ready(self, ack: pb.HelloAck) -> None:

@@ -157,5 +157,6 @@ def _address(replica: RunningReplica) -> ReplicaAddress:
         replica_id=metadata["replica_id"],
         address=metadata["addr"],
         node_id=metadata["node_id"],
+        is_encrypted=metadata["is_encrypted"],
         memory=metadata["memory"],
     )

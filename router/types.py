@@ -111,6 +111,8 @@ class ReplicaAddress:
     replica_id: str
     address: str
     node_id: str = ""
+    is_encrypted: bool = False
+    """Whether the port speaks TLS, with routers of this cluster alone."""
     memory: str = ""
     """How its KV memory was sized, as a sum for people."""
 

@@ -58,6 +58,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
     """All methods but `notify` belong to the event loop that `start` was called on.
 
     `key` is the cluster's data-plane key; `epoch` must grow with each start of the engine.
+    `credentials`: for TLS with routers of this cluster alone (`workers/peer_tls.py`); None: in clear.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class DataPlaneServer(DataPlaneServiceServicer):
         port: int = 0,
         epoch: int | None = None,
         times: DataPlaneTimes | None = None,
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
+        self._credentials = credentials
         self._replica_id = replica_id
         self._key = key
         self._host = host
@@ -90,6 +93,10 @@ class DataPlaneServer(DataPlaneServiceServicer):
     def address(self) -> str:
         """Where routers find this server, once started."""
         return f"{self._host}:{self._port}"
+
+    @property
+    def is_encrypted(self) -> bool:
+        return self._credentials is not None
 
     @property
     def num_works(self) -> int:
@@ -124,7 +131,10 @@ class DataPlaneServer(DataPlaneServiceServicer):
         )
         server.add_generic_rpc_handlers((self._handler(),))
         try:
-            self._port = server.add_insecure_port(f"{self._host}:{self._port}")
+            if self._credentials is None:
+                self._port = server.add_insecure_port(self.address)
+            else:
+                self._port = server.add_secure_port(self.address, self._credentials)
         except RuntimeError:
             raise StartupError(f"the data port {self.address} cannot be bound: in use, or no address of ours") from None
         await server.start()

@@ -29,11 +29,13 @@ class ClusterKeys:
     data_plane: bytes = field(repr=False)
     prefix_hash: bytes = field(repr=False)
     tenant_salt: bytes = field(repr=False)
+    data_plane_tls: bytes = field(repr=False)
 
     @classmethod
     def derive(cls, secret: bytes) -> ClusterKeys:
         """Raises ValueError unless `secret` has 32 bytes."""
-        return cls(*(derive_key(secret, purpose) for purpose in ("data-plane", "prefix-hash", "tenant-salt")))
+        purposes = ("data-plane", "prefix-hash", "tenant-salt", "data-plane-tls")
+        return cls(*(derive_key(secret, purpose) for purpose in purposes))
 
 
 def derive_key(secret: bytes, purpose: str) -> bytes:

@@ -25,6 +25,7 @@ from workers.handshake import PROTOCOL, ClusterKeys
 from workers.thread import EngineThread
 from workers.types import Boot
 
+LOOPBACK = "127.0.0.1"
 STOP_MARGIN_S = 3.0
 """Of the time that Serve gives for a graceful stop, what is kept for closing after the drain."""
 
@@ -52,7 +53,14 @@ class Worker:
         files = await asyncio.to_thread(boot.model_files, model)
         keys = ClusterKeys.derive(await asyncio.to_thread(secret))
         engine = await asyncio.to_thread(build_engine, config, files, hash_key=keys.prefix_hash, threads=config.threads)
-        self._server = DataPlaneServer(replica_id=self._replica_id, key=keys.data_plane, host=data_host())
+        host, credentials = data_host(), None
+        if host != LOOPBACK:
+            from workers.peer_tls import server_credentials  # takes a while, and one node does not need it
+
+            credentials = server_credentials(keys.data_plane_tls)
+        self._server = DataPlaneServer(
+            replica_id=self._replica_id, key=keys.data_plane, host=host, credentials=credentials
+        )
         self._engine = EngineThread(engine, self._server.notify, max_token_age_s=config.max_token_age_s)
         await self._server.start(self._engine)
         _log.info("replica %s serves %s at %s", self._replica_id, engine.info.model, self._server.address)
@@ -61,6 +69,7 @@ class Worker:
         """Tell routers, through Serve, where the data port is. Serve asks once, after the start."""
         return {
             "addr": self._server.address,
+            "is_encrypted": self._server.is_encrypted,
             "replica_id": self._replica_id,
             "model": self._engine.info.model,
             "pid": os.getpid(),
@@ -89,8 +98,9 @@ class Worker:
 
 
 def data_host() -> str:
-    """Return the address that this node's data ports bind: loopback where all of Ray is on it, else the node's own."""
+    """Return the address that this node's data ports bind: loopback where all of Ray is on it, else the node's own,
+    and then with TLS."""
     node = ray.util.get_node_ip_address()
     if ipaddress.ip_address(node).is_loopback:
-        return "127.0.0.1"
+        return LOOPBACK
     return f"[{node}]" if ":" in node else str(node)

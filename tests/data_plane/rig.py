@@ -21,6 +21,7 @@ from workers.data_plane import DataPlaneServer, DataPlaneTimes
 from workers.errors import OctavoError
 from workers.fake import FakeEngine, fake_continuation, fake_manifest
 from workers.handshake import ClusterKeys
+from workers.peer_tls import server_credentials
 from workers.thread import EngineThread
 from workers.types import Finish, FinishReason, SamplingParams, TokenLogprobs
 
@@ -38,7 +39,13 @@ class Replica:
     """A fake engine on its thread behind a data port. `await start()`; later `stop()` or `kill()`."""
 
     def __init__(
-        self, replica_id: str, *, keys: ClusterKeys = KEYS, times: DataPlaneTimes = TIMES, **engine: Any
+        self,
+        replica_id: str,
+        *,
+        keys: ClusterKeys = KEYS,
+        times: DataPlaneTimes = TIMES,
+        is_encrypted: bool = False,
+        **engine: Any,
     ) -> None:
         settings: dict[str, Any] = {
             "engine": "fake",
@@ -53,12 +60,22 @@ class Replica:
             manifest=fake_manifest(vocab_size=VOCAB, max_model_len=1_000),
             hash_key=keys.prefix_hash,
         )
-        self.server = DataPlaneServer(replica_id=replica_id, key=keys.data_plane, times=times)
+        self.server = DataPlaneServer(
+            replica_id=replica_id,
+            key=keys.data_plane,
+            times=times,
+            credentials=server_credentials(keys.data_plane_tls) if is_encrypted else None,
+        )
         self.thread = EngineThread(self.engine, self.server.notify)
 
     @property
     def address(self) -> ReplicaAddress:
-        return ReplicaAddress(replica_id=self.replica_id, address=self.server.address, node_id="node-1")
+        return ReplicaAddress(
+            replica_id=self.replica_id,
+            address=self.server.address,
+            node_id="node-1",
+            is_encrypted=self.server.is_encrypted,
+        )
 
     async def start(self) -> Replica:
         await self.server.start(self.thread)

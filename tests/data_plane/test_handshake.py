@@ -36,7 +36,8 @@ def test_keys_are_hkdf_of_the_secret_and_differ() -> None:
     assert keys.data_plane == hkdf(SECRET, b"data-plane", 32)
     assert keys.prefix_hash == hkdf(SECRET, b"prefix-hash", 32)
     assert keys.tenant_salt == hkdf(SECRET, b"tenant-salt", 32)
-    assert len({keys.data_plane, keys.prefix_hash, keys.tenant_salt, SECRET}) == 4
+    assert keys.data_plane_tls == hkdf(SECRET, b"data-plane-tls", 32)
+    assert len({keys.data_plane, keys.prefix_hash, keys.tenant_salt, keys.data_plane_tls, SECRET}) == 5
     assert repr(keys) == "ClusterKeys()"
 
 
