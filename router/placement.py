@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from router.affinity import favourite
@@ -34,20 +35,20 @@ class PromptHashes:
     """The block hashes of one request's prompt, and of the received tokens of an only choice, made as far as somebody
     asks for them; replicas may differ in block size."""
 
-    __slots__ = ("_hashers", "_hashes", "_key", "_known", "_request")
+    __slots__ = ("_hashes", "_key", "_known", "_request")
 
     def __init__(self, key: bytes, request: Request) -> None:
         self._key = key
         self._request = request
         received = request.received
         self._known: Sequence[int] = [*request.prompt, *received[0]] if len(received) == 1 else request.prompt
-        self._hashers: dict[int, PrefixHasher] = {}
         self._hashes: dict[int, list[bytes]] = {}
 
     def of(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks."""
-        while self._hash_more(block_size, len(self._known)):
-            pass
+        known = self._hashes.get(block_size)
+        if known is None or len(known) < len(self._known) // block_size:
+            self._hash_more(block_size, len(self._known))
         return self._hashes[block_size]
 
     def walk(self, block_size: int) -> Iterator[bytes]:
@@ -63,18 +64,20 @@ class PromptHashes:
 
     def _hash_more(self, block_size: int, num_blocks: int) -> bool:
         """Hash the next `num_blocks`; return False if there is none left."""
-        hasher = self._hashers.get(block_size)
-        if hasher is None:
-            hasher = self._hashers[block_size] = PrefixHasher(self._key, block_size)
-            self._hashes[block_size] = []
-        hashes = self._hashes[block_size]
+        hashes = self._hashes.setdefault(block_size, [])
         start = len(hashes) * block_size
         tokens = self._known[start : start + num_blocks * block_size]
         if len(tokens) < block_size:
             return False
-        parent = hashes[-1] if hashes else hasher.root(self._request.salt, self._request.adapter)
+        hasher = _hasher(self._key, block_size)
+        parent = hashes[-1] if hashes else _root(hasher, self._request.salt, self._request.adapter)
         hashes += hasher.blocks(parent, tokens)
         return True
+
+
+# Made once, since they are half the work of hashing a short prompt.
+_hasher = lru_cache(16)(PrefixHasher)
+_root = lru_cache(1_024)(PrefixHasher.root)
 
 
 class Placement(Protocol):
@@ -93,13 +96,9 @@ class _Group(NamedTuple):
     """The rest of it, by what that costs."""
 
 
-class _Level(NamedTuple):
-    """Replicas of one group, or one that computes a part of the prompt, with the same cost."""
-
-    cost: float
-    slots: int
-    matched_tokens: int
-    uncached_tokens: float
+_Level = tuple[float, int, int, float]
+"""Replicas of one group, or one that computes a part of the prompt, with the same cost: that cost, their slots, and
+matched and uncached tokens as in `_Group`. A plain one, as a decision makes a dozen of them."""
 
 
 class LeastCost:
@@ -112,11 +111,11 @@ class LeastCost:
         levels = _levels(sharing, groups, roster)
         if not levels:
             return None
-        least, ties = levels[0].cost, 0
-        for level in levels:
-            if level.cost != least:
+        least, ties = levels[0][0], 0
+        for cost, slots, _, _ in levels:
+            if cost != least:
                 break
-            ties |= level.slots
+            ties |= slots
         is_tie = ties & (ties - 1) != 0
         if is_tie and request.affinity_key:
             slot = roster.circle.favourite(request.affinity_key, ties)
@@ -160,7 +159,7 @@ def _offers(
     """From where to where the prompt is being computed somewhere: of several such parts the one that ends last."""
     for size in roster.block_sizes:
         longest = (num_tokens - 1) // size * size
-        runs, shared = roster.index.match(hashes.walk(size))
+        runs, shared = roster.index.match(hashes.of(size))
         for num_blocks, slots in runs:
             matches.append((slots & allowed, min(num_blocks * size, longest)))
             rest &= ~slots
@@ -192,14 +191,11 @@ def _candidate(
 
 def _levels(sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], roster: Roster) -> list[_Level]:
     """Return who can take the request, the cheapest first, as far as that may be listed."""
-    levels = [_Level(candidate.cost, 1 << slot, 0, 0.0) for slot, candidate in sharing]
+    levels: list[_Level] = [(candidate.cost, 1 << slot, 0, 0.0) for slot, candidate in sharing]
     for slots, matched, uncached in groups:
-        num_listed = 0
-        for load, equals in roster.by_load(slots):
-            levels.append(_Level(load + uncached, equals, matched, uncached))
-            num_listed += equals.bit_count()
-            if num_listed >= MAX_CANDIDATES:
-                break
+        levels += [
+            (load + uncached, equals, matched, uncached) for load, equals in roster.by_load(slots, MAX_CANDIDATES)
+        ]
     levels.sort()
     return levels
 
@@ -229,12 +225,16 @@ def _rule(candidates: Sequence[Candidate], *, is_affine: bool) -> str:
         return "only"
     if is_affine:
         return "affinity"
+    matched = chosen.matched_tokens
+    if not matched:
+        return "least_loaded"
     load = chosen.cost - chosen.uncached_tokens
-    num_tokens = chosen.matched_tokens + chosen.uncached_tokens
+    num_tokens = matched + chosen.uncached_tokens
     for other in candidates:
-        would_waste = other.matched_tokens + other.uncached_tokens > num_tokens
-        if other.matched_tokens < chosen.matched_tokens and (would_waste or other.cost - other.uncached_tokens <= load):
-            return "prefix"
+        if other.matched_tokens < matched:
+            would_waste = other.matched_tokens + other.uncached_tokens > num_tokens
+            if would_waste or other.cost - other.uncached_tokens <= load:
+                return "prefix"
     return "least_loaded"
 
 

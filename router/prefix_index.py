@@ -164,20 +164,27 @@ class PrefixIndex:
             else:
                 del expected[block_hash]
 
+    def holders(self, block_hash: bytes) -> int:
+        """Return the slots of which this block is resident or expected."""
+        return self._holders.get(block_hash, 0) | self._expected.get(block_hash, 0)
+
     def match(self, hashes: Iterable[bytes]) -> Matches:
         """Return who has a beginning of the prompt with these blocks. Asks for no more of them than anybody has, and
-        one."""
+        one. Most blocks are where the ones before them are, and change nothing."""
         holders, expected = self._holders, self._expected
         runs: list[tuple[int, int]] = []
         shared: dict[int, tuple[int, int]] = {}
         first_missing: dict[int, int] = {}
         has_all = computes = 0
-        number = 0
+        number = last_resident = last_coming = 0
         for number, block_hash in enumerate(hashes):
             resident = holders.get(block_hash, 0)
             if number and resident == has_all and not computes:
                 continue
             coming = expected.get(block_hash, 0)
+            if number and resident == last_resident and coming == last_coming:
+                continue
+            last_resident, last_coming = resident, coming
             still = has_all & resident if number else resident
             lost = has_all & ~still if number else coming & ~still
             go_on = (lost | computes) & (resident | coming)

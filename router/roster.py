@@ -8,7 +8,6 @@ and the prefix index. Whoever mirrors a replica lets it `join`, says when someth
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from router.affinity import Circle
@@ -168,20 +167,42 @@ class Roster:
                 mask |= slots
         return mask & self.open
 
-    def by_load(self, slots: int) -> Iterator[tuple[float, int]]:
-        """Yield those of `slots` that have credit, as (load, slots that have it), the least load first."""
+    def by_load(self, slots: int, number: int) -> list[tuple[float, int]]:
+        """Return those of `slots` that have credit, as (load, slots that have it), the least load first: of `number`
+        replicas, if there are so many, and of all that have the same load as the last one."""
         slots &= self.able
+        if not slots & slots - 1:
+            return [(self._load(slots.bit_length() - 1), slots)] if slots else []
+        found: list[tuple[float, int]] = []
         if slots.bit_count() > _FEW:
             by_load = self._by_load
             for load in self._loads:
-                if found := by_load[load] & slots:
-                    yield load, found
-            return
+                if equals := by_load[load] & slots:
+                    found.append((load, equals))
+                    number -= equals.bit_count()
+                    if number <= 0:
+                        break
+            return found
         few: dict[float, int] = {}
         for slot in slots_of(slots):
-            load = self._places[slot].load or 0.0
+            load = self._load(slot)
             few[load] = few.get(load, 0) | 1 << slot
-        yield from sorted(few.items())
+        for load in sorted(few):
+            found.append((load, few[load]))
+            number -= few[load].bit_count()
+            if number <= 0:
+                break
+        return found
+
+    def _load(self, slot: int) -> float:
+        """Of one that is able."""
+        load = self._places[slot].load
+        assert load is not None
+        return load
+
+    def has_at_hand(self, block_hash: bytes) -> bool:
+        """Say whether a replica with credit has this block, or computes it."""
+        return self.index.holders(block_hash) & self.able != 0
 
     def _count_sequences(self, place: _Place, credit_sequences: int) -> None:
         self.credit_sequences += credit_sequences - place.credit_sequences
