@@ -1,8 +1,11 @@
 """Who goes next, together with whom: the requests that wait before the replicas, as a pure structure.
 
 An `Order` says who goes first (`router/order.py`). With it go those that share its beginning
-(`router/prefix_groups.py`), within the same priority, tenant and batch, so that one replica computes it once. Whose
-deadline has passed, or cannot be met any more by the speed measured, is handed back and never dispatched. A batch goes
+(`router/prefix_groups.py`), within the same priority, tenant and batch, so that one replica computes it once. Before it
+may go one of the same priority and tenant whose beginning a replica that could take it has already: where caches cannot
+hold all beginnings, those that are there are used before others take their place. Nobody is passed so by more than
+`MAX_PASSES`, nor while a deadline presses. Whose deadline has passed, or cannot be met any more by the speed measured,
+is handed back and never dispatched. A batch goes
 at once while there is credit and nothing was held back; after a lack of credit it goes when its budget is full or its
 oldest request has waited `max_batch_wait_s`. Has no clock (`now` is an argument), no asyncio, no gRPC; does not know
 which replicas exist: placement decides where each group of a batch goes. Hashes no prompt while a single request waits.
@@ -11,7 +14,9 @@ which replicas exist: placement decides where each group of a batch goes. Hashes
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from router.order import Order
 from router.prefix_groups import PrefixGroups
@@ -21,6 +26,10 @@ from router.speeds import Speeds
 
 MIN_PAUSE_S = 0.001
 """Before the next look at one whom only the time keeps."""
+MAX_PASSES = 16
+"""So many go at most before one whose turn it was, or would have been before theirs, for what caches have."""
+MAX_SEEN = 32
+"""So many of a tenant's requests are looked at, the oldest, for one whose beginning is at hand."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +70,8 @@ class Batcher:
         self._hopeless: list[Queued] = []
         """Found so when it was their turn, and not yet handed back."""
         self._groups = PrefixGroups()
+        self._passes: dict[int, int] = {}
+        """How many went before each of them for what caches have; those that none did are not in it."""
         self._num_tokens = 0
         self._num_batches = 0
         self._held_since: float | None = None
@@ -141,12 +152,19 @@ class Batcher:
         return overdue
 
     def next_batch(
-        self, now: float, credit_tokens: int, *, credit_sequences: int = sys.maxsize, block_size: int = 0
+        self,
+        now: float,
+        credit_tokens: int,
+        *,
+        credit_sequences: int = sys.maxsize,
+        block_size: int = 0,
+        at_hand: Callable[[bytes], bool] | None = None,
     ) -> DispatchBatch | None:
         """Return the batch that goes now, or None. Call `expire(now)` before, and again after the last one.
 
         The credit is what all replicas together can take; the last request of a batch may exceed it. `block_size` is
-        that of the replicas; 0: nobody knows, and nothing is grouped.
+        that of the replicas; 0: nobody knows, and nothing is grouped. `at_hand` says whether a replica with credit has
+        the block with this hash, or computes it; None: nobody knows.
         """
         if not self._queued:
             return None
@@ -158,7 +176,11 @@ class Batcher:
             return None
         budget = _Budget(min(credit_tokens, self._max_tokens), self._max_tokens, credit_sequences, self._max_requests)
         groups = []
-        while budget.has_room and (first := self._next(now, budget)) is not None and budget.fits(first.num_tokens):
+        while budget.has_room and (first := self._next(now, budget)) is not None:
+            if at_hand is not None and block_size and len(self._queued) > 1:
+                first = self._cached(first, now, block_size, at_hand) or first
+            if not budget.fits(first.num_tokens):
+                break
             groups.append(self._take_group(first, now, budget, block_size))
         if not groups:
             return None
@@ -192,6 +214,35 @@ class Batcher:
                 return queued
             self.remove(queued.key, now)
             self._hopeless.append(queued)
+
+    def _cached(self, first: Queued, now: float, block_size: int, at_hand: Callable[[bytes], bool]) -> Queued | None:
+        """Return who goes instead of `first`, whose turn it is, as more of it is cached; None: nobody."""
+        own = self._groups.half(first, block_size)
+        if own is None or at_hand(own):
+            return None
+        known, passed = {own: False}, [first.key]
+        priority = first.request.priority
+        for queued in islice(self._tenants[first.request.tenant].values(), MAX_SEEN):
+            if queued.request.priority != priority or queued is first:
+                continue
+            half = self._groups.half(queued, block_size)
+            if half is not None:
+                if half not in known:
+                    known[half] = at_hand(half)
+                if known[half]:
+                    break
+            passed.append(queued.key)
+        else:
+            return None
+        passes = self._passes
+        if any(passes.get(key, 0) >= MAX_PASSES for key in passed) or not self._may_pass(queued, now):
+            return None
+        for key in passed:
+            passes[key] = passes.get(key, 0) + 1
+        return queued
+
+    def _may_pass(self, queued: Queued, now: float) -> bool:
+        return self._end(queued, now) > now and self._order.may_pass(queued, now, self.backlog_s(now))
 
     def _take_group(self, first: Queued, now: float, budget: _Budget, block_size: int) -> tuple[Queued, ...]:
         self._take(first, now)
@@ -228,6 +279,7 @@ class Batcher:
             del self._tenants[queued.request.tenant]
         self._ends.discard(queued.key)
         self._groups.remove(queued)
+        self._passes.pop(queued.key, None)
         self._num_tokens -= queued.num_tokens
         if not self._queued:
             self._held_s, self._held_since = self.backlog_s(now), None
@@ -252,6 +304,8 @@ class Batcher:
         assert all(self._tenants.values())
         assert all(key in self._ends for key in self._queued)
         assert self._num_tokens == sum(queued.num_tokens for queued in self._queued.values())
+        assert self._passes.keys() <= self._queued.keys()
+        assert all(1 <= passes <= MAX_PASSES for passes in self._passes.values())
         assert self._queued or not self.is_held
 
 

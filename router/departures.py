@@ -148,7 +148,11 @@ class Departures:
     def _next_batch(self, now: float) -> DispatchBatch | None:
         fleet = self._fleet
         return self._batcher.next_batch(
-            now, fleet.credit_tokens, credit_sequences=fleet.credit_sequences, block_size=fleet.block_size
+            now,
+            fleet.credit_tokens,
+            credit_sequences=fleet.credit_sequences,
+            block_size=fleet.block_size,
+            at_hand=fleet.roster.has_at_hand,
         )
 
     def _dispatch(self, batch: DispatchBatch, now: float) -> list[Queued]:

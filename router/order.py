@@ -40,6 +40,9 @@ class Order(Protocol):
     def may_ride(self, rider: Queued, now: float, at: float) -> bool:
         """Say whether `rider` may go right after one of the same priority and tenant that was just taken."""
 
+    def may_pass(self, queued: Queued, now: float, at: float) -> bool:
+        """Say whether `queued` may go instead of one of the same priority and tenant, whose turn it is."""
+
     def check_integrity(self) -> None: ...
 
 
@@ -82,6 +85,9 @@ class FairOrder:
 
     def may_ride(self, rider: Queued, now: float, at: float) -> bool:
         return self._classes[rider.request.priority].may_ride(rider, now, at)
+
+    def may_pass(self, queued: Queued, now: float, at: float) -> bool:
+        return self._classes[queued.request.priority].may_pass(queued, now, at)
 
     def answered(self, answer_s: float) -> None:
         """An answer took so long from when it went."""
@@ -129,6 +135,9 @@ class ArrivalOrder:
         self.remove(queued, at)
 
     def may_ride(self, rider: Queued, now: float, at: float) -> bool:
+        return False
+
+    def may_pass(self, queued: Queued, now: float, at: float) -> bool:
         return False
 
     def check_integrity(self) -> None:

@@ -33,6 +33,13 @@ class PrefixGroups:
             if not members:
                 self._halves.pop(half, None)
 
+    def half(self, queued: Queued, block_size: int) -> bytes | None:
+        """Return the hash of the block with which the first half of its full blocks ends; None for a prompt without a
+        full block."""
+        if block_size != self._block_size:
+            self._restart(block_size)
+        return self._half(queued)
+
     def companions(self, queued: Queued, block_size: int) -> Iterator[tuple[Queued, int]]:
         """Yield those that may go with `queued`, which is not among them, and how many tokens they share; those that
         share most first, then by arrival. The caller may remove what it was given."""

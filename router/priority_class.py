@@ -134,6 +134,11 @@ class PriorityClass:
             tenant, at
         )
 
+    def may_pass(self, queued: Queued, now: float, at: float) -> bool:
+        """Say whether `queued` may go instead of one of its tenant, whose turn it is: while none of theirs presses."""
+        tenant = self._tenants[queued.request.tenant]
+        return not tenant.presses(now, self._horizon_s(tenant, at))
+
     def settle(self, tenant_name: str, num_tokens: int) -> None:
         """Correct what a tenant was charged."""
         tenant = self._tenants.get(tenant_name)
