@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 
 import grpc
 import pytest
@@ -54,6 +55,29 @@ async def test_a_message_with_many_starts_lets_others_have_their_turn(
         for i in range(50):
             assert (await session.outcome(f"r{i}")).text == "x"
     assert max(after - before for before, after in itertools.pairwise(seen)) <= 2
+
+
+async def test_others_whose_turns_are_long_do_not_have_one_after_each_start(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time was counted as that of the starts, so that from the first turn on each start had one of its own."""
+    monkeypatch.setattr("router.session.MAX_TURN_S", 0.005)
+    seen: list[int] = []
+
+    async def take_long() -> None:
+        while not seen or seen[-1] < 200:
+            time.sleep(0.01)  # noqa: ASYNC251  as others do that compute
+            seen.append(len(rig.backend.works))
+            await asyncio.sleep(0)
+
+    rig.backend.script = answering("x")
+    async with rig.open_session() as session:
+        others = asyncio.create_task(take_long())
+        await session.send(starts=[pb.Start(request_id=f"r{i}", request=text_request()) for i in range(200)])
+        await asyncio.wait_for(others, 20)
+        for i in range(200):
+            assert (await session.outcome(f"r{i}")).text == "x"
+    assert sum(0 < number < 200 for number in seen) < 100
 
 
 async def test_a_session_ends_when_the_client_has_finished(rig: Rig) -> None:
