@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cluster import telemetry
 from cluster.config import ENV_CREDENTIALS, LogConfig
+from cluster.grpc_environment import grpc_environment
 from workers.types import ModelFiles
 
 FORWARDED = ("OTEL_", "OCTAVO_", "RAY_SERVE_")
@@ -38,6 +39,7 @@ class ClusterBoot:
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that routers and replicas are started with; credentials of whoever types commands are not
     theirs."""
-    return ONE_LOOP | {
+    own = ONE_LOOP | grpc_environment(environ)
+    return own | {
         name: value for name, value in environ.items() if name.startswith(FORWARDED) and name not in ENV_CREDENTIALS
     }

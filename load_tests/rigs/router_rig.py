@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.grpc_environment import grpc_environment
 from load_tests import process_tree
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +127,7 @@ class RouterRig:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=os.environ | grpc_environment(os.environ),
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(job) + "\n")
