@@ -33,10 +33,11 @@ def dial(
     if token := environ.get(TOKEN, "").strip():
         pairs = (*options.metadata, (Metadata.AUTHORIZATION, f"Bearer {token}"))
         options = dataclasses.replace(options, metadata=pairs)
-    try:
-        return Client(targets, credentials=_credentials(environ), options=options)
-    except ValueError as error:
-        raise ConfigError(f"{TOKEN} must be a token: {str(error).replace(token, '...')}") from error
+        try:
+            options.check()
+        except ValueError:  # which has the token in it, in one way of writing it or another
+            raise ConfigError(f"{TOKEN} must be a token, as `octavo keys create` prints it") from None
+    return Client(targets, credentials=_credentials(environ), options=options)
 
 
 def _credentials(environ: Mapping[str, str]) -> grpc.ChannelCredentials | None:

@@ -84,9 +84,11 @@ def test_credentials_are_no_configuration_and_go_to_no_replica(path: Path) -> No
 
 
 async def test_what_cannot_be_a_credential_is_refused_and_not_repeated(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must be a token") as caught:
-        dial("127.0.0.1:1", environ={"OCTAVO_TOKEN": "geheim\u00e9"})
-    assert "geheim" not in str(caught.value)
+    for token in ("geheim\u00e9", "geheim\u200b", "geheim\x00"):
+        with pytest.raises(ConfigError, match="must be a token") as caught:
+            dial("127.0.0.1:1", environ={"OCTAVO_TOKEN": token})
+        assert "geheim" not in str(caught.value)
+        assert caught.value.__suppress_context__
     for environ in (
         {"OCTAVO_CA_FILE": str(tmp_path / "none")},
         {"OCTAVO_CERT_FILE": str(tmp_path)},
