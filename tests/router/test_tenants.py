@@ -100,6 +100,13 @@ def test_metadata_that_cannot_be_sent_is_refused(key: str, value: str) -> None:
         ClientOptions(metadata=((key, value),)).check()
 
 
+def test_a_value_that_is_sent_may_be_a_secret() -> None:
+    options = ClientOptions(metadata=(("authorization", "Bearer geheim\u00e9"),))
+    with pytest.raises(ValueError, match="the value of authorization must") as caught:
+        options.check()
+    assert "geheim" not in f"{caught.value}{options}"
+
+
 async def test_a_deadline_of_the_routers_own_is_none_of_the_clients() -> None:
     async with running() as rig:
         rig.backend.script = answering("ok")

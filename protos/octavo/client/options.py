@@ -30,8 +30,9 @@ class ClientOptions:
     max_message_bytes: int = 16 * 1024 * 1024
     """At most what the router takes (its `max_message_bytes`)."""
     backoff: Backoff = field(default_factory=Backoff)
-    metadata: tuple[tuple[str, str], ...] = ()
-    """(key, value) pairs of ASCII text that are sent with every call: a Session and all its requests have the same."""
+    metadata: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """(key, value) pairs of ASCII text that are sent with every call: a Session and all its requests have the same. A
+    value may be a secret, so none is shown anywhere."""
 
     def check(self) -> None:
         for name in ClientOptions.__slots__:
@@ -50,5 +51,6 @@ def _check_pair(key: str, value: str) -> None:
         )
     if len(value) > _MAX_VALUE or not (value.isascii() and value.isprintable()):
         raise ValueError(
-            f"metadata: the value of {key} must have at most {_MAX_VALUE} printable ASCII characters, is {value!r}"
+            f"metadata: the value of {key} must have at most {_MAX_VALUE} printable ASCII characters, has {len(value)} "
+            f"of which some may be none"
         )
