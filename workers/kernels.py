@@ -1,8 +1,11 @@
 """Matrix products with a constant weight, packed once: the only file that calls operators private to torch.
 
     "onednn"    weight reordered for oneDNN; bf16 where the CPU multiplies it, fp32 everywhere oneDNN is
-    "widened"   bf16 in and out, but the product in fp32 with the bf16 weights widened: for CPUs without bf16, where
-                torch's own bf16 product is 10 to 50 times slower. Same rounding as bf16 with fp32 accumulation.
+    "fp16"      for bf16 on CPUs without it: the weight rounded to fp16, which is finer, and everything else in fp32.
+                FBGEMM's, which chooses its instructions itself, whatever torch was told of the CPU.
+    "widened"   where FBGEMM has no such product either: bf16 in and out, but the product in fp32 with the bf16 weights
+                widened. Torch's own bf16 product is 10 to 50 times slower there. Same rounding as bf16 with fp32
+                accumulation.
     "torch"     F.linear on the plain weight
 
 `kernel_for` probes once per process and type what works here. Knows no layers and no adapters.
@@ -17,7 +20,9 @@ import torch
 from torch.nn import functional
 
 Matmul = Callable[[torch.Tensor], torch.Tensor]
-"""Maps [rows, in] to [rows, out], both of the type that it was packed for."""
+"""Maps [rows, in] to [rows, out], both of the type that `activations` says."""
+
+LARGEST_FP16 = 65504.0
 
 
 def native_dtype() -> torch.dtype:
@@ -38,13 +43,21 @@ def has_native_bf16() -> bool:
 def kernel_for(dtype: torch.dtype) -> str:
     """Return the name of the kernel that `pack` uses for `dtype` on this machine."""
     if dtype is torch.bfloat16 and not has_native_bf16():
-        return "widened"
+        return "fp16" if _is_fp16_exact() else "widened"
     return "onednn" if _is_onednn_exact(dtype) else "torch"
 
 
+def activations(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of what products packed for `dtype` take and return."""
+    return torch.float32 if kernel_for(dtype) == "fp16" else dtype
+
+
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matmul:
-    """Return x -> x @ weight.T + bias in `dtype`; `weight` is [out, in] in fp32 and not kept."""
+    """Return x -> x @ weight.T + bias for `dtype`; `weight` is [out, in] in fp32 and not kept."""
     kernel = kernel_for(dtype)
+    if kernel == "fp16":
+        has_room = weight.abs().max().item() <= LARGEST_FP16
+        return _fp16(weight, bias) if has_room else pack(weight, bias, torch.float32)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if kernel == "widened":
@@ -60,6 +73,17 @@ def _onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul:
 
     def matmul(x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = product(x, packed, bias, "none", [], "")
+        return y
+
+    return matmul
+
+
+def _fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul:
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
+    product = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def matmul(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = product(x, packed)
         return y
 
     return matmul
@@ -82,6 +106,21 @@ def _is_onednn_exact(dtype: torch.dtype) -> bool:
     try:
         return all(
             torch.allclose(_onednn(weight, b)(x).float(), functional.linear(x, weight, b).float(), rtol=2e-2, atol=2e-2)
+            for b in (None, bias)
+        )
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
+@functools.cache
+def _is_fp16_exact() -> bool:
+    """Whether FBGEMM's product exists here and is that of F.linear with the rounded weight, with and without a bias."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((7, 40), (56, 40), (56,)))
+    rounded = weight.half().float()
+    try:
+        return all(
+            torch.allclose(_fp16(weight, b)(x), functional.linear(x, rounded, b), rtol=1e-4, atol=1e-4)
             for b in (None, bias)
         )
     except (RuntimeError, AttributeError, NotImplementedError):

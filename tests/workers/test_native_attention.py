@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 from workers.attention.cache import KvCache
 from workers.attention.layout import lay_out
 from workers.attention.reference import ReferenceAttention
-from workers.models.llama import rotate
+from workers.models.llama import rotate, turns
 from workers.native import library
 from workers.plan import Chunk
 from workers.sequence import Sequence
@@ -126,8 +126,7 @@ class Universe:
         for chunk, rows in zip(chunks, torch.split(qkv, [chunk.num_rows for chunk in chunks]), strict=True):
             layout, index = lay_out([chunk], self.block_size), self.index(chunk)
             queries, keys, values = torch.split(rows, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-            angles = layout.positions[:, None].float() * self.frequencies
-            cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+            cos, sin = turns(layout.positions, self.frequencies)
             if self.norms is not None:
                 queries, keys = (
                     rms_norm(part, (self.dim,), norm, EPS)

@@ -28,6 +28,10 @@ class KvCache(KvMemory):
         self.keys = tuple(layer[0] for layer in tensors)
         """Per layer: [block, kv_head, block_size, head_dim]."""
         self.values = tuple(layer[1] for layer in tensors)
+        self.blocks = tuple(layer.view(-1, block_size * head_dim) for layer in tensors)
+        """Per layer: [2 * block * kv_head, block_size * head_dim], the keys of all blocks and then the values."""
+        self._key_rows = tuple(store.view(-1, head_dim) for store in self.keys)
+        self._value_rows = tuple(store.view(-1, head_dim) for store in self.values)
         self._tensors = tensors
 
     def clear(self, blocks: torch.Tensor) -> None:
@@ -43,5 +47,5 @@ class KvCache(KvMemory):
 
     def write(self, layer: int, index: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store keys and values, each [rows, kv_heads, head_dim], at `row_index`."""
-        self.keys[layer].view(-1, self.head_dim).index_copy_(0, index, keys.reshape(-1, self.head_dim))
-        self.values[layer].view(-1, self.head_dim).index_copy_(0, index, values.reshape(-1, self.head_dim))
+        self._key_rows[layer].index_copy_(0, index, keys.reshape(-1, self.head_dim))
+        self._value_rows[layer].index_copy_(0, index, values.reshape(-1, self.head_dim))

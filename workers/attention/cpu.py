@@ -35,9 +35,11 @@ class _Step:
 
     def attend(self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         self._cache.write(layer, self._index, keys, values)
+        if len(self._parts) == 1:  # it has all rows, in their order
+            return self._parts[0].attend(layer, queries).flatten(1)
         output = torch.empty_like(queries)
         for part in self._parts:
-            part.attend(layer, queries, output)
+            output[part.rows] = part.attend(layer, queries[part.rows])
         return output.flatten(1)
 
 
@@ -47,61 +49,61 @@ class _Gather:
     def __init__(self, tables: torch.Tensor, cache: KvCache, compute: torch.dtype) -> None:
         """`tables` is [n, blocks]."""
         heads = torch.arange(cache.num_kv_heads)
-        self._index = (tables[:, None, :] * cache.num_kv_heads + heads[:, None]).flatten()
-        self._block = cache.block_size * cache.head_dim
-        self._size = (len(tables) * cache.num_kv_heads, tables.shape[1] * cache.block_size, cache.head_dim)
+        keys = (tables[:, None, :] * cache.num_kv_heads + heads[:, None]).flatten()
+        self._index = torch.cat((keys, keys + cache.num_blocks * cache.num_kv_heads))
+        self._blocks = cache.blocks
+        self._memory = torch.empty(len(self._index), cache.block_size * cache.head_dim, dtype=cache.dtype)
+        size = (2, len(tables) * cache.num_kv_heads, tables.shape[1] * cache.block_size, cache.head_dim)
+        self._gathered = self._memory.view(size)
+        self._is_narrow = cache.dtype is not compute
         self._compute = compute
-        self._memory = torch.empty(2, len(self._index), self._block, dtype=cache.dtype)
 
-    def __call__(self, store: torch.Tensor, place: int) -> torch.Tensor:
-        """Return [n * kv_heads, blocks * block_size, head_dim] of a layer's keys (place 0) or values (place 1)."""
-        memory = self._memory[place]
-        torch.index_select(store.view(-1, self._block), 0, self._index, out=memory)
-        return memory.view(self._size).to(self._compute)
+    def __call__(self, layer: int) -> torch.Tensor:
+        """Return [2, n * kv_heads, blocks * block_size, head_dim]: keys and values of a layer, until the next call."""
+        torch.index_select(self._blocks[layer], 0, self._index, out=self._memory)
+        return self._gathered.to(self._compute) if self._is_narrow else self._gathered
 
 
 class _Decode:
     def __init__(self, group: DecodeGroup, cache: KvCache, compute: torch.dtype) -> None:
-        self._cache = cache
-        self._rows = group.rows
+        self.rows = group.rows
         self._gather = _Gather(group.tables, cache, compute)
         self._compute = compute
+        self._scale = cache.head_dim**-0.5
         length = group.tables.shape[1] * cache.block_size
         beyond = torch.arange(length) >= group.lengths[:, None]
-        self._mask = torch.zeros(len(group.rows), 1, length).masked_fill_(beyond[:, None], -math.inf)
+        mask = torch.zeros(beyond.shape, dtype=compute).masked_fill_(beyond, -math.inf)
+        self._mask = mask.repeat_interleave(cache.num_kv_heads, 0)[:, None]
+        """[n * kv_heads, 1, length]."""
 
-    def attend(self, layer: int, queries: torch.Tensor, output: torch.Tensor) -> None:
-        cache, num_rows = self._cache, len(self._rows)
-        own = queries[self._rows].to(self._compute) * cache.head_dim**-0.5
-        scores = torch.bmm(
-            own.view(num_rows * cache.num_kv_heads, -1, cache.head_dim),
-            self._gather(cache.keys[layer], 0).transpose(1, 2),
-        )
-        masked = scores.view(num_rows, -1, scores.shape[-1]) + self._mask
-        weights = masked.softmax(-1).to(self._compute).view_as(scores)
-        mixed = torch.bmm(weights, self._gather(cache.values[layer], 1))
-        output[self._rows] = mixed.view(num_rows, -1, cache.head_dim).to(output.dtype)
+    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """Map [n, heads, head_dim] to the same."""
+        keys, values = self._gather(layer).unbind()
+        own = queries.reshape(len(keys), -1, queries.shape[-1]).to(self._compute)
+        scores = torch.baddbmm(self._mask, own, keys.transpose(1, 2), alpha=self._scale)
+        return torch.bmm(scores.softmax(-1), values).view(queries.shape).to(queries.dtype)
 
 
 class _Prefill:
     def __init__(self, span: Span, cache: KvCache, compute: torch.dtype) -> None:
-        self._cache = cache
-        self._rows = slice(span.first, span.first + span.num_rows)
+        self.rows = slice(span.first, span.first + span.num_rows)
         self._gather = _Gather(span.table[None], cache, compute)
         self._compute = compute
         self._length = span.start + span.num_rows
         self._mask = None
         if span.start:
-            self._mask = torch.ones(span.num_rows, self._length, dtype=torch.bool).tril_(span.start)
+            beyond = torch.ones(span.num_rows, self._length, dtype=torch.bool).triu_(span.start + 1)
+            self._mask = torch.zeros(beyond.shape, dtype=compute).masked_fill_(beyond, -math.inf)
 
-    def attend(self, layer: int, queries: torch.Tensor, output: torch.Tensor) -> None:
-        cache = self._cache
+    def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
+        """Map [num_rows, heads, head_dim] to the same."""
+        keys, values = self._gather(layer)[:, None, :, : self._length]
         mixed = scaled_dot_product_attention(
-            queries[self._rows].transpose(0, 1)[None].to(self._compute),
-            self._gather(cache.keys[layer], 0)[None, :, : self._length],
-            self._gather(cache.values[layer], 1)[None, :, : self._length],
+            queries.transpose(0, 1)[None].to(self._compute),
+            keys,
+            values,
             attn_mask=self._mask,
             is_causal=self._mask is None,
             enable_gqa=True,
         )
-        output[self._rows] = mixed[0].transpose(0, 1).to(output.dtype)
+        return mixed[0].transpose(0, 1).to(queries.dtype)
