@@ -6,9 +6,10 @@
     out   {"event": "ready"}, then {"event": "done", ...LeanCounts}
     in    end of file: stop; also when the parent died
 
-Requests are made before the run, all messages of one turn are sent as one, of an answer only token ids and ends are
-looked at. It still counts every terminal by its request. Rates and ages are those between warm-up and end, so that
-neither the first tokens nor the last ones, when streams have ended, count. Nobody starts it but `LeanCrew`.
+All messages of one turn are sent as one, of an answer only token ids and ends are looked at, and Generate goes over an
+HTTP/2 of our own (`lean_http2.py`). It still counts every terminal by its request. Rates and ages are those between
+warm-up and end, so that neither the first tokens nor the last ones, when streams have ended, count. Nobody starts it
+but `LeanCrew`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ import grpc.aio
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2
 
+from load_tests.rigs.lean_http2 import Http2
+
 DRAIN_S = 15.0
 STOPS = ("no such text", "<|end|>")
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 64 << 20)]
 _SESSION = "/octavo.v1.InferenceService/Session"
 _GENERATE = "/octavo.v1.InferenceService/Generate"
+_CODES = {str(code.value[0]): code.name for code in grpc.StatusCode}
 
 
 @dataclass(slots=True)
@@ -185,31 +189,41 @@ class SessionWay:
 
 
 class GenerateWay:
-    """A call for each request, `streams` at a time."""
+    """A call for each request, `streams` at a time, all over one connection. Listens to it."""
 
-    def __init__(self, client: LeanClient, channel: grpc.aio.Channel) -> None:
+    def __init__(self, client: LeanClient, target: str) -> None:
         self._client = client
-        self._generate = channel.unary_stream(
-            _GENERATE,
-            request_serializer=pb.GenerateRequest.SerializeToString,
-            response_deserializer=pb.GenerateResponse.FromString,
-        )
+        self._target = target
+        self._num_open = 0
+        self._all_ended = asyncio.Event()
+        self._connection: Http2
 
     async def run(self) -> None:
-        await asyncio.gather(*(self._loop() for _ in range(self._client.streams)))
+        self._connection = await Http2.connect(self._target, self)
+        try:
+            for _ in range(self._client.streams):
+                self._call()
+            await self._all_ended.wait()
+        finally:
+            self._connection.close()
 
-    async def _loop(self) -> None:
-        client, counts = self._client, self._client.counts
-        while True:
-            call = self._generate(client.request()[1])
-            while (message := await call.read()) is not grpc.aio.EOF:
-                counts.messages += 1
-                now = time.monotonic()
-                for delta in message.deltas:
-                    client.arrived(delta.token_ids, now)
-            client.ended((await call.code()).name, time.monotonic())
-            if not client.goes_on:
-                return
+    def _call(self) -> None:
+        self._num_open += 1
+        self._connection.call(_GENERATE, self._client.request()[1].SerializeToString())
+
+    def arrived(self, stream: int, message: bytes) -> None:
+        client, now = self._client, time.monotonic()
+        client.counts.messages += 1
+        for delta in pb.GenerateResponse.FromString(message).deltas:
+            client.arrived(delta.token_ids, now)
+
+    def ended(self, stream: int, status: str) -> None:
+        self._num_open -= 1
+        self._client.ended(_CODES.get(status, status), time.monotonic())
+        if self._client.goes_on:
+            self._call()
+        elif not self._num_open:
+            self._all_ended.set()
 
 
 async def _run() -> None:
@@ -219,7 +233,7 @@ async def _run() -> None:
     async with grpc.aio.insecure_channel(job["target"], options=_OPTIONS) as channel:
         await asyncio.wait_for(channel.channel_ready(), 10.0)
         client = LeanClient(job)
-        way: Way = SessionWay(client, channel) if job["call"] == "session" else GenerateWay(client, channel)
+        way: Way = SessionWay(client, channel) if job["call"] == "session" else GenerateWay(client, job["target"])
         _say(event="ready")
         if not await lines.readline():
             return
