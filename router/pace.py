@@ -13,7 +13,7 @@ FREE_PER_S: Final = 3_000
 """Messages a second up to which none has to wait: about a third of what a router can write."""
 BURST: Final = 32
 """Messages that may be written at once before that counts."""
-MAX_WAIT_S: Final = 0.01
+MAX_WAIT_S: Final = 0.014
 
 
 class Pace:

