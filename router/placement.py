@@ -35,7 +35,7 @@ class PromptHashes:
     """The block hashes of one request's prompt, and of the received tokens of an only choice, made as far as somebody
     asks for them; replicas may differ in block size."""
 
-    __slots__ = ("_hashes", "_key", "_known", "_request")
+    __slots__ = ("_half", "_hashes", "_key", "_known", "_request")
 
     def __init__(self, key: bytes, request: Request) -> None:
         self._key = key
@@ -43,6 +43,8 @@ class PromptHashes:
         received = request.received
         self._known: Sequence[int] = [*request.prompt, *received[0]] if len(received) == 1 else request.prompt
         self._hashes: dict[int, list[bytes]] = {}
+        self._half: tuple[int, bytes | None] = (0, None)
+        """A block size and what `half` says of it: the queue asks again and again."""
 
     def of(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks."""
@@ -50,6 +52,13 @@ class PromptHashes:
         if known is None or len(known) < len(self._known) // block_size:
             self._hash_more(block_size, len(self._known))
         return self._hashes[block_size]
+
+    def half(self, block_size: int) -> bytes | None:
+        """Return the hash of the block with which the first half of all full blocks ends; None if there is none."""
+        if self._half[0] != block_size:
+            blocks = self.of(block_size)
+            self._half = (block_size, blocks[(len(blocks) - 1) // 2] if blocks else None)
+        return self._half[1]
 
     def walk(self, block_size: int) -> Iterator[bytes]:
         """Yield the hashes of all full blocks, in order; what is not asked for is not made."""

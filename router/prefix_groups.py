@@ -59,10 +59,7 @@ class PrefixGroups:
 
     def _half(self, queued: Queued) -> bytes | None:
         """None for a prompt without a full block."""
-        if queued.hashes is None or not self._block_size or queued.num_tokens < self._block_size:
-            return None
-        blocks = queued.hashes.of(self._block_size)
-        return blocks[(len(blocks) - 1) // 2] if blocks else None
+        return queued.hashes.half(self._block_size) if queued.hashes is not None and self._block_size else None
 
     def _restart(self, block_size: int) -> None:
         known = [each for members in self._halves.values() for each in members.values()]

@@ -35,7 +35,8 @@ class RemovableHeap:
 
     def discard(self, key: int) -> None:
         """Take `key` out; unknown keys have no effect."""
-        self._orders.pop(key, None)
+        if self._orders.pop(key, None) is None:
+            return
         if len(self._entries) > 2 * len(self._orders) + SLACK:
             self._entries = [(order, key) for key, order in self._orders.items()]
             heapq.heapify(self._entries)

@@ -7,7 +7,7 @@ neither calls nor Sessions; what came beside the message is in its `Envelope`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,41 +139,39 @@ class Validator:
     def _check_fields(
         self, message: GenerateRequest, envelope: Envelope, model: ServedModel, violations: Violations
     ) -> None:
-        config = self._config
         check = violations.require
         if message.HasField("max_tokens"):
             check(message.max_tokens >= 1, "max_tokens", "must be >= 1", message.max_tokens)
         if message.HasField("logprobs"):
             in_range = 0 <= message.logprobs <= MAX_LOGPROBS
             check(in_range, "logprobs", f"must be in [0, {MAX_LOGPROBS}]", message.logprobs)
-        check(
-            len(message.stop) <= config.max_stop_strings,
-            "stop",
-            f"must have at most {config.max_stop_strings} strings",
-            len(message.stop),
-        )
-        rule = f"must have 1 to {config.max_stop_bytes} bytes"
-        for i, stop in enumerate(message.stop[: config.max_stop_strings + 1]):
-            size = len(stop.encode())
-            check(1 <= size <= config.max_stop_bytes, f"stop[{i}]", rule, size)
-        check(
-            len(message.stop_token_ids) <= MAX_STOP_TOKEN_IDS,
-            "stop_token_ids",
-            f"must have at most {MAX_STOP_TOKEN_IDS} ids",
-            len(message.stop_token_ids),
-        )
-        check_token_ids(message.stop_token_ids[:MAX_STOP_TOKEN_IDS], "stop_token_ids", model, violations)
-        in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
-        check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", message.priority)
-        size = len(message.affinity_key.encode())
-        check(size <= MAX_ID_BYTES, "affinity_key", f"must have at most {MAX_ID_BYTES} bytes", size)
-        own_id = message.client_request_id
-        if not envelope.is_session:
+        if message.stop:
+            self._check_stop(message.stop, violations)
+        if message.stop_token_ids:
+            count = len(message.stop_token_ids)
+            check(count <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"must have at most {MAX_STOP_TOKEN_IDS} ids", count)
+            check_token_ids(message.stop_token_ids[:MAX_STOP_TOKEN_IDS], "stop_token_ids", model, violations)
+        if message.priority:
+            in_range = -MAX_PRIORITY <= message.priority <= MAX_PRIORITY
+            check(in_range, "priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", message.priority)
+        if message.affinity_key:
+            size = len(message.affinity_key.encode())
+            check(size <= MAX_ID_BYTES, "affinity_key", f"must have at most {MAX_ID_BYTES} bytes", size)
+        if own_id := message.client_request_id:
             size = len(own_id.encode())
-            check(size <= MAX_ID_BYTES, "client_request_id", f"must have at most {MAX_ID_BYTES} bytes", size)
-        elif own_id not in ("", envelope.request_id):
-            rule = f"must be empty or equal to Start.request_id ({shown(envelope.request_id)})"
-            check(False, "client_request_id", rule, own_id)
+            if not envelope.is_session:
+                check(size <= MAX_ID_BYTES, "client_request_id", f"must have at most {MAX_ID_BYTES} bytes", size)
+            elif own_id != envelope.request_id:
+                rule = f"must be empty or equal to Start.request_id ({shown(envelope.request_id)})"
+                check(False, "client_request_id", rule, own_id)
+
+    def _check_stop(self, strings: Sequence[str], violations: Violations) -> None:
+        limit, max_bytes = self._config.max_stop_strings, self._config.max_stop_bytes
+        violations.require(len(strings) <= limit, "stop", f"must have at most {limit} strings", len(strings))
+        for i, stop in enumerate(strings[: limit + 1]):
+            size = len(stop.encode())
+            if not 1 <= size <= max_bytes:
+                violations.require(False, f"stop[{i}]", f"must have 1 to {max_bytes} bytes", size)
 
     def _check_choices(self, message: GenerateRequest, violations: Violations) -> tuple[int, int]:
         """Return how many choices are the answer, and how many are generated for it."""
@@ -190,8 +188,8 @@ class Validator:
     ) -> int:
         """Return max_tokens with its default filled in; min_tokens goes by it."""
         max_tokens = self._check_max_tokens(message, prompt, model, violations)
-        rule = f"must be in [0, {max_tokens}], max_tokens"
-        violations.require(0 <= message.min_tokens <= max(max_tokens, 0), "min_tokens", rule, message.min_tokens)
+        if not 0 <= message.min_tokens <= max(max_tokens, 0):
+            violations.require(False, "min_tokens", f"must be in [0, {max_tokens}], max_tokens", message.min_tokens)
         return max_tokens
 
     def _check_max_tokens(
@@ -199,15 +197,14 @@ class Validator:
     ) -> int:
         limit = model.manifest.max_model_len
         left = limit - len(prompt)
-        rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
-        violations.require(left >= 1, "prompt", rule, f"{len(prompt)} tokens", reason=Reason.PROMPT_TOO_LONG)
+        if left < 1:
+            rule = f"must have at most {limit - 1} tokens (the model's context is {limit})"
+            violations.require(False, "prompt", rule, f"{len(prompt)} tokens", reason=Reason.PROMPT_TOO_LONG)
         if not message.HasField("max_tokens"):
             return max(1, min(self._config.default_max_tokens, left))
-        if 1 <= left < limit:
+        if 1 <= left < limit and message.max_tokens > left:
             rule = f"prompt ({len(prompt)} tokens) + max_tokens must be <= {limit}, the model's context"
-            violations.require(
-                message.max_tokens <= left, "max_tokens", rule, message.max_tokens, reason=Reason.PROMPT_TOO_LONG
-            )
+            violations.require(False, "max_tokens", rule, message.max_tokens, reason=Reason.PROMPT_TOO_LONG)
         return message.max_tokens
 
 
