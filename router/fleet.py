@@ -80,9 +80,11 @@ class Fleet:
         self._aboard[link].add(flight)
 
     def leave(self, link: ReplicaLink, flight: Flight) -> None:
-        """Take `flight` off, and let the link go if that was the last one of a replica that has left."""
+        """Take `flight` off: nothing more is expected of it there. Let the link go if that was the last one of a
+        replica that has left."""
         aboard = self._aboard[link]
         aboard.remove(flight)
+        link.state.unexpect(flight.work_id)
         if link.is_retired and not aboard:
             link.finish()
 
@@ -108,4 +110,5 @@ class Fleet:
         for link, aboard in self._aboard.items():
             assert (self._present.get(link.replica_id) is link) != link.is_retired
             assert link.can_send == link.state.is_open
+            assert link.state.num_expected <= len(aboard)
             assert all(flight.link is link and not flight.is_ended for flight in aboard)

@@ -165,8 +165,6 @@ class ReplicaLink:
     def abort(self, work_id: int, index: int | None = None) -> None:
         """Tell the replica to end a work, or one choice of it; without a stream it has already."""
         if self.status in ("ready", "draining"):
-            if index is None:
-                self.state.unexpect(work_id)
             self._outbox.abort(work_id, index)
             self._wake.set()
 

@@ -2,8 +2,8 @@
 
 A lease, not a count: nothing here is decremented when a request ends. Each message of the replica says up to which
 dispatch its load counts; what it counts is dropped here, so a cancelled or lost request cannot leak. Blocks of a prompt
-that was sent are expected until the replica says something of its work, or it is aborted. A new attachment starts from
-nothing.
+that was sent are expected until the replica says something of its work, or the router wants no more of it. A new
+attachment starts from nothing.
 
 A report may also say how many blocks the engine has and their digest. What the replica's events add up to must be the
 same; if not, events were lost or the cache was changed behind everybody's back: all is forgotten and asked for anew.
@@ -138,7 +138,7 @@ class ReplicaState:
             index.expect(self._slot, coming)
 
     def unexpect(self, work_id: int) -> None:
-        """The work was aborted, or has got somewhere: what it has computed the events say."""
+        """The work has left, or has got somewhere: what it has computed the events say."""
         coming = self._expected.pop(work_id, None)
         if coming is not None:
             assert self._slot is not None

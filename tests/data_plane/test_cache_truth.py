@@ -176,3 +176,18 @@ async def test_a_cancelled_prompt_is_expected_nowhere() -> None:
         cancel()
         assert state.num_expected == 0
         dispatcher.check_integrity()
+
+
+async def test_a_prompt_of_which_each_choice_was_cancelled_is_expected_nowhere() -> None:
+    """Nothing more was said of such a work, in either direction, so its blocks were expected while the stream lived."""
+    prefix = make_prompt(random.Random(7), 400)
+    replica = Replica("one", fake_step_s=0.02, chunk_tokens=64)
+    async with ready_cluster(replica) as dispatcher:
+        state, sink = link_to(dispatcher, replica).state, RecordingSink()
+        cancel = dispatcher.submit(make_request(prefix, n=2), sink)
+        await until(lambda: state.num_expected == 1)
+        for index in range(2):
+            sink.not_wanted.add(index)
+            cancel(index)
+        assert (await sink.wait()).error is None
+        assert state.num_expected == 0
