@@ -124,7 +124,8 @@ class Scheduler:
         self._draft(self._prefill(now, budget, prefills, chunks), chunks)
         if chunks:
             self.num_steps += 1
-            self._precedence.count((chunk.sequence for chunk in chunks), self.waiting, self.running)
+            if self.waiting or len(chunks) < len(self.running):
+                self._precedence.count((chunk.sequence for chunk in chunks), self.waiting, self.running)
         return StepPlan(self.num_steps, tuple(chunks), self._tables.begin_copies(self.num_steps))
 
     def commit(self, plan: StepPlan, output: StepOutput, now: float) -> None:
@@ -136,7 +137,7 @@ class Scheduler:
         self.end_copies(plan)
         no_logprobs: tuple[TokenLogprobs, ...] = ()
         for i, (chunk, tokens) in enumerate(zip(plan.chunks, output.tokens, strict=True)):
-            self.num_computed_tokens += chunk.num_rows
+            self.num_computed_tokens += chunk.num_tokens + len(chunk.draft)
             if not chunk.sequence.is_ended:
                 self._commit_chunk(chunk, tokens, output.logprobs[i] if output.logprobs else no_logprobs, now)
 
@@ -175,7 +176,7 @@ class Scheduler:
         for sequence in decodes:
             if not sequence.block_table:
                 continue  # preempted a moment ago
-            if self._provide(sequence, 1):
+            if self._tables.extend(sequence, 1) or self._provide(sequence, 1):
                 chunks.append(self._chunk(sequence, 1))
             elif sequence.block_table and not self._reserve:
                 break  # the blocks of all that follow are in flight: let them land, so that they can be taken
@@ -334,13 +335,7 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...],
         finish: Finish | None,
     ) -> None:
-        delta = TokenDelta(
-            work_id=sequence.work.work_id,
-            index=sequence.index,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            finish=finish,
-            num_cached_tokens=sequence.num_cached_tokens if sequence.index == 0 else None,
-        )
+        index = sequence.index
+        num_cached_tokens = None if index else sequence.num_cached_tokens
         sequence.num_cached_tokens = None
-        self._deltas.append(delta)
+        self._deltas.append(TokenDelta(sequence.work.work_id, index, token_ids, logprobs, finish, num_cached_tokens))

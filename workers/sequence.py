@@ -176,9 +176,10 @@ class Sequence:
     def schedule(self, num_tokens: int) -> bool:
         """Account for a chunk of `num_tokens`; return whether a token is drawn from it."""
         self.num_scheduled += num_tokens
-        samples = self.num_scheduled == self.num_tokens
+        known = len(self.tokens) + self.num_placeholders
+        assert self.num_computed <= self.num_scheduled <= known
+        samples = self.num_scheduled == known
         self.num_placeholders += samples
-        self.check()
         return samples
 
     def draft(self, num_tokens: int) -> None:

@@ -137,14 +137,14 @@ class BlockTables:
     def extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Let `sequence` write its next `num_tokens`; return False if there is no block for that. Then make room, and
         call it again."""
-        table = sequence.block_table
-        missing = self.num_blocks(sequence.num_scheduled + num_tokens) - len(table)
+        table, start = sequence.block_table, sequence.num_scheduled
+        missing = -(-(start + num_tokens) // self._block_size) - len(table)
         if missing > 0:
             fresh = self._pool.allocate(missing, sequence)
             if fresh is None:
                 return False
             table += fresh
-        return self._own(sequence, sequence.num_scheduled)
+        return self._own(sequence, start)
 
     def extend_for_draft(self, sequence: Sequence, num_tokens: int, *, spare: int) -> int:
         """Let `sequence` write up to `num_tokens` behind those scheduled, in blocks that it has and in free ones, of
