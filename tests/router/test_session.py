@@ -35,25 +35,33 @@ async def test_many_requests_share_a_stream_and_a_tick_s_tokens_a_message(rig: R
     await rig.assert_nothing_left()
 
 
-async def test_a_message_with_many_starts_lets_others_have_their_turn(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was started of it is on its way to replicas before all of it is."""
-    monkeypatch.setattr("router.session.MAX_TURN_S", 0.0)
+async def turns_during_starts(rig: Rig, number: int, *, take_s: float = 0.0) -> list[int]:
+    """Send so many starts in one message; return how many works there were whenever others, who take `take_s`, had
+    their turn, until all were."""
     seen: list[int] = []
 
-    async def watch() -> None:
-        while not seen or seen[-1] < 50:
+    async def others() -> None:
+        while not seen or seen[-1] < number:
+            time.sleep(take_s)  # noqa: ASYNC251  as who computes does
             seen.append(len(rig.backend.works))
             await asyncio.sleep(0)
 
     rig.backend.script = answering("x")
     async with rig.open_session() as session:
-        watching = asyncio.create_task(watch())
-        await session.send(starts=[pb.Start(request_id=f"r{i}", request=text_request()) for i in range(50)])
-        await asyncio.wait_for(watching, 10)
-        for i in range(50):
+        watching = asyncio.create_task(others())
+        await session.send(starts=[pb.Start(request_id=f"r{i}", request=text_request()) for i in range(number)])
+        await asyncio.wait_for(watching, 20)
+        for i in range(number):
             assert (await session.outcome(f"r{i}")).text == "x"
+    return seen
+
+
+async def test_a_message_with_many_starts_lets_others_have_their_turn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was started of it is on its way to replicas before all of it is."""
+    monkeypatch.setattr("router.session.MAX_TURN_S", 0.0)
+    seen = await turns_during_starts(rig, 50)
     assert max(after - before for before, after in itertools.pairwise(seen)) <= 2
 
 
@@ -62,21 +70,7 @@ async def test_others_whose_turns_are_long_do_not_have_one_after_each_start(
 ) -> None:
     """Their time was counted as that of the starts, so that from the first turn on each start had one of its own."""
     monkeypatch.setattr("router.session.MAX_TURN_S", 0.005)
-    seen: list[int] = []
-
-    async def take_long() -> None:
-        while not seen or seen[-1] < 200:
-            time.sleep(0.01)  # noqa: ASYNC251  as others do that compute
-            seen.append(len(rig.backend.works))
-            await asyncio.sleep(0)
-
-    rig.backend.script = answering("x")
-    async with rig.open_session() as session:
-        others = asyncio.create_task(take_long())
-        await session.send(starts=[pb.Start(request_id=f"r{i}", request=text_request()) for i in range(200)])
-        await asyncio.wait_for(others, 20)
-        for i in range(200):
-            assert (await session.outcome(f"r{i}")).text == "x"
+    seen = await turns_during_starts(rig, 200, take_s=0.01)
     assert sum(0 < number < 200 for number in seen) < 100
 
 
