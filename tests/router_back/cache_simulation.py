@@ -3,10 +3,11 @@ computed, and when first tokens come. Scheduler, caches, credits and reports are
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, cast
 
 from octavo.internal.v1 import data_plane_pb2 as pb
@@ -97,61 +98,86 @@ def simulate(
     plan: Iterable[Request], *, replicas: int = 2, step_s: float = 0.02, batching: bool = True, **engine: Any
 ) -> Answers:
     """Let `replicas` answer `plan`."""
-    settings = RouterConfig(batching=batching)
-    batcher, forecast = make_queue(settings)
-    admission = Admission(max_queued_tokens=1 << 30, max_queued_requests=1 << 30)
-    placement, roster, answers = LeastCost(random.Random(5)), Roster(), Answers()
-    each = [Replica(f"r{i}", roster, step_s, i * step_s / replicas, engine) for i in range(replicas)]
-    by_name = {replica.state.replica: replica for replica in each}
-    arrivals = sorted(plan, key=lambda one: one.accepted_at)
-    flights: dict[int, Flight] = {}
-    now, number = 0.0, 0
-    while number < len(arrivals) or flights:
-        for replica in each:
-            for delta in replica.advance(now):
-                flight = flights[delta.work_id]
-                flight.num_tokens += len(delta.token_ids)
-                if flight.first_token_at is None and delta.token_ids:
-                    flight.first_token_at = now
-                    answers.first_s[flight.request.request_id] = now - flight.request.accepted_at
-                    answers.num_cached += delta.cached_tokens
-                if delta.HasField("finish"):
-                    forecast.over(flights.pop(delta.work_id), now, is_answered=True, is_lost=False)
-                    answers.num_ended += 1
-        while number < len(arrivals) and arrivals[number].accepted_at <= now:
-            one, number = arrivals[number], number + 1
-            flights[number] = Flight(number, one, cast(Any, None), admission.admit(one.num_known_tokens, now))
-            flights[number].hashes = PromptHashes(KEY, one)
-            batcher.add(forecast.queued(flights[number], now))
+    return _Simulation(RouterConfig(batching=batching), replicas, step_s, engine).run(plan)
+
+
+class _Simulation:
+    def __init__(self, config: RouterConfig, num_replicas: int, step_s: float, engine: dict[str, Any]) -> None:
+        self._batcher, self._forecast = make_queue(config)
+        self._admission = Admission(max_queued_tokens=1 << 30, max_queued_requests=1 << 30)
+        self._placement = LeastCost(random.Random(5))
+        self._roster = Roster()
+        names = [f"r{i}" for i in range(num_replicas)]
+        self._replicas = {
+            name: Replica(name, self._roster, step_s, i * step_s / num_replicas, engine) for i, name in enumerate(names)
+        }
+        self._numbers = itertools.count(1)
+        self._flights: dict[int, Flight] = {}
+        self._answers = Answers()
+
+    def run(self, plan: Iterable[Request]) -> Answers:
+        arrivals = deque(sorted(plan, key=lambda one: one.accepted_at))
+        num_arrivals, now = len(arrivals), 0.0
+        while arrivals or self._flights:
+            for replica in self._replicas.values():
+                for delta in replica.advance(now):
+                    self._take(delta, now)
+            while arrivals and arrivals[0].accepted_at <= now:
+                self._arrive(arrivals.popleft(), now)
+            self._send(now)
+            now += TURN_S
+        self._batcher.check_integrity()
+        self._roster.check_integrity()
+        self._answers.end_s = now
+        assert self._answers.num_ended == num_arrivals
+        return self._answers
+
+    def _take(self, delta: pb.WorkDelta, now: float) -> None:
+        flight, answers = self._flights[delta.work_id], self._answers
+        flight.num_tokens += len(delta.token_ids)
+        if flight.first_token_at is None and delta.token_ids:
+            flight.first_token_at = now
+            answers.first_s[flight.request.request_id] = now - flight.request.accepted_at
+            answers.num_cached += delta.cached_tokens
+        if delta.HasField("finish"):
+            self._forecast.over(self._flights.pop(delta.work_id), now, is_answered=True, is_lost=False)
+            answers.num_ended += 1
+
+    def _arrive(self, request: Request, now: float) -> None:
+        key, permit = next(self._numbers), self._admission.admit(request.num_known_tokens, now)
+        flight = self._flights[key] = Flight(key, request, cast(Any, None), permit)
+        flight.hashes = PromptHashes(KEY, request)
+        self._batcher.add(self._forecast.queued(flight, now))
+
+    def _send(self, now: float) -> None:
+        roster = self._roster
         left: list[Queued] = []
-        while batch := batcher.next_batch(
+        while batch := self._batcher.next_batch(
             now,
             roster.credit_tokens,
             credit_sequences=roster.credit_sequences,
             block_size=roster.block_sizes[0],
             at_hand=roster.has_at_hand,
         ):
-            for queued in chain.from_iterable(batch.groups):
-                flight = flights[queued.key]
-                assert flight.hashes is not None
-                decision = placement.place(queued.request, flight.hashes, roster)
-                if decision is None:
-                    forecast.unsent(queued)
-                    left.append(queued)
-                    continue
-                forecast.sent(flight, queued, now)
-                request = queued.request
-                work = GenerateWork(
-                    work_id=WorkId("router", queued.key), prompt=request.prompt, max_tokens=request.max_tokens
-                )
-                num_tokens = request.num_known_tokens - decision.matched_tokens
-                hashes = flight.hashes.of(roster.block_sizes[0])
-                by_name[decision.replica].send(work, batch.batch_id, num_tokens, hashes)
+            left += [
+                queued
+                for queued in itertools.chain.from_iterable(batch.groups)
+                if not self._place(queued, batch.batch_id, now)
+            ]
         for queued in left:
-            batcher.add(replace(queued, since=now))
-        now += TURN_S
-    batcher.check_integrity()
-    roster.check_integrity()
-    answers.end_s = now
-    assert answers.num_ended == len(arrivals)
-    return answers
+            self._batcher.add(replace(queued, since=now))
+
+    def _place(self, queued: Queued, batch_id: int, now: float) -> bool:
+        """Send a request; return False if no replica has credit for it."""
+        flight, request = self._flights[queued.key], queued.request
+        assert flight.hashes is not None
+        decision = self._placement.place(request, flight.hashes, self._roster)
+        if decision is None:
+            self._forecast.unsent(queued)
+            return False
+        self._forecast.sent(flight, queued, now)
+        work = GenerateWork(work_id=WorkId("router", queued.key), prompt=request.prompt, max_tokens=request.max_tokens)
+        num_tokens = request.num_known_tokens - decision.matched_tokens
+        hashes = flight.hashes.of(self._roster.block_sizes[0])
+        self._replicas[decision.replica].send(work, batch_id, num_tokens, hashes)
+        return True
