@@ -112,10 +112,12 @@ class Permit:
         self._admission._running_requests += 1
         self._state = "running"
 
-    def requeued(self) -> None:
-        """Count as queued again; what was accepted is not refused later, so the bound may be exceeded by these."""
+    def requeued(self, num_tokens: int) -> None:
+        """Count as queued again, now with `num_tokens`; what was accepted is not refused later, so the bound may be
+        exceeded by these."""
         assert self._state == "running"
         self._leave()
+        self._num_tokens = num_tokens
         self._queue(1)
         self._state = "queued"
 

@@ -249,7 +249,8 @@ class Answer:
         self.accounts.dispatched(decision, queue_s)
 
     def cached(self, num_tokens: int) -> None:
-        self.accounts.num_cached = num_tokens
+        if not self._has_tokens:  # a later replica counts what it knows of the answer, too
+            self.accounts.num_cached = num_tokens
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         if self._is_over:
@@ -267,6 +268,9 @@ class Answer:
         if has_ended:
             self._stop_choice(index)
         self._signal_if_output()
+
+    def known(self, index: int) -> Sequence[int]:
+        return self._journal.known(index)
 
     def finished(self, index: int, finish: Finish) -> None:
         if self._is_over or self._journal.has_ended(index):

@@ -36,14 +36,18 @@ from router.flights import Flights
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
 from router.placement import LeastCost, Placement, PromptHashes
+from router.resume import continued, finish_of
 from router.sender import Sender
 from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, from_tokens
 from workers.errors import OctavoError
 from workers.types import Finish, FinishReason
 
-MAX_LOSSES: Final = 3
-"""A request that was on so many replicas when they were lost is not tried again: it may be what kills them."""
+MAX_IDLE_LOSSES: Final = 3
+"""A request that was on so many replicas when they were lost, one after the other and without a token from any of them,
+is not tried again: it may be what kills them."""
+MAX_LOSSES: Final = 32
+"""The same with tokens in between."""
 
 
 class Dispatcher:
@@ -175,7 +179,7 @@ class Dispatcher:
 
     def link_lost(self, link: ReplicaLink, detail: str) -> None:
         for flight in self._fleet.aboard(link):
-            flight.num_losses += 1
+            flight.lost()
             self._lose(flight, f"replica {link.replica_id} was lost: {detail}", Reason.REPLICA_LOST)
         self._departures.pump_soon()
 
@@ -183,18 +187,18 @@ class Dispatcher:
         self._fleet.forget(link)
 
     def _finish(self, flight: Flight, index: int, finish: Finish) -> None:
-        flight.open_choices.remove(index)
         if finish.reason in (FinishReason.STOP, FinishReason.LENGTH):
-            flight.is_untouched = False
+            self._close(flight, index)
             flight.sink.finished(index, finish)
             self._end_if_whole(flight)
         elif finish.reason is FinishReason.ERROR and finish.error_reason in (Reason.DRAINING, Reason.REPLICA_LOST):
             if finish.error_reason == Reason.REPLICA_LOST:
-                flight.num_losses += 1
+                flight.lost()
             elif flight.link is not None:
                 flight.link.replica_drains()
             self._lose(flight, finish.error_message, finish.error_reason)
         else:
+            flight.open_choices.remove(index)
             if not flight.open_choices:
                 self._departures.leave(flight)
             self.end(flight, error_of(finish))
@@ -206,19 +210,37 @@ class Dispatcher:
             self.end(flight, None)
 
     def _lose(self, flight: Flight, message: str, reason: str) -> None:
-        """Its replica will not finish it. Nothing has been said yet: it waits for another one. Else it ends."""
+        """Its replica will not finish it: it waits for another one, which goes on after the tokens that there are."""
         if flight.is_ended:  # by what the sink of another one did
             return
+        request, sink = flight.request, flight.sink
         self._departures.leave(flight, is_lost=True)
-        if not flight.is_untouched or flight.num_losses >= MAX_LOSSES:
+        flight.open_choices = set(range(request.n)) - flight.closed_choices
+        for index in sorted(flight.open_choices):
+            finish = finish_of(sink.known(index), request)
+            if finish is not None and index in flight.open_choices:
+                self._close(flight, index)
+                sink.finished(index, finish)
+            if flight.is_ended:  # the sink has all it wants
+                return
+        if not flight.open_choices:
+            self.end(flight, None)
+            return
+        request = continued(request, sink.known, flight.open_choices)
+        is_hopeless = flight.num_idle_losses >= MAX_IDLE_LOSSES or flight.num_losses >= MAX_LOSSES
+        if is_hopeless or self._fleet.lacks(request.needed_capabilities):
             self.end(flight, dispatch_errors.lost_error(message))
             return
-        flight.attempt += 1
-        flight.open_choices = set(range(flight.request.n)) - flight.cancelled_choices
-        flight.permit.requeued()
+        flight.go_on(request, PromptHashes(self._identity.keys.prefix_hash, request))
+        flight.permit.requeued(request.num_known_tokens)
         if flight.spans is not None:
             flight.spans.requeued(reason)
         self._departures.add(flight, self._clock())
+
+    @staticmethod
+    def _close(flight: Flight, index: int) -> None:
+        flight.open_choices.remove(index)
+        flight.closed_choices.add(index)
 
     # The end of a request.
 
@@ -226,8 +248,7 @@ class Dispatcher:
         if index is None:
             self.end(flight, dispatch_errors.cancelled_error())
         elif not flight.is_ended and index in flight.open_choices:
-            flight.open_choices.remove(index)
-            flight.cancelled_choices.add(index)
+            self._close(flight, index)
             if flight.link is not None:
                 flight.link.abort(flight.work_id, index)
             self._end_if_whole(flight)

@@ -14,14 +14,14 @@ class Flight:
 
     __slots__ = (
         "attempt",
-        "cancelled_choices",
         "charge",
+        "closed_choices",
         "first_token_at",
         "hashes",
         "is_ended",
-        "is_untouched",
         "key",
         "link",
+        "num_idle_losses",
         "num_losses",
         "num_tokens",
         "open_choices",
@@ -40,10 +40,12 @@ class Flight:
         self.permit = permit
         self.attempt = 1
         self.num_losses = 0
+        self.num_idle_losses = 0
+        """Since its last token."""
         self.open_choices = set(range(request.n))
-        """Those that have not ended in the present attempt. A delta of any other is late."""
-        self.cancelled_choices: set[int] = set()
-        """Those that nobody wants, in any attempt."""
+        """Those that have not ended. A delta of any other is late."""
+        self.closed_choices: set[int] = set()
+        """Those that have ended well or that nobody wants: not in any attempt."""
         self.hashes: PromptHashes | None = None
         self.spans: DispatchSpans | None = None
         self.link: ReplicaLink | None = None
@@ -55,12 +57,21 @@ class Flight:
         """Generated, of all choices."""
         self.charge = 0
         """What its tenant was charged for it."""
-        self.is_untouched = True
-        """Whether the sink has had no token yet, so that another replica may begin anew."""
         self.is_ended = False
 
     def count(self, num_tokens: int, now: float) -> None:
         """Its replica has generated some."""
         if self.first_token_at is None:
-            self.first_token_at, self.is_untouched = now, False
+            self.first_token_at = now
+        self.num_idle_losses = 0
         self.num_tokens += num_tokens
+
+    def go_on(self, request: Request, hashes: PromptHashes) -> None:
+        """Another attempt follows, for what is left."""
+        self.attempt += 1
+        self.request, self.hashes = request, hashes
+
+    def lost(self) -> None:
+        """The replica that had it is no more."""
+        self.num_losses += 1
+        self.num_idle_losses += 1

@@ -57,6 +57,10 @@ class Journal:
         """Return which choices have ended."""
         return [index for index, choice in enumerate(self._generated) if choice.finish is not None]
 
+    def known(self, index: int) -> Sequence[int]:
+        """Return the tokens of a choice, the received ones included."""
+        return self._generated[index].token_ids
+
     def has_ended(self, index: int) -> bool:
         return self._generated[index].finish is not None
 

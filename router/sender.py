@@ -63,6 +63,6 @@ class Sender:
         )
         link.send(batch_id, work, request.num_known_tokens - decision.matched_tokens)
         link.state.expect(flight.work_id, hashes.of(link.state.block_size))
-        for index in flight.cancelled_choices:
+        for index in flight.closed_choices:
             link.abort(flight.work_id, index)
         flight.sink.dispatched(decision, now - request.accepted_at)

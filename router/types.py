@@ -96,6 +96,9 @@ class Sink(Protocol):
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None: ...
 
+    def known(self, index: int) -> Sequence[int]:
+        """Return the tokens of a choice so far, what the client had before included."""
+
     def finished(self, index: int, finish: Finish) -> None:
         """Choice `index` ended with STOP or LENGTH; its tokens have all been delivered. Not for one that was
         cancelled."""

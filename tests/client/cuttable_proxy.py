@@ -33,6 +33,10 @@ class CuttableProxy:
         """Forward nothing more, and close nothing: as when one end's machine is gone."""
         self._flow.clear()
 
+    def thaw(self) -> None:
+        """Forward everything again, what came meanwhile first."""
+        self._flow.set()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         there_reader, there_writer = await asyncio.open_connection(self._host, self._target_port)

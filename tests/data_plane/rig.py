@@ -126,7 +126,7 @@ class RecordingSink:
 
     def cached(self, num_tokens: int) -> None:
         assert not self.num_ends
-        assert not self.token_ids
+        assert not self.token_ids or len(self.decisions) > 1
         self.cached_tokens = num_tokens
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
@@ -138,6 +138,9 @@ class RecordingSink:
         self.logprobs += logprobs
         self.num_deliveries += 1
         self.on_tokens()
+
+    def known(self, index: int) -> Sequence[int]:
+        return self.answers.get(index, [])
 
     def finished(self, index: int, finish: Finish) -> None:
         assert not self.num_ends
@@ -215,7 +218,7 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 def assert_answers(sink: RecordingSink, request: Request) -> None:
     """The whole answer came, token for token, and ended well."""
-    assert sink.error is None
+    assert sink.error is None, sink.error
     assert sink.num_ends == 1
     assert sink.token_ids == fake_continuation(request.prompt, request.max_tokens, VOCAB)
     assert sink.finish is not None

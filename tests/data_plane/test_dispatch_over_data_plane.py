@@ -132,7 +132,7 @@ async def test_a_choice_that_nobody_wants_ends_alone() -> None:
         cancel = dispatcher.submit(request, sink)
 
         def on_tokens() -> None:
-            if len(sink.answers.get(1, ())) == 5 and not sink.not_wanted:
+            if len(sink.answers.get(1, ())) >= 5 and not sink.not_wanted:
                 sink.not_wanted.add(1)
                 cancel(1)
                 cancel(1)
@@ -142,7 +142,9 @@ async def test_a_choice_that_nobody_wants_ends_alone() -> None:
         await until(lambda: replica.thread.load().num_running == 2)
         await sink.wait()
         expected = fake_continuation(request.prompt, 80, VOCAB)
-        assert sink.answers == {0: expected, 1: expected[:5], 2: expected}
+        cut = sink.answers[1]
+        assert sink.answers == {0: expected, 1: expected[: len(cut)], 2: expected}
+        assert 5 <= len(cut) < 80
         assert (sink.error, set(sink.finishes)) == (None, {0, 2})
         cancel(0)
         await assert_idle(dispatcher, replica)
@@ -177,10 +179,10 @@ async def test_choices_that_are_cancelled_one_by_one_end_the_request_well() -> N
         await assert_idle(dispatcher, replica)
 
 
-async def test_a_deadline_a_cancel_or_a_loss_ends_all_choices() -> None:
+async def test_a_deadline_or_a_cancel_ends_all_choices() -> None:
     replica = Replica("one", fake_step_s=0.002)
     async with cluster(replica) as dispatcher:
-        late, cancelled, lost = RecordingSink(), RecordingSink(), RecordingSink()
+        late, cancelled = RecordingSink(), RecordingSink()
         dispatcher.submit(make_request(range(30), 900, n=4, timeout_s=0.1), late)
         cancel = dispatcher.submit(make_request(range(30), 900, n=4), cancelled)
         assert isinstance((await late.wait()).error, DeadlineError)
@@ -188,10 +190,6 @@ async def test_a_deadline_a_cancel_or_a_loss_ends_all_choices() -> None:
         cancel()
         assert isinstance(cancelled.error, CancelledRequestError)
         await assert_idle(dispatcher, replica)
-        dispatcher.submit(make_request(range(30), 900, n=4), lost)
-        await until(lambda: len(lost.answers) == 4)
-        await replica.kill()
-        assert isinstance((await lost.wait()).error, UnavailableError)
 
 
 async def test_cancel_in_the_queue() -> None:
@@ -248,36 +246,6 @@ async def test_the_engine_keeps_a_deadline_by_itself() -> None:
         assert isinstance((await sink.wait()).error, DeadlineError)
 
 
-async def test_a_killed_replica_costs_only_what_it_had_begun() -> None:
-    """Two run and have tokens, the rest waits there: those two end UNAVAILABLE, the others begin anew elsewhere."""
-    lost = Replica("lost", max_num_sequences=2, fake_step_s=0.005)
-    other = Replica("other")
-    async with cluster(lost) as dispatcher:
-        requests = [make_request(range(i, i + 20), 200) for i in range(6)]
-        sinks = [RecordingSink() for _ in requests]
-        for request, sink in zip(requests, sinks, strict=True):
-            dispatcher.submit(request, sink)
-        await until(lambda: sum(bool(sink.token_ids) for sink in sinks) == 2)
-        num_sent = sum(bool(sink.decisions) for sink in sinks)
-        assert num_sent > 2
-        await lost.kill()
-        await other.start()
-        dispatcher.update_replicas([other.address])
-        for request, sink in zip(requests, sinks, strict=True):
-            await sink.wait()
-            if sink.error is None:
-                assert_answers(sink, request)
-                assert sink.decisions[-1].replica == "other"
-            else:
-                assert isinstance(sink.error, UnavailableError)
-                assert sink.error.reason == Reason.REPLICA_LOST
-                assert sink.token_ids
-        assert sum(sink.error is not None for sink in sinks) == 2
-        assert sum(len(sink.decisions) == 2 for sink in sinks) == num_sent - 2
-        await assert_idle(dispatcher, other)
-    await other.stop()
-
-
 def was_sent(sink: RecordingSink, times: int) -> bool:
     return len(sink.decisions) == times
 
@@ -311,20 +279,17 @@ async def test_a_replica_that_ends_every_work_at_once_is_given_up_as_well() -> N
 
 
 async def test_a_broken_stream_is_attached_again() -> None:
-    """The replica is well, only the connection broke: its works are aborted there, and the next ones are served."""
+    """The replica is well, only the connection broke: its works are aborted there, and sent again."""
     replica = Replica("one", fake_step_s=0.002)
     async with cluster(replica) as dispatcher:
-        sink = RecordingSink()
-        dispatcher.submit(make_request(range(30), 500), sink)
+        request, sink = make_request(range(30), 500), RecordingSink()
+        dispatcher.submit(request, sink)
         await until(lambda: bool(sink.token_ids))
         port = int(replica.server.address.rpartition(":")[2])
         await replica.server.stop(0.0)
-        assert isinstance((await sink.wait()).error, UnavailableError)
         replica.server = await _server_again(replica, port)
-        again = make_request(range(30), 5)
-        sink = RecordingSink()
-        dispatcher.submit(again, sink)
-        assert_answers(await sink.wait(), again)
+        assert_answers(await sink.wait(), request)
+        assert [decision.replica for decision in sink.decisions] == ["one", "one"]
         await assert_idle(dispatcher, replica)
 
 
@@ -374,19 +339,6 @@ async def test_work_that_crosses_the_announcement_of_a_drain_is_placed_again() -
         assert sink.decisions[-1].replica == "two"
         assert sink.decisions[-1].attempt == len(sink.decisions) > 1
     await two.stop()
-
-
-async def test_a_drain_that_takes_too_long_ends_with_lost_streams() -> None:
-    replica = Replica("one", fake_step_s=0.01)
-    async with cluster(replica) as dispatcher:
-        sink = RecordingSink()
-        dispatcher.submit(make_request(range(20), 900), sink)
-        await until(lambda: bool(sink.token_ids))
-        assert not await replica.server.drain(0.05)
-        await replica.server.stop()
-        await sink.wait()
-        assert isinstance(sink.error, UnavailableError)
-        assert sink.error.reason == Reason.REPLICA_LOST
 
 
 async def test_a_replica_that_leaves_the_set_finishes_its_work_and_is_let_go() -> None:
@@ -526,7 +478,8 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
 async def test_a_sink_may_cancel_its_neighbours_when_it_ends(fate: str) -> None:
     """As a broken Session does. The neighbours are ending for the same reason at the same moment."""
     replica = Replica("one", fake_step_s=0.1)
-    async with cluster(*([replica] if fate == "lost" else []), no_replica_wait_s=0.05) as dispatcher:
+    wait_s = 0.05 if fate == "no replica" else 30.0  # to attach may take longer than the one
+    async with cluster(*([replica] if fate == "lost" else []), no_replica_wait_s=wait_s) as dispatcher:
         cancels: list[Callable[[], None]] = []
         sinks = [Cancelling(cancels) for _ in range(3)]
         for sink in sinks:
@@ -535,7 +488,7 @@ async def test_a_sink_may_cancel_its_neighbours_when_it_ends(fate: str) -> None:
         if fate == "lost":
             await until(lambda: all(sink.decisions for sink in sinks))
             for flight in dispatcher._flights:
-                flight.num_losses = 2
+                flight.num_idle_losses = 2
             await replica.kill()
         for sink in sinks:
             await sink.wait()

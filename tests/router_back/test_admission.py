@@ -22,8 +22,8 @@ def test_a_permit_is_queued_then_running_then_gone() -> None:
     assert counts(admission) == (1, 40, 0)
     permit.dispatched(1.0)
     assert counts(admission) == (0, 0, 1)
-    permit.requeued()
-    assert counts(admission) == (1, 40, 0)
+    permit.requeued(45)  # with five tokens of its answer
+    assert counts(admission) == (1, 45, 0)
     permit.dispatched(2.0)
     permit.release()
     assert counts(admission) == (0, 0, 0)
@@ -52,7 +52,7 @@ def test_a_request_counts_once_for_each_of_its_choices() -> None:
     other = admission.admit(1, 0.0, num_choices=3)
     assert counts(admission) == (2, 11, 0)
     permit.dispatched(0.0)
-    permit.requeued()
+    permit.requeued(10)
     with pytest.raises(OverloadedError):
         admission.admit(1, 0.0)
     permit.release()
@@ -74,7 +74,7 @@ def test_a_lost_request_is_queued_again_even_when_the_queue_is_full() -> None:
     lost = admission.admit(60, 0.0)
     lost.dispatched(0.0)
     admission.admit(90, 0.0)
-    lost.requeued()
+    lost.requeued(60)
     assert counts(admission) == (2, 150, 0)
 
 
@@ -125,7 +125,8 @@ def test_the_books_agree_whatever_happens(operations: list[tuple[str, int]]) -> 
             running.append((permit, tokens))
         elif operation == "requeue" and running:
             permit, tokens = running.pop(number % len(running))
-            permit.requeued()
+            tokens += number % 3
+            permit.requeued(tokens)
             queued.append((permit, tokens))
         elif operation == "release" and (queued or running):
             source = queued or running
