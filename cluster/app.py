@@ -30,10 +30,14 @@ MAX_ONGOING_REQUESTS = 1_000
 MAX_START_ATTEMPTS = 3
 
 
-def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ: Mapping[str, str]) -> Any:
-    """Return the Serve application of `config` for nodes of `cores`."""
+def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ: Mapping[str, str] | None) -> Any:
+    """Return the Serve application of `config` for nodes of `cores`.
+
+    `environ` is what routers and replicas get variables from; None if Ray itself was started with them. Ray starts a
+    process that is to have variables of its own twice, for the first one sets them: 0.8 s more on a small machine.
+    """
     boot = ClusterBoot(config.log)
-    runtime_env = {"env_vars": forwarded(environ)}
+    environment = {} if environ is None else {"runtime_env": {"env_vars": forwarded(environ)}}
     stop_s = graceful_shutdown_timeout_s(config)
     common = {
         "max_ongoing_requests": MAX_ONGOING_REQUESTS,
@@ -49,15 +53,15 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
     worker = serve.deployment(
         name=WORKER,
         num_replicas=config.replicas.num_replicas,
-        ray_actor_options={**resources, "runtime_env": runtime_env},
+        ray_actor_options=resources | environment,
         request_router_config=RequestRouterConfig(
             request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": WORKER}
         ),
         **common,
     )(Worker)
-    router = serve.deployment(
-        name=ROUTER, num_replicas=1, ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env}, **common
-    )(Router)
+    router = serve.deployment(name=ROUTER, num_replicas=1, ray_actor_options={"num_cpus": 0} | environment, **common)(
+        Router
+    )
     workers = worker.bind(
         boot=boot,
         config=dataclasses.replace(

@@ -57,7 +57,8 @@ class Deployment:
         serve.start(proxy_location="Disabled")
         if self._name in serve.status().applications:
             raise StartupError(f"that Ray runs an application {self._name} already; name another with --app")
-        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=os.environ)
+        environ = os.environ if self._config.ray.address else None
+        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=environ)
         self._is_deployed = True
         serve.run_many(
             [serve.RunTarget(application, name=self._name, route_prefix=None)],

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from cluster.boot import ClusterBoot
+from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig, is_loopback
 from router.config import RouterConfig
 from router.key_file import read
@@ -102,7 +102,7 @@ def run(
         from cluster.ray_connection import connected
 
         note("starting Ray" if not config.ray.address else f"attaching to the Ray at {config.ray.address}")
-        ray_address = cluster.enter_context(connected(config.ray, note))
+        ray_address = cluster.enter_context(connected(config.ray, note, forwarded(os.environ)))
         stop.install()
         from cluster.deployment import Deployment
 

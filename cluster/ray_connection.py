@@ -15,7 +15,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,16 +43,23 @@ _OWN_RAY = {
 """Ray would run replicas at niceness 15, behind everything else on a laptop, and look ten times a second at a cluster
 of one node on which nothing changes."""
 
+NO_VARIABLES: Mapping[str, str] = {}
+
 
 @contextmanager
-def connected(config: RayConfig, note: Callable[[str], None]) -> Iterator[str]:
-    """Be connected to the Ray that `config` says; yields its address. Raises StartupError."""
+def connected(
+    config: RayConfig, note: Callable[[str], None], variables: Mapping[str, str] = NO_VARIABLES
+) -> Iterator[str]:
+    """Be connected to the Ray that `config` says; yields its address. Raises StartupError.
+
+    All processes of a Ray of our own have `variables` in their environment, where ours does not say otherwise.
+    """
     os.environ.setdefault(AUTO_CONNECT, "0")
     if config.address:
         with _attached(config.address) as address:
             yield address
         return
-    with _temp_dir(config, note) as temp_dir, _own(config, temp_dir) as address:
+    with _temp_dir(config, note) as temp_dir, _own(config, temp_dir, variables) as address:
         yield address
 
 
@@ -127,7 +134,7 @@ def _outer_address() -> str:
 
 
 @contextmanager
-def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
+def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Iterator[str]:
     for name, value in _OWN_RAY.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
@@ -137,19 +144,33 @@ def _own(config: RayConfig, temp_dir: Path) -> Iterator[str]:
     import ray
 
     try:
-        ray.init(
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            object_store_memory=config.object_store_bytes,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(temp_dir),
-        )
+        with _environment(variables):
+            ray.init(
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                object_store_memory=config.object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(temp_dir),
+            )
         yield ray.get_runtime_context().gcs_address
     finally:
         processes = descendants(os.getpid())
         _disconnect()
         await_end(processes, END_TIMEOUT_S)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have `variables` in the environment for the scope, but for those that it has already: processes that are started
+    keep them, this one does not."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _disconnect() -> None:

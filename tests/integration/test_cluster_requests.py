@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from octavo.internal.v1 import data_plane_pb2
 from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 from octavo.names import Span
 
+from cluster.boot import forwarded
 from cluster.model_fake import VOCAB_SIZE
 from tests.cluster import ClusterProcess
 from tests.collector import Collector
@@ -59,6 +61,13 @@ async def test_what_was_announced_is_what_runs(fake_cluster: ClusterProcess) -> 
         found = await status(channel)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
     assert found.version == ready["version"]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+async def test_replicas_have_the_variables_that_they_need(fake_cluster: ClusterProcess) -> None:
+    for pid in fake_cluster.pids:
+        variables = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in forwarded({}).items()} <= set(variables)
 
 
 async def test_a_stranger_gets_nothing_at_the_data_port(fake_cluster: ClusterProcess) -> None:
