@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,3 +17,8 @@ were answered a second over Session."""
 def grpc_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return what to add to `environ` for a router or a replica: nothing against what the operator chose."""
     return {EXPERIMENTS: environ.get(EXPERIMENTS, LEAN)}
+
+
+def process_environment() -> dict[str, str]:
+    """Return the environment for a process with a router or a replica that this one starts without Ray."""
+    return os.environ | grpc_environment(os.environ)

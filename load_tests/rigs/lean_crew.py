@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.grpc_environment import grpc_environment
+from cluster.grpc_environment import process_environment
 from load_tests.rigs.lean_client import DRAIN_S, LeanCounts
 from load_tests.rigs.router_clock import TICKS_PER_S
 from load_tests.rigs.router_model import RIG_WORDS
@@ -118,7 +117,7 @@ async def _start(target: str, load: LeanLoad, index: int) -> asyncio.subprocess.
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
         limit=16 << 20,
-        env=os.environ | grpc_environment(os.environ),
+        env=process_environment(),
     )
     job = {
         "target": target,

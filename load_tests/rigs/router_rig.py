@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.grpc_environment import grpc_environment
+from cluster.grpc_environment import process_environment
 from load_tests import process_tree
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +126,7 @@ class RouterRig:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | grpc_environment(os.environ),
+            env=process_environment(),
         )
         assert process.stdin is not None
         process.stdin.write(json.dumps(job) + "\n")
