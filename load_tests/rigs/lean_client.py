@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
+import uvloop
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2
 
@@ -261,4 +262,5 @@ def _say(**event: Any) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_run())

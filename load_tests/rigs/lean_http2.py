@@ -5,6 +5,9 @@ nothing, as those in compiled languages do. A grpc.aio client takes as much of a
     stream = connection.call("/octavo.v1.InferenceService/Generate", message)
     ... listener.arrived(stream, message) for each message, then listener.ended(stream, status) ...
 
+    stream = connection.open("/octavo.v1.InferenceService/Session")        a stream of requests, too
+    connection.send(stream, message)
+
 In clear text, to servers that are trusted: no flow control of what is received (its windows are as large as can be),
 no compression of headers in either direction, no TLS, no cancels, no deadlines.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import deque
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
@@ -85,8 +88,11 @@ class Http2(asyncio.Protocol):
         self._headers: dict[str, bytes] = {}
         self._window = DEFAULT_WINDOW
         """Bytes that may be sent."""
-        self._waiting: deque[tuple[int, bytes]] = deque()
-        """Requests for which the window is too small: bytes of data, and the frames."""
+        self._windows: dict[int, int] = {}
+        """The same of each stream of several messages; a request alone fits."""
+        self._initial_window = DEFAULT_WINDOW
+        self._waiting: deque[tuple[int, int, bytes]] = deque()
+        """Messages for which a window is too small: their stream, bytes of data, and the frames."""
 
     @classmethod
     async def connect(cls, target: str, listener: Listener) -> Http2:
@@ -98,16 +104,24 @@ class Http2(asyncio.Protocol):
 
     def call(self, path: str, message: bytes) -> int:
         """Send a request; return its stream."""
-        stream, self._next_stream = self._next_stream, self._next_stream + 2
-        self._parts[stream] = b""
-        headers = self._headers.get(path)
-        if headers is None:
-            headers = self._headers[path] = request_headers(self._authority, path)
-        data = b"\x00" + len(message).to_bytes(4, "big") + message
-        frames = frame(HEADERS, END_HEADERS, stream, headers) + frame(DATA, END_STREAM, stream, data)
-        self._waiting.append((len(data), frames))
+        stream, headers = self._begin(path)
+        data = _prefixed(message)
+        self._waiting.append((stream, len(data), headers + frame(DATA, END_STREAM, stream, data)))
         self._send()
         return stream
+
+    def open(self, path: str) -> int:
+        """Begin a stream of requests; return it."""
+        stream, headers = self._begin(path)
+        self._windows[stream] = self._initial_window
+        self._transport.write(headers)
+        return stream
+
+    def send(self, stream: int, message: bytes) -> None:
+        """Send one more request of a stream that was opened."""
+        data = _prefixed(message)
+        self._waiting.append((stream, len(data), frame(DATA, 0, stream, data)))
+        self._send()
 
     def close(self) -> None:
         """Streams that are open end as cancelled."""
@@ -117,8 +131,7 @@ class Http2(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # which uvloop's is, but not by inheritance
         settings = ((HEADER_TABLE_SIZE, 0), (ENABLE_PUSH, 0), (INITIAL_WINDOW_SIZE, MAX_WINDOW))
         payload = b"".join(struct.pack(">HI", name, value) for name, value in settings)
         window = (MAX_WINDOW - DEFAULT_WINDOW).to_bytes(4, "big")
@@ -150,11 +163,19 @@ class Http2(asyncio.Protocol):
         elif kind == RST_STREAM:
             self._end(stream, CANCELLED)
         elif kind == SETTINGS and not flags & ACK:
+            for name, value in struct.iter_unpack(">HI", payload):
+                if name == INITIAL_WINDOW_SIZE:
+                    for each in self._windows:
+                        self._windows[each] += value - self._initial_window
+                    self._initial_window = value
             self._transport.write(frame(SETTINGS, ACK, 0, b""))
         elif kind == PING and not flags & ACK:
             self._transport.write(frame(PING, ACK, 0, payload))
-        elif kind == WINDOW_UPDATE and stream == 0:
-            self._window += int.from_bytes(payload, "big")
+        elif kind == WINDOW_UPDATE:
+            if stream == 0:
+                self._window += int.from_bytes(payload, "big")
+            elif stream in self._windows:
+                self._windows[stream] += int.from_bytes(payload, "big")
             self._send()
         elif kind == GOAWAY:
             self._transport.close()
@@ -173,7 +194,17 @@ class Http2(asyncio.Protocol):
             start = after
         self._parts[stream] = data[start:]
 
+    def _begin(self, path: str) -> tuple[int, bytes]:
+        """Return a new stream and the frame that opens it."""
+        stream, self._next_stream = self._next_stream, self._next_stream + 2
+        self._parts[stream] = b""
+        headers = self._headers.get(path)
+        if headers is None:
+            headers = self._headers[path] = request_headers(self._authority, path)
+        return stream, frame(HEADERS, END_HEADERS, stream, headers)
+
     def _end(self, stream: int, status: str) -> None:
+        self._windows.pop(stream, None)
         if self._parts.pop(stream, None) is not None:
             self._listener.ended(stream, status)
 
@@ -184,9 +215,19 @@ class Http2(asyncio.Protocol):
 
     def _send(self) -> None:
         frames = []
-        while self._waiting and self._waiting[0][0] <= self._window:
-            size, text = self._waiting.popleft()
+        while self._waiting:
+            stream, size, text = self._waiting[0]
+            if size > min(self._window, self._windows.get(stream, MAX_WINDOW)):
+                break
+            self._waiting.popleft()
             self._window -= size
+            if stream in self._windows:
+                self._windows[stream] -= size
             frames.append(text)
         if frames:
             self._transport.write(b"".join(frames))
+
+
+def _prefixed(message: bytes) -> bytes:
+    """Return a message as gRPC sends it, not compressed."""
+    return b"\x00" + len(message).to_bytes(4, "big") + message

@@ -18,6 +18,8 @@ import sys
 import time
 from typing import Any
 
+import uvloop
+
 from workers.handshake import ClusterKeys
 
 
@@ -26,7 +28,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which closes our standard input
     job = json.loads(sys.stdin.readline())
     keys = ClusterKeys.derive(bytes.fromhex(job["secret"]))
-    asyncio.run(_replica(job, keys) if job["role"] == "replica" else _router(job, keys))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as Ray has it for actors
+        runner.run(_replica(job, keys) if job["role"] == "replica" else _router(job, keys))
 
 
 async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
