@@ -2,10 +2,11 @@
 
 Answers that begin together end together: a tenant with a long queue that takes all free places at once has them all
 again at the next moment they are free, and in between a newcomer finds none, whatever its turn. So, while several
-tenants are served, one that took more than `MORE` times an equal part of the places of late takes free ones over
-`FILL_SHARE` of the time that an answer takes, and not at once. That spreads its answers over time and leaves a few
-places for newcomers; simulated, it costs 3 to 6 % of all that replicas can do. All other tenants, and a tenant alone,
-take places at once.
+tenants are served, one that has more than `MORE` times an equal part of the places, or took more of late, takes free
+ones over `FILL_SHARE` of the time that an answer takes, not at once, and leaves `KEPT_SHARE` of all. That spreads its
+answers over time and leaves a few places for newcomers, also in the first second in which somebody asks for too much;
+simulated, it costs 4 to 7 % of all that replicas can do. All other tenants, a tenant alone, and anybody while plenty is
+free and nothing waits for lack of places, take places at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ MORE: Final = 1.3
 LEAST_SHARE: Final = 0.1
 """A tenant with less is never one that has too much, however many there are."""
 FILL_SHARE: Final = 0.2
+PLENTY_SHARE: Final = 0.25
+"""Of all places: so many that are free are enough for everybody."""
+KEPT_SHARE: Final = 0.05
+"""Of all places: so many stay free. None of fewer than twenty."""
+LOOK_SHARE: Final = 0.25
+"""Of the time in which places are filled: when those that are kept free are looked at again."""
 AT_ONCE: Final = 0.1
 """Of free places: at most, after a time in which there were none."""
 MEMORY: Final = 256
@@ -27,6 +34,9 @@ class Filling:
     """`now` never decreases."""
 
     def __init__(self) -> None:
+        self._held: dict[str, int] = {}
+        """Places by tenant, of those that have any."""
+        self._num_held = 0
         self._taken: dict[str, float] = {}
         """Places taken of late by tenant, each worth what `_weight` was."""
         self._total = 0.0
@@ -37,20 +47,43 @@ class Filling:
         self._due: float | None = None
 
     def taken(self, tenant: str, num_places: int) -> None:
-        """`tenant` takes places."""
-        if self.has_too_much(tenant):
+        """`tenant` takes places; `left` follows once."""
+        if self.has_too_much(tenant, 0):
             self._allowance = max(self._allowance - num_places, 0.0)
+        self._held[tenant] = self._held.get(tenant, 0) + num_places
+        self._num_held += num_places
         self._weight *= 1 + num_places / MEMORY
         self._taken[tenant] = self._taken.get(tenant, 0.0) + num_places * self._weight
         self._total += num_places * self._weight
         if self._weight > 1e100 or len(self._taken) > MAX_REMEMBERED:
             self._tidy()
 
+    def left(self, tenant: str, num_places: int) -> None:
+        """`tenant` has given places back."""
+        self._num_held -= num_places
+        if held := self._held[tenant] - num_places:
+            self._held[tenant] = held
+        else:
+            del self._held[tenant]
+
     def answered(self, answer_s: float) -> None:
         """An answer took so long."""
         self._answer_s += (answer_s - self._answer_s) / 64 if self._answer_s else answer_s
 
-    def has_too_much(self, tenant: str) -> bool:
+    def may_go(self, tenant: str, now: float, num_free: int, *, is_held: bool) -> bool:
+        """Say whether `tenant` may take one of so many free places; if not, look at `due`. `is_held`: others waited
+        for lack of places."""
+        if not self.has_too_much(tenant, num_free):
+            return True
+        if not is_held and num_free > PLENTY_SHARE * (num_free + self._num_held):
+            return True
+        return self._may_take(now, num_free)
+
+    def has_too_much(self, tenant: str, num_free: int) -> bool:
+        """Say whether it has more than its part now, or took more of late."""
+        held, places = self._held.get(tenant, 0), num_free + self._num_held
+        if len(self._held) > 1 and held > max(MORE / len(self._held), LEAST_SHARE) * places:
+            return True
         if len(self._taken) < 2:
             return False
         own = self._taken.get(tenant, 0.0)
@@ -59,11 +92,14 @@ class Filling:
         num_active = sum(taken * 100 > self._total for taken in self._taken.values())
         return num_active > 1 and own * num_active > MORE * self._total
 
-    def may_take(self, now: float, num_free: int) -> bool:
-        """Say whether a tenant that has too much may take one of so many free places; if not, look at `due`."""
+    def _may_take(self, now: float, num_free: int) -> bool:
+        """Say so of one that has too much."""
         fill_s = FILL_SHARE * self._answer_s
         if not fill_s:
             return True
+        if num_free <= int(KEPT_SHARE * (num_free + self._num_held)):
+            self._due = now + LOOK_SHARE * fill_s
+            return False
         elapsed, self._at = max(now - self._at, 0.0), now
         self._allowance = min(self._allowance + num_free * min(elapsed / fill_s, AT_ONCE), num_free)
         self._due = None if self._allowance > 1.0 - 1e-6 else now + (1.0 - self._allowance) * fill_s / max(num_free, 1)

@@ -109,6 +109,7 @@ class MeasuredForecast:
         self._speeds.num_sent += 1
 
     def unsent(self, queued: Queued) -> None:
+        self._order.left(queued.request.tenant, queued.request.n)
         self._order.settle(queued.request.priority, queued.request.tenant, -queued.cost)
 
     def recalled(self, queued: Queued) -> None:
@@ -127,6 +128,7 @@ class MeasuredForecast:
         )
         if is_answered:
             self._order.answered(now - flight.sent_at)
+        self._order.left(request.tenant, request.n)
         used = 0 if is_lost else request.num_known_tokens + num_tokens
         self._order.settle(request.priority, request.tenant, used - flight.charge)
 

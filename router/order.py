@@ -67,7 +67,7 @@ class FairOrder:
         self._filling.rest()
 
         def may_go(tenant: str) -> bool:
-            return not (is_held and self._filling.has_too_much(tenant)) or self._filling.may_take(now, num_free)
+            return self._filling.may_go(tenant, now, num_free, is_held=is_held)
 
         for priority in self._priorities:
             queued = self._classes[priority].next(now, at, may_go)
@@ -92,6 +92,10 @@ class FairOrder:
     def answered(self, answer_s: float) -> None:
         """An answer took so long from when it went."""
         self._filling.answered(answer_s)
+
+    def left(self, tenant: str, num_places: int) -> None:
+        """What was taken for `tenant` is over, or did not go after all."""
+        self._filling.left(tenant, num_places)
 
     def settle(self, priority: int, tenant: str, num_tokens: int) -> None:
         """What a tenant was charged with `take` was too little by so much; less than 0: too much."""

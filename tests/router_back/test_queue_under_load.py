@@ -95,6 +95,20 @@ def test_a_greedy_tenant_costs_the_others_next_to_nothing(timeout_s: float | Non
     assert len(fates.answered) >= 0.9 * 200 * 10, "what they leave is the greedy one's"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_greedy_tenant_costs_the_others_little_from_its_first_second_on(seed: int) -> None:
+    """It took all places before it was seen to have too much, and for as long as an answer takes every tenth request of
+    the others waited for 100 ms and more."""
+    calm = modest_and_greedy(greedy=False, seed=seed)
+    rng = random.Random(seed)
+    times = [3.0 + at for at in poisson(rng, 800.0, 2.0)]
+    rush = [request(f"greedy{i}", at, tenant="greedy", timeout_s=5.0) for i, at in enumerate(times)]
+    fates = simulate([*calm, *rush], places=64, service_s=0.32)
+    waits = [fates.waits[one.request_id] for one in calm if 3.0 <= one.accepted_at < 4.0]
+    assert percentile(waits, 0.9) <= 0.05
+    assert len(fates.answered) - len(calm) >= 0.9 * 104 * 2, "what they leave is the greedy one's"
+
+
 def test_a_full_backlog_is_shared() -> None:
     plan = [request(f"greedy{i}", 0.0, tenant="greedy") for i in range(200)]
     plan += [request(f"modest{i}", 0.1, tenant="modest") for i in range(20)]
