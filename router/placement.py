@@ -21,7 +21,6 @@ from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from router.affinity import favourite
-from router.prefix_index import slots_of
 from router.roster import Roster
 from router.types import Candidate, Decision, Request
 from workers.prefix import PrefixHasher
@@ -214,15 +213,17 @@ def _listed(chosen: int, levels: Sequence[_Level], shared: Mapping[int, Candidat
     first: list[Candidate] = []
     others: list[Candidate] = []
     for _, slots, matched, uncached in levels:
-        if slots >> chosen & 1:
+        left = slots
+        if not first and left >> chosen & 1:
             first.append(shared.get(chosen) or _candidate(roster, chosen, matched, uncached))
+            left ^= 1 << chosen
+        while left and len(others) < MAX_CANDIDATES - 1:
+            lowest = left & -left
+            left ^= lowest
+            slot = lowest.bit_length() - 1
+            others.append(shared.get(slot) or _candidate(roster, slot, matched, uncached))
         if first and len(others) == MAX_CANDIDATES - 1:
             break
-        for slot in slots_of(slots):
-            if len(others) == MAX_CANDIDATES - 1:
-                break
-            if slot != chosen:
-                others.append(shared.get(slot) or _candidate(roster, slot, matched, uncached))
     return first + others
 
 

@@ -93,14 +93,17 @@ class PrefixIndex:
         if replica is None:
             replica = self._replicas[slot] = _Replica()
         bit, blocks, holders, names = 1 << slot, replica.blocks, self._holders, self._names
-        before = len(blocks)
+        before, mask = len(blocks), 0
         # Backwards: of one prompt the tail is forgotten first, as without its head it would match nothing.
         for block_hash in reversed(list(hashes)):
             if block_hash in blocks:
                 continue
             name = names.setdefault(block_hash, block_hash)
             blocks[name] = None
-            holders[name] = holders.get(name, 0) | bit
+            # The blocks of one prompt mostly have the same holders, and then share the one set.
+            if (now := holders.get(name, 0) | bit) != mask:
+                mask = now
+            holders[name] = mask
             replica.num_told += 1
             replica.digest = toggle(replica.digest, name)
         self.num_entries += len(blocks) - before
@@ -141,14 +144,16 @@ class PrefixIndex:
 
     def expect(self, slot: int, hashes: Iterable[bytes]) -> None:
         """A prompt with these blocks is on its way to the replica. `unexpect` the same ones once."""
-        bit, expected = 1 << slot, self._expected
+        bit, expected, mask = 1 << slot, self._expected, 0
         for block_hash in hashes:
-            mask = expected.get(block_hash, 0)
-            if mask & bit:
+            before = expected.get(block_hash, 0)
+            if before & bit:
                 key = (slot, block_hash)
                 self._repeated[key] = self._repeated.get(key, 0) + 1
             else:
-                expected[block_hash] = mask | bit
+                if (now := before | bit) != mask:
+                    mask = now
+                expected[block_hash] = mask
 
     def unexpect(self, slot: int, hashes: Iterable[bytes]) -> None:
         bit, expected, repeated = 1 << slot, self._expected, self._repeated
@@ -171,17 +176,17 @@ class PrefixIndex:
     def match(self, hashes: Iterable[bytes]) -> Matches:
         """Return who has a beginning of the prompt with these blocks. Asks for no more of them than anybody has, and
         one. Most blocks are where the ones before them are, and change nothing."""
-        holders, expected = self._holders, self._expected
+        holders, expected = self._holders.get, self._expected.get
         runs: list[tuple[int, int]] = []
         shared: dict[int, tuple[int, int]] = {}
         first_missing: dict[int, int] = {}
         has_all = computes = 0
         number = last_resident = last_coming = 0
         for number, block_hash in enumerate(hashes):
-            resident = holders.get(block_hash, 0)
+            resident = holders(block_hash, 0)
             if number and resident == has_all and not computes:
                 continue
-            coming = expected.get(block_hash, 0)
+            coming = expected(block_hash, 0)
             if number and resident == last_resident and coming == last_coming:
                 continue
             last_resident, last_coming = resident, coming
