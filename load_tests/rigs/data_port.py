@@ -1,9 +1,12 @@
 """A router's stream to a replica with nothing of a router behind it: one request, the message with its first token.
 
-    async with DataPort(rig.replicas["replica-0"], "replica-0", rig.secret) as port:
-        seconds = await port.ask(prompt)
+    port = DataPort("replica-0", rig.secret)
+    await port.attach(rig.replicas["replica-0"])
+    seconds = await port.ask(prompt)
+    port.close()
 
-It proves the cluster's secret as routers do. One token a request; not for many at once.
+It proves the cluster's secret as routers do. One token a request; not for many at once. The connection is made by hand
+(`lean_http2.py`), so that what is beside it can be measured over one that is the same.
 """
 
 from __future__ import annotations
@@ -12,22 +15,23 @@ import asyncio
 import itertools
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, Self
 
-import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
-from octavo.internal.v1.data_plane_pb2_grpc import DataPlaneServiceStub
 
+from load_tests.rigs.lean_http2 import Http2
 from load_tests.rigs.router_model import rig_manifest
 from router.hello import RouterIdentity, shake_hands
 from workers.handshake import ClusterKeys
 
+_ATTACH = "/octavo.internal.v1.DataPlaneService/Attach"
+WINDOW_BATCHES = 64
+ATTACH_S = 10.0
+
 
 class DataPort:
-    """Attached while it is entered."""
+    """Attached from `attach` to `close`. A `Listener` of its connection, and for `shake_hands` the call."""
 
-    def __init__(self, address: str, replica_id: str, secret: bytes) -> None:
+    def __init__(self, replica_id: str, secret: bytes) -> None:
         manifest = rig_manifest()
         self._replica_id = replica_id
         self._identity = RouterIdentity(
@@ -37,27 +41,24 @@ class DataPort:
             model_fingerprint=manifest.model_fingerprint,
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         )
-        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._call: Any = None
+        self._connection: Http2
+        self._stream = 0
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[float]] = {}
-        self._reader: asyncio.Task[None] | None = None
-        self._writing = asyncio.Lock()
-        """Two tasks that write at once end a stream."""
+        self._greetings: asyncio.Queue[pb.AttachResponse] = asyncio.Queue()
+        """Messages of the handshake."""
+        self._is_attached = False
 
-    async def __aenter__(self) -> Self:
-        self._call = DataPlaneServiceStub(self._channel).Attach()
-        await shake_hands(self._call, self._identity, self._replica_id, credit=64)
-        self._reader = asyncio.create_task(self._read())
-        return self
+    async def attach(self, address: str) -> None:
+        """Raises what `shake_hands` raises."""
+        self._connection = await Http2.connect(address, self)
+        self._stream = self._connection.open(_ATTACH)
+        async with asyncio.timeout(ATTACH_S):
+            await shake_hands(self, self._identity, self._replica_id, credit=WINDOW_BATCHES)
+        self._is_attached = True
 
-    async def __aexit__(self, *_: object) -> None:
-        assert self._reader is not None
-        self._reader.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._reader
-        self._call.cancel()
-        await self._channel.close()
+    def close(self) -> None:
+        self._connection.close()
 
     async def ask(self, prompt: Sequence[int]) -> float:
         """Return when (monotonic) the message with the one token was there."""
@@ -67,20 +68,33 @@ class DataPort:
             prompt_token_ids=prompt, max_tokens=1, n=1, sampling=pb.SamplingParams(top_p=1.0, repetition_penalty=1.0)
         )
         work = pb.Work(work_id=number, request_id=f"bare-{number}", attempt=1, generate=generate)
-        await self._write(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=number, work=[work])))
+        await self.write(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=number, work=[work])))
         return await answered
 
-    async def _read(self) -> None:
-        while (message := await self._call.read()) is not grpc.aio.EOF:
-            if not message.HasField("step_batch"):
-                continue
-            now = time.monotonic()
-            for delta in message.step_batch.deltas:
-                answered = self._waiting.pop(delta.work_id, None)
-                if answered is not None:
-                    answered.set_result(now)
-            await self._write(pb.AttachRequest(credit=pb.Credit(step_batches=1)))
+    # As `shake_hands` sees it: a call.
 
-    async def _write(self, message: pb.AttachRequest) -> None:
-        async with self._writing:
-            await self._call.write(message)
+    async def read(self) -> pb.AttachResponse:
+        return await self._greetings.get()
+
+    async def write(self, message: pb.AttachRequest) -> None:
+        self._connection.send(self._stream, message.SerializeToString())
+
+    # As its connection sees it.
+
+    def arrived(self, stream: int, message: bytes) -> None:
+        now, response = time.monotonic(), pb.AttachResponse.FromString(message)
+        if not self._is_attached:
+            self._greetings.put_nowait(response)
+        if not response.HasField("step_batch"):
+            return
+        for delta in response.step_batch.deltas:
+            answered = self._waiting.pop(delta.work_id, None)
+            if answered is not None:
+                answered.set_result(now)
+        credit = pb.AttachRequest(credit=pb.Credit(step_batches=1))
+        self._connection.send(self._stream, credit.SerializeToString())
+
+    def ended(self, stream: int, status: str) -> None:
+        for answered in self._waiting.values():
+            answered.set_exception(ConnectionError(f"the replica ended the stream with status {status}"))
+        self._waiting.clear()

@@ -11,6 +11,7 @@ from octavo.v1 import inference_service_pb2 as pb
 from load_tests.rigs.lean_client import GenerateWay, LeanClient
 from load_tests.rigs.lean_http2 import (
     ACK,
+    CANCELLED,
     DATA,
     END_STREAM,
     GOAWAY,
@@ -169,3 +170,32 @@ async def test_no_more_is_sent_than_the_server_takes() -> None:
     assert len(wire.written) == sent > 60_000
     connection.data_received(frame(WINDOW_UPDATE, 0, 0, (20_000).to_bytes(4, "big")))
     assert len(wire.written) > sent + 10_000
+
+
+async def test_a_stream_of_requests_larger_than_its_window() -> None:
+    """A server that counts what it reads, and so opens its windows again."""
+
+    async def echo(_requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            assert isinstance(message, bytes)
+            await context.write(len(message).to_bytes(4, "big"))
+
+    server = grpc.aio.server()
+    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(echo)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    heard = Heard()
+    connection = await Http2.connect(f"127.0.0.1:{port}", heard)
+    stream = connection.open("/test/Echo")
+    sizes = [1, 8_000, *([16_000] * 50)]
+    for size in sizes:
+        connection.send(stream, b"x" * size)
+    async with asyncio.timeout(10.0):
+        while len(heard.messages.get(stream, [])) < len(sizes):
+            heard.has_news.clear()
+            await heard.has_news.wait()
+    assert heard.messages[stream] == [size.to_bytes(4, "big") for size in sizes]
+    connection.close()
+    assert heard.ends == {stream: CANCELLED}
+    await server.stop(None)
