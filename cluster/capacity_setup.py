@@ -70,7 +70,7 @@ def on_this_machine(config: EngineConfig, checkpoint: Checkpoint) -> Setup:
         return Setup(
             formats=(weights,),
             configured=weights,
-            cache=weights.name,
+            cache="bf16" if is_bf16 and kernels.activations(torch.bfloat16) is torch.bfloat16 else "fp32",
             native=None,
             unmeasured=f"torch computes: {reason}",
         )

@@ -18,7 +18,8 @@ class EngineConfig:
     dtype: str = "auto"
     """What activations are computed in. int8: rounded to int8 per token and group of 32 before each product with 4-bit
     or 8-bit weights, keys and values kept in fp16. bf16: native kernels round nothing but keys and values, to fp16;
-    torch computes in bf16. auto: int8 with native kernels, otherwise bf16 where the CPU multiplies it, else fp32."""
+    torch computes in bf16 where the CPU multiplies it, and elsewhere rounds nothing but weights, to fp16.
+    auto: int8 with native kernels, otherwise bf16 where the CPU multiplies it, else fp32."""
     weights: str = "auto"
     """How native kernels store them. exact: as the file has them (Q4_0, Q4_1, Q8_0, bf16, fp32). bf16, int8, int4:
     rounded to that, unless the file has fewer bits. auto: int8 with dtype int8, else exact."""

@@ -2,7 +2,7 @@
 
 dtype     kernels native                              kernels torch
 fp32      fp32 activations, cache in fp32             fp32
-bf16      fp32 activations, cache in fp16             bf16
+bf16      fp32 activations, cache in fp16             bf16; fp32 with weights in fp16 if the CPU has no bf16
 int8      int8 activations, cache in fp16             refused
 auto      int8, or fp32 if the shape forbids it       bf16 where the CPU multiplies it, else fp32
 """

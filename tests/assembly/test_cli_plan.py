@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from cluster import machine
 from cluster.cli import app
 from tests.models.model_directories import CONFIG, write_directory
+from workers import kernels
 from workers.errors import ConfigError, ModelFileError, StartupError
 from workers.native import library
 from workers.types import ModelFiles
@@ -90,14 +92,18 @@ def test_this_machine_is_measured(
         assert all(step["measured_ms"] > 0 for step in weights["steps"])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_where_torch_computes_nothing_is_measured_and_the_reason_said(
-    small_model: str, monkeypatch: pytest.MonkeyPatch
+    small_model: str, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
+    """With bf16 keys and values have the type that products have, which is fp32 where the CPU multiplies no bf16."""
     monkeypatch.setenv("OCTAVO_ENGINE__KERNELS", "torch")
-    monkeypatch.setenv("OCTAVO_ENGINE__DTYPE", "fp32")
+    monkeypatch.setenv("OCTAVO_ENGINE__DTYPE", dtype)
     plan = planned("--model", small_model, "--context", "0")
     assert plan["unmeasured"] == "torch computes: engine.kernels is 'torch'"
-    assert [weights["weights"] for weights in plan["weights"]] == ["fp32"]
+    assert [weights["weights"] for weights in plan["weights"]] == [dtype]
+    has_bf16 = dtype == "bf16" and kernels.activations(torch.bfloat16) is torch.bfloat16
+    assert plan["room"]["cache"] == ("bf16" if has_bf16 else "fp32")
     assert all(step["measured_ms"] is None for step in plan["weights"][0]["steps"])
 
 

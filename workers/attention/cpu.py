@@ -47,27 +47,29 @@ class _Gather:
     """Reads whole blocks, in an order that is fixed for the step, into memory that all its layers share."""
 
     def __init__(self, tables: torch.Tensor, cache: KvCache, compute: torch.dtype) -> None:
-        """`tables` is [n, blocks]."""
+        """`tables` is [n, blocks]. What is read is in `memory` [2, n * kv_heads, blocks * block_size, head_dim], keys
+        and values of a layer in the type `compute`, until the next layer is read."""
         heads = torch.arange(cache.num_kv_heads)
         keys = (tables[:, None, :] * cache.num_kv_heads + heads[:, None]).flatten()
         self._index = torch.cat((keys, keys + cache.num_blocks * cache.num_kv_heads))
         self._blocks = cache.blocks
-        self._memory = torch.empty(len(self._index), cache.block_size * cache.head_dim, dtype=cache.dtype)
+        self._read = torch.empty(len(self._index), cache.block_size * cache.head_dim, dtype=cache.dtype)
         size = (2, len(tables) * cache.num_kv_heads, tables.shape[1] * cache.block_size, cache.head_dim)
-        self._gathered = self._memory.view(size)
         self._is_narrow = cache.dtype is not compute
-        self._compute = compute
+        self.memory = torch.empty(size, dtype=compute) if self._is_narrow else self._read.view(size)
 
-    def __call__(self, layer: int) -> torch.Tensor:
-        """Return [2, n * kv_heads, blocks * block_size, head_dim]: keys and values of a layer, until the next call."""
-        torch.index_select(self._blocks[layer], 0, self._index, out=self._memory)
-        return self._gathered.to(self._compute) if self._is_narrow else self._gathered
+    def __call__(self, layer: int) -> None:
+        torch.index_select(self._blocks[layer], 0, self._index, out=self._read)
+        if self._is_narrow:
+            self.memory.copy_(self._read.view(self.memory.shape))
 
 
 class _Decode:
     def __init__(self, group: DecodeGroup, cache: KvCache, compute: torch.dtype) -> None:
         self.rows = group.rows
         self._gather = _Gather(group.tables, cache, compute)
+        keys, self._values = self._gather.memory.unbind()
+        self._keys = keys.transpose(1, 2)
         self._compute = compute
         self._scale = cache.head_dim**-0.5
         length = group.tables.shape[1] * cache.block_size
@@ -78,10 +80,11 @@ class _Decode:
 
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Map [n, heads, head_dim] to the same."""
-        keys, values = self._gather(layer).unbind()
-        own = queries.reshape(len(keys), -1, queries.shape[-1]).to(self._compute)
-        scores = torch.baddbmm(self._mask, own, keys.transpose(1, 2), alpha=self._scale)
-        return torch.bmm(scores.softmax(-1), values).view(queries.shape).to(queries.dtype)
+        self._gather(layer)
+        size = queries.shape
+        own = queries.reshape(self._keys.shape[0], -1, size[-1]).to(self._compute)
+        scores = torch.baddbmm(self._mask, own, self._keys, alpha=self._scale)
+        return torch.bmm(scores.softmax(-1), self._values).view(size).to(queries.dtype)
 
 
 class _Prefill:
@@ -89,19 +92,20 @@ class _Prefill:
         self.rows = slice(span.first, span.first + span.num_rows)
         self._gather = _Gather(span.table[None], cache, compute)
         self._compute = compute
-        self._length = span.start + span.num_rows
+        length = span.start + span.num_rows
+        self._keys, self._values = self._gather.memory[:, None, :, :length]
         self._mask = None
         if span.start:
-            beyond = torch.ones(span.num_rows, self._length, dtype=torch.bool).triu_(span.start + 1)
+            beyond = torch.ones(span.num_rows, length, dtype=torch.bool).triu_(span.start + 1)
             self._mask = torch.zeros(beyond.shape, dtype=compute).masked_fill_(beyond, -math.inf)
 
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Map [num_rows, heads, head_dim] to the same."""
-        keys, values = self._gather(layer)[:, None, :, : self._length]
+        self._gather(layer)
         mixed = scaled_dot_product_attention(
             queries.transpose(0, 1)[None].to(self._compute),
-            keys,
-            values,
+            self._keys,
+            self._values,
             attn_mask=self._mask,
             is_causal=self._mask is None,
             enable_gqa=True,

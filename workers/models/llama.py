@@ -66,7 +66,7 @@ class LlamaModel:
         has_fp16_weights = self.kernels == "fp16"
         self._head = Linear(head, None, dtype if has_fp16_weights else torch.float32)
         self._embedding = embedding.to(torch.float16 if has_fp16_weights else dtype)
-        self._eps = torch.full((1, 1, 1), shape.norm_eps)
+        self._eps = torch.full((1, 1), shape.norm_eps)
         self._frequencies = torch.from_numpy(inverse_frequencies(shape.rope, shape.head_dim))
         self.adapters: set[str] = set()
         """Names that a sequence may have."""
@@ -100,29 +100,32 @@ class LlamaModel:
     def forward(self, layout: StepLayout, attention: StepAttention) -> torch.Tensor:
         """Compute the rows of a step; return the logits [len(layout.sampling_rows), vocab_size] in fp32."""
         shape, adapters = self.shape, layout.adapter_rows
-        num_rotated = shape.num_heads + shape.num_kv_heads
+        queries_and_keys = (shape.num_heads, shape.num_kv_heads)
+        rotated_and_values = (sum(queries_and_keys), shape.num_kv_heads)
+        heads_of_all = (len(layout.tokens), sum(rotated_and_values), shape.head_dim)
         cos, sin = turns(layout.positions, self._frequencies)
         x = self._embedding[layout.tokens].float()
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._norm_of(x, layer.attention_norm), adapters)
-            qkv = qkv.view(len(x), num_rotated + shape.num_kv_heads, shape.head_dim)
-            heads = qkv[:, :num_rotated].float()
+            qkv = layer.qkv(self._norm_of(x, layer.attention_norm), adapters).view(heads_of_all)
+            heads, values = qkv.split_with_sizes(rotated_and_values, 1)
+            if self.dtype is not torch.float32:
+                heads = heads.float()
             if layer.head_norm is not None:
                 heads = rms_norm(heads, (shape.head_dim,), None, shape.norm_eps) * layer.head_norm
-            rotated = rotate(heads, cos, sin).to(self.dtype)
-            mixed = attention.attend(
-                number, rotated[:, : shape.num_heads], rotated[:, shape.num_heads :], qkv[:, num_rotated:]
-            )
-            x += layer.output(mixed, adapters)
-            gate, up = layer.gate_up(self._norm_of(x, layer.ffn_norm), adapters).chunk(2, dim=-1)
+            queries, keys = self._narrow(rotate(heads, cos, sin)).split_with_sizes(queries_and_keys, 1)
+            x += layer.output(attention.attend(number, queries, keys, values), adapters)
+            gate, up = layer.gate_up(self._norm_of(x, layer.ffn_norm), adapters).chunk(2, -1)
             x += layer.down(silu(gate).mul_(up), adapters)
         return self._head(self._norm_of(x[layout.sampling_rows], self._norm).float())
 
     def _norm_of(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the RMS norm of `x` [rows, hidden]: in 4 operators, where torch's own is a dozen small ones."""
-        rows = x[:, None]
-        scale = torch.baddbmm(self._eps, rows, rows.transpose(1, 2), alpha=1 / x.shape[-1]).rsqrt_()
-        return (x * scale[:, 0]).mul_(weight).to(self.dtype)
+        """Return the RMS norm of `x` [rows, hidden], in fewer and faster operators than torch's own is made of."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / self.shape.hidden_size).rsqrt_()
+        return self._narrow((x * scale).mul_(weight))
+
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.dtype is torch.float32 else x.to(self.dtype)
 
 
 def turns(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +143,8 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
         x y     left and right half        x y * cos cos
         y x     the same, swapped        + y x * -sin sin
     """
-    return (heads * cos).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sin)
+    left, right = heads.chunk(2, -1)
+    return (heads * cos).addcmul_(torch.cat((right, left), -1), sin)
 
 
 def _load_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype) -> _Layer:
