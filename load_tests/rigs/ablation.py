@@ -58,6 +58,7 @@ class NumbersOnly:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.shape: ModelShape = checkpoint.shape
         self.tensor = checkpoint.tensor
+        self.array = checkpoint.array
 
     def quantised(self, name: str, *size: int) -> None:
         """Say that nothing is quantised."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from octavo.client import Client, InvalidArgumentError
 
 from tests.cluster import ClusterProcess
+from workers.native import library
 
 pytestmark = pytest.mark.cluster
 
@@ -27,3 +30,14 @@ def test_how_kv_memory_was_sized_is_said_on_stderr(model_cluster: ClusterProcess
     (replica,) = model_cluster.ready["replicas"]
     said = f"octavo: replica {replica['id']}: KV cache: 512 blocks of 16 tokens x 737,280 bytes = 0.38 GB "
     assert said + "(engine.num_blocks); one sequence of 1,024 tokens needs 64" in model_cluster.errors()
+
+
+@pytest.mark.skipif(library.library() is None or not Path("/proc").exists(), reason="no C library, or no /proc")
+async def test_a_replica_has_no_torch(model_cluster: ClusterProcess) -> None:
+    """Neither of ours nor of what Ray and Serve import, also after answers that were drawn."""
+    async with Client(model_cluster.address) as client:
+        await client.complete([5] * 10, max_tokens=2, temperature=0.7, seed=1, ignore_eos=True, timeout=60)
+    (pid,) = model_cluster.pids
+    mapped = (Path("/proc") / str(pid) / "maps").read_text()
+    assert "_kernels" in mapped
+    assert "libtorch" not in mapped

@@ -67,7 +67,7 @@ def test_rotary_rows_come_back_in_halves(tmp_path: Path) -> None:
         by_head = tensors[f"blk.0.{stored}.weight"].reshape(heads, HEAD_DIM, HIDDEN)
         expected = np.concatenate([by_head[:, 0::2], by_head[:, 1::2]], axis=1).reshape(-1, HIDDEN)
         assert np.array_equal(tensor.numpy(), expected)
-    assert halves_from_pairs(torch.arange(8), num_heads=2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert halves_from_pairs(np.arange(8, dtype=np.float32), num_heads=2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_qwen_rows_stay_as_they_are(tmp_path: Path) -> None:

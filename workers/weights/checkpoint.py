@@ -45,6 +45,9 @@ class Checkpoint(Protocol):
         Raises ModelFileError with the name if it is missing, of another size, unreadable or not finite.
         """
 
+    def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
+        """Return what `tensor` returns, without torch where the file can be read without. Raises what it raises."""
+
     def quantised(self, name: str, *size: int) -> QuantisedRows | None:
         """Return the blocks of the matrix `name`, whose rows are those of `tensor`; None if it is stored otherwise.
 

@@ -1,24 +1,26 @@
 """A GGUF file as a `Checkpoint`: every quantisation that the package `gguf` can undo, given back as fp32.
 
 llama.cpp stores the rotary dimensions of architecture "llama" interleaved (pairs 0-1, 2-3, ...), Hugging Face in halves
-(pairs 0-32, 1-33, ...); `tensor` and `quantised` return the halves. `gguf` is imported when the first file is opened,
-not before.
+(pairs 0-32, 1-33, ...); all that is returned has the halves. `gguf` is imported when the first file is opened, and
+torch for the first tensor: packing needs none.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from workers.errors import ModelFileError
-from workers.weights.checkpoint import BLOCK_BYTES, QuantisedRows, checked
+from workers.weights.checkpoint import BLOCK_BYTES, QuantisedRows
 from workers.weights.gguf_header import GgufTensor, read_header
 from workers.weights.shape import ModelShape, from_gguf
+
+if TYPE_CHECKING:
+    import torch
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _IN_LAYER = {
@@ -35,7 +37,7 @@ _IN_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 
-Rows = TypeVar("Rows", torch.Tensor, npt.NDArray[np.uint8])
+Rows = TypeVar("Rows", npt.NDArray[np.float32], npt.NDArray[np.uint8])
 
 
 class GgufCheckpoint:
@@ -53,8 +55,18 @@ class GgufCheckpoint:
             raise ModelFileError(f"{path.name}: {error}") from error
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.array(name, *size))
+
+    def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
         entry = self._entry(name, size)
-        return self._in_halves(name, checked(self._dequantise(entry), self._where(entry.name), size))
+        values = self._dequantise(entry)
+        # A sum is not finite if any term is not: one pass without a mask of the tensor's size.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not np.isfinite(values.sum()):
+                raise ModelFileError(f"{self._where(entry.name)}: has numbers that are not finite")
+        return self._in_halves(name, values)
 
     def quantised(self, name: str, *size: int) -> QuantisedRows | None:
         entry = self._entry(name, size)
@@ -114,14 +126,14 @@ class GgufCheckpoint:
                     f"the file has {len(self._data)}"
                 )
 
-    def _dequantise(self, entry: GgufTensor) -> torch.Tensor:
+    def _dequantise(self, entry: GgufTensor) -> npt.NDArray[np.float32]:
         from gguf import quants
 
         try:
             values = quants.dequantize(self._raw(entry), _ggml_type(entry))
         except NotImplementedError as error:
             raise ModelFileError(f"tensor {entry.name!r} is of type {_ggml_type(entry).name}: {error}") from error
-        return torch.from_numpy(np.array(values, dtype=np.float32, copy=not values.flags.writeable))
+        return np.array(values, dtype=np.float32, copy=not values.flags.writeable)
 
     def _raw(self, entry: GgufTensor) -> npt.NDArray[np.uint8]:
         """Return the bytes of a tensor as [.., bytes of a row], mapped."""

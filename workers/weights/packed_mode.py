@@ -64,18 +64,18 @@ def packed_parts(checkpoint: Checkpoint, mode: PackingMode) -> Iterator[tuple[st
 
 def _vector(checkpoint: Checkpoint, part: Part) -> Array:
     ((tensor, size),) = part.tensors.items()
-    return np.ascontiguousarray(checkpoint.tensor(f"{tensor}.weight", size).numpy())
+    return np.ascontiguousarray(checkpoint.array(f"{tensor}.weight", size))
 
 
 def _matrix(checkpoint: Checkpoint, part: Part, mode: PackingMode) -> PackedMatrix:
     assert part.inputs is not None
     matrix = _pack_blocks(checkpoint, part, mode)
     if matrix is None:
-        tensors = [checkpoint.tensor(f"{name}.weight", size, part.inputs) for name, size in part.tensors.items()]
-        matrix = _pack_numbers(_ordered([tensor.numpy() for tensor in tensors], part), part, mode)
+        weights = [checkpoint.array(f"{name}.weight", size, part.inputs) for name, size in part.tensors.items()]
+        matrix = _pack_numbers(_ordered(weights, part), part, mode)
     if not part.has_bias:
         return matrix
-    biases = [checkpoint.tensor(f"{name}.bias", size).numpy() for name, size in part.tensors.items()]
+    biases = [checkpoint.array(f"{name}.bias", size) for name, size in part.tensors.items()]
     return matrix.with_bias(_ordered(biases, part))
 
 

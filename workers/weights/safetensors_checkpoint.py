@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -38,6 +40,10 @@ class SafetensorsCheckpoint:
         if not tensor.is_floating_point():
             raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
         return checked(tensor, where, size)
+
+    def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self.tensor(name, *size).numpy()
+        return found
 
     def quantised(self, name: str, *size: int) -> None:
         """No file of this kind is quantised."""
