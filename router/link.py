@@ -36,8 +36,9 @@ class LinkTimes:
     """How long connection and handshake may take."""
     min_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
-    silence_s: float = 10.0
-    """A replica of which nothing is heard for this long is lost; it has a heartbeat of about a second."""
+    silence_s: float = 4.0
+    """A replica of which nothing is heard for this long is lost; it has a heartbeat of about a second. Its works go on
+    elsewhere: taken for lost too early it costs computation, and no answer."""
 
 
 SILENCE_TICKS = 5
