@@ -1,7 +1,7 @@
 """A router's stream to a replica with nothing of a router behind it: one request, the message with its first token.
 
     port = DataPort("replica-0", rig.secret)
-    await port.attach(rig.replicas["replica-0"])
+    await port.connect(rig.replicas["replica-0"])
     seconds = await port.ask(prompt)
     port.close()
 
@@ -29,13 +29,13 @@ ATTACH_S = 10.0
 
 
 class DataPort:
-    """Attached from `attach` to `close`. A `Listener` of its connection, and for `shake_hands` the call."""
+    """Attached from `connect` to `close`. A `Listener` of its connection, and for `shake_hands` the call."""
 
-    def __init__(self, replica_id: str, secret: bytes) -> None:
+    def __init__(self, replica_id: str, secret: bytes, *, router_id: str = "bare") -> None:
         manifest = rig_manifest()
         self._replica_id = replica_id
         self._identity = RouterIdentity(
-            router_id="bare",
+            router_id=router_id,
             epoch=time.time_ns(),
             keys=ClusterKeys.derive(secret),
             model_fingerprint=manifest.model_fingerprint,
@@ -49,7 +49,7 @@ class DataPort:
         """Messages of the handshake."""
         self._is_attached = False
 
-    async def attach(self, address: str) -> None:
+    async def connect(self, address: str) -> None:
         """Raises what `shake_hands` raises."""
         self._connection = await Http2.connect(address, self)
         self._stream = self._connection.open(_ATTACH)

@@ -1,8 +1,9 @@
 """How much later a first token comes through a router than straight from the data port of the same replica.
 
 Fifty one-token requests a second, Poisson, from one process: over the data port, over a Session, over Generate, in
-turns of a few seconds, so that all three meet the same machine. Each counts from when it was due. All three clients are
-equally lean: one protobuf message there, one back, looked at as far as the token, over connections made by hand. (A
+turns of a few seconds, so that all meet the same machine. Beside them, over the data port behind a process that passes
+bytes on (`byte_proxy.py`): what any router adds that is made of grpc.aio. Each counts from when it was due. All clients
+are equally lean: one protobuf message there, one back, looked at as far as the token, over connections made by hand. (A
 grpc.aio client takes half a millisecond more for a call of its own than for a message of a stream.)
 """
 
@@ -20,6 +21,7 @@ from octavo.v1 import types_pb2
 from load_tests.bars import Bar, at_most
 from load_tests.notes import Notes, difference, figure
 from load_tests.rigs.bar_command import Settings, main
+from load_tests.rigs.byte_proxy import ByteProxy
 from load_tests.rigs.data_port import DataPort
 from load_tests.rigs.lean_http2 import Http2
 from load_tests.rigs.router_rig import RigConfig, RouterRig
@@ -121,17 +123,24 @@ async def measure(settings: Settings, notes: Notes) -> None:
     for _ in settings.rounds():
         with RouterRig(RigConfig(step_s=0.0, prefix_cache=False)) as rig:
             name, address = next(iter(rig.replicas.items()))
-            port, session, generate = DataPort(name, rig.secret), SessionAsk(), GenerateAsk()
-            await port.attach(address)
-            await session.connect(rig.address)
-            await generate.connect(rig.address)
-            await _ask_all({"port": port.ask, "session": session.ask, "generate": generate.ask}, settings, rng, notes)
-            await asyncio.sleep(0.1)
-            sent = {what: notes.of(what, "requests")[-1] for what in ("session", "generate")}
-            notes.add("terminals of a session", sent=sent["session"], ended=session.num_ended)
-            notes.add("terminals of generate", sent=sent["generate"], ended=generate.num_ended)
-            for each in (port, session, generate):
-                each.close()
+            with ByteProxy(address) as passes_on:
+                port, proxy = (DataPort(name, rig.secret, router_id=way) for way in ("bare", "proxy"))
+                session, generate = SessionAsk(), GenerateAsk()
+                for each, target in (
+                    (port, address),
+                    (proxy, passes_on.address),
+                    (session, rig.address),
+                    (generate, rig.address),
+                ):
+                    await each.connect(target)
+                asks = {"port": port.ask, "proxy": proxy.ask, "session": session.ask, "generate": generate.ask}
+                await _ask_all(asks, settings, rng, notes)
+                await asyncio.sleep(0.1)
+                sent = {what: notes.of(what, "requests")[-1] for what in ("session", "generate")}
+                notes.add("terminals of a session", sent=sent["session"], ended=session.num_ended)
+                notes.add("terminals of generate", sent=sent["generate"], ended=generate.num_ended)
+                for each in (port, proxy, session, generate):
+                    each.close()
 
 
 async def _ask_all(asks: dict[str, Ask], settings: Settings, rng: random.Random, notes: Notes) -> None:
@@ -175,7 +184,11 @@ def judge(notes: Notes) -> list[Bar]:
         for point, limit in zip(("p50", "p99"), limits, strict=True):
             key = f"{point}_ms"
             through, port = notes.median(call, key), notes.median("port", key)
-            detail = f"{figure(through, 'ms')}; data port {figure(port, 'ms')}; {RATE:g} requests/s"
+            passed_on = difference(notes.median("proxy", key), port)
+            detail = (
+                f"{figure(through, 'ms')}; data port {figure(port, 'ms')}; {RATE:g} requests/s; "
+                f"bytes passed on by grpc.aio add {figure(passed_on, 'ms')}"
+            )
             bars.append(
                 at_most(f"{call}: added to the first token, {point}, ms", difference(through, port), limit, detail)
             )

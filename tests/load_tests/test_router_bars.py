@@ -151,8 +151,10 @@ def test_streams_do_not_all_end_at_once() -> None:
 def test_added_latency_is_beside_the_data_port() -> None:
     notes = Notes()
     notes.add("port", p50_ms=1.0, p99_ms=2.0)
+    notes.add("proxy", p50_ms=1.25, p99_ms=2.0)
     notes.add("session", p50_ms=1.5, p99_ms=6.0)
     bars = by_name(router_latency.judge(notes))
+    assert "add 0.25 ms" in bars["session: added to the first token, p50, ms"].detail
     assert bars["session: added to the first token, p50, ms"].value == 0.5
     assert bars["session: added to the first token, p50, ms"].ok
     assert not bars["session: added to the first token, p99, ms"].ok
