@@ -56,11 +56,13 @@ class PrefixHasher:
 
     def blocks(self, parent: bytes, tokens: Sequence[int]) -> list[bytes]:
         """Return the chained hashes of all full blocks at the beginning of `tokens`, the first following `parent`."""
-        size = self.block_size
+        size, copy = 4 * self.block_size, self._empty.copy
         data = _little_endian(tokens)
         hashes = []
-        for start in range(0, len(tokens) // size * size * 4, size * 4):
-            parent = self._digest(parent + data[start : start + size * 4])
+        for start in range(0, len(data) // size * size, size):
+            hasher = copy()
+            hasher.update(parent + data[start : start + size])
+            parent = hasher.digest()
             hashes.append(parent)
         return hashes
 
