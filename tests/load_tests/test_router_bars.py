@@ -169,6 +169,19 @@ def test_a_batcher_that_refuses_everything_misses_a_bar() -> None:
     assert not bars["batcher: answers in time at 1.5 x load, on / off"].ok
 
 
+def test_the_batcher_is_judged_where_there_is_a_queue_and_where_there_is_none() -> None:
+    notes = Notes()
+    notes.add("0.9 x capacity, on", prefill_tokens=100, first_p99_ms=50.0)
+    notes.add("0.9 x capacity, off", prefill_tokens=140, first_p99_ms=5_000.0)
+    notes.add("0.9 x capacity without it, on", prefill_tokens=50, first_p99_ms=51.0)
+    notes.add("0.9 x capacity without it, off", prefill_tokens=55, first_p99_ms=50.0)
+    bars = by_name(router_batching.judge(notes))
+    assert bars["batcher: prefill tokens, off / on"].ok
+    assert "x 1.1 at 0.9 of the latter" in bars["batcher: prefill tokens, off / on"].detail
+    assert bars["batcher: p99 first token, on / off"].ok
+    assert not bars["batcher: p99 first token, on / off, at 0.9 x capacity without it"].ok
+
+
 def test_overload_is_judged_by_capacity_lateness_and_memory() -> None:
     notes = Notes()
     notes.add("overload", goodput_per_s=55.0, late=1, growth=1.0, idle_s=0.1, router_mb=70.0, errors={"X": 3})
@@ -190,10 +203,13 @@ def test_a_storm_after_which_something_is_left() -> None:
 
 def test_fairness_is_beside_a_run_without_the_greedy_one() -> None:
     notes = Notes()
-    notes.add("calm", total_p99_ms=300.0, first_p99_ms=40.0)
-    notes.add("greedy", total_p99_ms=390.0, first_p99_ms=45.0, modest_sent=100, modest_ok=100)
+    notes.add("calm, the four", total_p99_ms=300.0, first_p99_ms=40.0)
+    notes.add("greedy, the four", total_p99_ms=390.0, first_p99_ms=85.0)
+    notes.add("greedy", modest_sent=100, modest_ok=100)
     bars = by_name(router_fairness.judge(notes))
     assert bars["fairness: p99 of four modest tenants, x without the greedy one"].value == 1.3
+    first = bars["fairness: p99 first token of the four, later by x the time of an answer alone"]
+    assert (first.value, first.ok) == (0.15, True)
     assert bars["fairness: requests of the four that failed"].ok
 
 
