@@ -30,6 +30,9 @@ from workers.errors import CancelledRequestError, DeadlineError, OctavoError, Ov
 MAX_FIRST_BYTES = 1_024
 """A first message of at most so many goes together with the initial metadata, a turn of gRPC's threads earlier. It
 fits in any client's window; of one that has none at all, the call could only be left, without a status of ours."""
+MAX_LAST_BYTES = 16_384
+"""A larger last message goes ahead of the one with the status, which nobody could break off if the client does not
+read it."""
 
 
 class InferenceServicer(InferenceServiceServicer):
@@ -106,19 +109,24 @@ class _Reply:
             while answer.has_output:
                 message = GenerateResponse()
                 answer.take(MAX_MESSAGE_TOKENS, message.deltas.add)
-                is_complete = answer.is_complete
-                if is_complete and answer.error is None:
-                    answer.fill_usage(message.usage)
-                    if answer.accounts.decision is not None:
-                        answer.accounts.fill_decision(message.decision)
-                    self._context.set_trailing_metadata(_trailers(answer))
-                    return message.SerializeToString()
+                if answer.is_complete and answer.error is None:
+                    if message.ByteSize() > MAX_LAST_BYTES:
+                        await self._write(message.SerializeToString(), answer)
+                        message = GenerateResponse()
+                    return self._last(message, answer)
                 if message.deltas or answer.error is None:
                     await self._write(message.SerializeToString(), answer)
                 if answer.is_complete and answer.error is not None:
                     await self._abort(answer.error, answer)
                 if (wait_s := self._pace.wait_s(time.monotonic())) > 0:
                     await asyncio.sleep(wait_s)
+
+    def _last(self, message: GenerateResponse, answer: Answer) -> bytes:
+        answer.fill_usage(message.usage)
+        if answer.accounts.decision is not None:
+            answer.accounts.fill_decision(message.decision)
+        self._context.set_trailing_metadata(_trailers(answer))
+        return message.SerializeToString()
 
     async def _write(self, message: bytes, answer: Answer) -> None:
         is_first, self._has_begun = not self._has_begun, True

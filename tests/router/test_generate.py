@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import grpc
+from octavo.names import Reason
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 
@@ -198,12 +199,23 @@ async def test_a_client_that_reads_the_last_message_late_gets_all_of_it() -> Non
     async with running(slow_consumer_s=0.3) as rig:
         call = rig.stub.Generate(pb.GenerateRequest(prompt=text_request().prompt), timeout=20)
         work = await rig.backend.work()
-        work.emit(b"x" * 30_000)
+        work.emit(b"x" * 5_000)
         work.finish()
         await rig.assert_nothing_left()
         await asyncio.sleep(1.0)
         outcome = await read_generate(call)
-        assert (outcome.code, outcome.text) == (grpc.StatusCode.OK, "x" * 30_000)
+        assert (outcome.code, outcome.text) == (grpc.StatusCode.OK, "x" * 5_000)
+
+
+async def test_a_client_that_does_not_read_the_large_end_of_an_answer_is_cut_off() -> None:
+    async with running(slow_consumer_s=0.3) as rig:
+        call = rig.stub.Generate(pb.GenerateRequest(prompt=text_request().prompt), timeout=20)
+        work = await rig.backend.work()
+        work.emit(b"x" * 200_000)
+        work.finish()
+        await rig.assert_nothing_left()
+        outcome = await read_generate(call)
+        assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.SLOW_CONSUMER)
 
 
 class Call:
