@@ -57,6 +57,13 @@ class RouterConfig:
     no_replica_wait_s: float = 30.0
     """How long a request waits while no replica is ready."""
     keepalive_s: float = 30.0
+    max_connection_age_s: float = 1800.0
+    """After about so long clients are told to connect anew, so that they spread over routers that have come since; what
+    runs on the old connection goes on."""
+    max_concurrent_calls: int = 4_096
+    """Calls at once on one connection; clients let more of them wait."""
+    max_metadata_bytes: int = 16_384
+    """Of a call's metadata."""
 
     @property
     def has_proofs(self) -> bool:

@@ -242,6 +242,11 @@ def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
         # Somewhat larger ones are still taken in, so that they can be refused with a reason.
         ("grpc.max_receive_message_length", 2 * config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_calls),
+        # gRPC refuses some of those between the two at random, and all that are larger.
+        ("grpc.max_metadata_size", config.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
+        ("grpc.max_connection_age_ms", int(config.max_connection_age_s * 1000)),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),
         # A keepalive ping that waits for the answer to one of another kind has that one's limit, else a minute.

@@ -1,10 +1,13 @@
-"""All Sessions of a router: they are served, told to go away, and let end."""
+"""All Sessions of a router: they are served, told to go away when they are old or the router drains, and let end."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import random
+from typing import Any, Final
 
 import grpc.aio
+from octavo.names import Reason
 from octavo.v1.inference_service_pb2 import GoAway
 
 from router import status
@@ -13,6 +16,10 @@ from router.identity import Identities
 from router.intake import Intake
 from router.session import Session
 from workers.errors import OctavoError
+
+AGE_SPREAD: Final = (0.9, 1.1)
+"""Of the time after which a Session is told to go, so that those that came together do not go together."""
+_OF_AGE: Final = GoAway(grace=status.duration(1.0), reason=Reason.SESSION_AGE)
 
 
 class Sessions:
@@ -42,9 +49,12 @@ class Sessions:
         self._open.add(session)
         if self._go_away is not None:
             session.go_away(self._go_away)
+        age_s = self._intake.config.max_connection_age_s * random.uniform(*AGE_SPREAD)
+        timer = asyncio.get_running_loop().call_later(age_s, session.go_away, _OF_AGE)
         try:
             await session.run()
         finally:
+            timer.cancel()
             self._open.discard(session)
 
     def go_away(self, grace_s: float, reason: str) -> None:

@@ -38,6 +38,7 @@ class Reason:
     REPLICA_LOST = "REPLICA_LOST"
     DRAINING = "DRAINING"
     SESSION_LOST = "SESSION_LOST"
+    SESSION_AGE = "SESSION_AGE"  # of a GoAway: nothing is wrong, the next Session may find another router
     # DEADLINE_EXCEEDED
     DEADLINE_PASSED = "DEADLINE_PASSED"
     DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"  # it has waited, and what is left does not suffice: never computed
