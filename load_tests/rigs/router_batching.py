@@ -10,8 +10,9 @@ about as much of a queue as a busy cluster has, and without the batcher, which c
 that says what the batcher is worth, and of first tokens nothing. So these are judged a second time at 0.9 x what can be
 answered without it, where little waits and little is to be had from order.
 
-Misses of deadlines, at 1.5 x the capacity with it, are requests that were taken on and not answered in time; refused at
-once is not a miss, so the answers in time are judged beside it.
+Misses of deadlines, at 1.5 x what can be answered without it, are requests that were taken on and not answered in time;
+refused at once is not a miss, so the answers in time are judged beside it. (While deadlines press, order is theirs and
+not that of the caches: at 1.5 x the capacity with it the batcher answers half as much again as without, and no more.)
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ async def measure(settings: Settings, notes: Notes) -> None:
                 load = await _run(mode, _changes(settings, repetition, {"arrivals.rate": offered}))
                 notes.add(f"{what}, {mode}", **load.counts(), **_figures(load))
         for mode in MODES:
-            changes = _changes(settings, repetition, {"arrivals.rate": 1.5 * rate}, timeout_s=[0.4, 2.0])
+            changes = _changes(settings, repetition, {"arrivals.rate": 1.5 * plain}, timeout_s=[0.4, 2.0])
             load = await _run(mode, changes)
-            notes.add(f"1.5 x capacity, {mode}", **load.counts(), **_figures(load), missed=_missed(load))
+            notes.add(f"1.5 x capacity without it, {mode}", **load.counts(), **_figures(load), missed=_missed(load))
     for mode in MODES:
         slow = {"arrivals.rate": 1, "arrivals.duration_s": settings.seconds(15.0, 2.0), "arrivals.process": "constant"}
         load = await _run(mode, slow)
@@ -104,8 +105,8 @@ def judge(notes: Notes) -> list[Bar]:
     first, first_off, times = compared(NORMAL, "first_p99_ms")
     on_plain, off_plain, _ = compared(PLAIN, "prefill_tokens")
     first_plain, first_off_plain, times_plain = compared(PLAIN, "first_p99_ms")
-    misses, misses_off, missed = compared("1.5 x capacity", "missed")
-    answers, answers_off, answered = compared("1.5 x capacity", "in_time")
+    misses, misses_off, missed = compared("1.5 x capacity without it", "missed")
+    answers, answers_off, answered = compared("1.5 x capacity without it", "in_time")
     wait, wait_off, waits = compared("1 request/s", "queue_p50_ms")
     longest = figure(notes.worst("1 request/s, on", "queue_max_ms"), "ms")
     saved = f"{prefill}; capacity {rates} requests/s; x {figure(ratio(off_plain, on_plain))} at 0.9 of the latter"

@@ -162,8 +162,8 @@ def test_added_latency_is_beside_the_data_port() -> None:
 
 def test_a_batcher_that_refuses_everything_misses_a_bar() -> None:
     notes = Notes()
-    notes.add("1.5 x capacity, on", missed=0, in_time=0)
-    notes.add("1.5 x capacity, off", missed=100, in_time=200)
+    notes.add("1.5 x capacity without it, on", missed=0, in_time=0)
+    notes.add("1.5 x capacity without it, off", missed=100, in_time=200)
     bars = by_name(router_batching.judge(notes))
     assert bars["batcher: deadlines missed at 1.5 x load, on / off"].ok
     assert not bars["batcher: answers in time at 1.5 x load, on / off"].ok
