@@ -270,6 +270,22 @@ def test_a_work_whose_submission_fails_ends_alone(consume: Consume) -> None:
     assert consumer.answers[WorkId("r", 2)].finish is FinishReason.LENGTH
 
 
+def test_an_ending_without_the_engine_waits_for_nobody() -> None:
+    """Not even where tokens may wait for a minute."""
+    engine = Broken(EngineConfig(engine="fake", fake_step_s=0.001))
+    consumer = Consumer(engine, max_token_age_s=60.0)
+    try:
+        consumer.thread.submit(work(1, [1], 8_000))
+        consumer.wait(lambda: WorkId("r", 1) in consumer.answers)
+        engine.fails_in = "submit"
+        consumer.thread.submit(work(2, [1], 3))
+        consumer.wait(lambda: consumer.ended(2))
+        assert not consumer.ended(1)
+    finally:
+        consumer.thread.close()
+        assert consumer.thread.join(PATIENCE_S)
+
+
 def test_deltas_after_an_ending_are_dropped(consume: Consume) -> None:
     """An engine that speaks of a work which has ended, or which nobody submitted, is not heard."""
 
