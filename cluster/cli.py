@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_demo, cli_keys, cli_models, cli_plan, telemetry
+from cluster import cli_client, cli_demo, cli_isolation, cli_keys, cli_models, cli_plan, telemetry
 from cluster.config import ClusterConfig, LogConfig, load
 from workers.errors import OctavoError, StartupError
 
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_client.app)
 app.add_typer(cli_demo.app)
+app.add_typer(cli_isolation.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_keys.app, name="keys")
