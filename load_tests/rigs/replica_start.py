@@ -3,7 +3,7 @@
 On a Ray that runs, an actor does what a replica does: imports what it imports, opens the model, loads and packs it,
 answers one token. Twice over a cache of its own: the first time weights are packed, the later time they are there. What
 Serve adds around a replica is not in it. Writes {"first", "later"} to stdout, each {"seconds", "detail", "imported",
-"peak_bytes"}; "imported" is which of transformers and gguf the process has.
+"peak_bytes"}; "imported" is which of torch, transformers and gguf the process has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cluster.models import fetch_model
 from cluster.ray_connection import connected
 from workers.config import DTYPES, KERNELS, WEIGHTS, EngineConfig
 
-HEAVY = ("transformers", "gguf")
+HEAVY = ("torch", "transformers", "gguf")
 PROMPT = list(range(300, 364))
 
 
