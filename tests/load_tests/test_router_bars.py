@@ -160,6 +160,15 @@ def test_added_latency_is_beside_the_data_port() -> None:
     assert not bars["session: added to the first token, p99, ms"].ok
 
 
+def test_what_is_added_is_within_a_repetition() -> None:
+    notes = Notes()
+    for port, session in ((1.0, 1.5), (5.0, 5.9), (9.0, 9.1)):
+        notes.add("port", p50_ms=port)
+        notes.add("session", p50_ms=session)
+    bars = by_name(router_latency.judge(notes))
+    assert bars["session: added to the first token, p50, ms"].value == 0.5
+
+
 def test_a_batcher_that_refuses_everything_misses_a_bar() -> None:
     notes = Notes()
     notes.add("1.5 x capacity without it, on", missed=0, in_time=0)
