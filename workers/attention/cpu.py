@@ -68,22 +68,24 @@ class _Decode:
     def __init__(self, group: DecodeGroup, cache: KvCache, compute: torch.dtype) -> None:
         self.rows = group.rows
         self._gather = _Gather(group.tables, cache, compute)
-        keys, self._values = self._gather.memory.unbind()
+        length = int(group.lengths.max())
+        keys, self._values = self._gather.memory[:, :, :length]
         self._keys = keys.transpose(1, 2)
         self._compute = compute
         self._scale = cache.head_dim**-0.5
-        length = group.tables.shape[1] * cache.block_size
         beyond = torch.arange(length) >= group.lengths[:, None]
         mask = torch.zeros(beyond.shape, dtype=compute).masked_fill_(beyond, -math.inf)
         self._mask = mask.repeat_interleave(cache.num_kv_heads, 0)[:, None]
         """[n * kv_heads, 1, length]."""
+        self._uses_mask = int(beyond.any())
+        """0 or 1, the factor of the mask in the product: one row, or rows of one length, need none."""
 
     def attend(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """Map [n, heads, head_dim] to the same."""
         self._gather(layer)
         size = queries.shape
         own = queries.reshape(self._keys.shape[0], -1, size[-1]).to(self._compute)
-        scores = torch.baddbmm(self._mask, own, self._keys, alpha=self._scale)
+        scores = torch.baddbmm(self._mask, own, self._keys, beta=self._uses_mask, alpha=self._scale)
         return torch.bmm(scores.softmax(-1), self._values).view(size).to(queries.dtype)
 
 
