@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -178,6 +178,17 @@ class Load:
     """How many works it has counted so far, in the order in which they were submitted; None if that is not known."""
     resident: Resident | None = field(default=None, compare=False)
     """What can be found in the cache, by the engine's own books; None if it keeps none that can be compared."""
+
+    def part_of(self, num_routers: int) -> Load:
+        """Return the same with the credit of one of so many: at least a place, if there is one."""
+        if num_routers <= 1 or self.credit_tokens <= 0:
+            return self
+        places = self.credit_sequences
+        return replace(
+            self,
+            credit_tokens=-(-self.credit_tokens // num_routers),
+            credit_sequences=None if places is None else -(-places // num_routers),
+        )
 
 
 CAPABILITY_GENERATE = "generate"

@@ -96,6 +96,7 @@ class WorkLedger:
                 raise DuplicateWorkError(f"work {work.work_id.number} is running already")
             self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
             batch.num_unseen += 1
+            router.num_works += 1
             self._num_submitted += 1
             self._engine.submit(work)
         batch.num_submitted = self._num_submitted
@@ -125,9 +126,12 @@ class WorkLedger:
         of_engine = load.resident if load.resident == before.resident else None
         self._keep_resident(events)
         self._deliver(deltas)
+        num_busy = sum(1 for router in self._routers.values() if router.num_works)
         for router in self._routers.values():
             router.outbox.add_kv_events(events)
-            router.outbox.report(load, router.last_counted_batch(load), of_engine)
+            # Each gets a part of what is free: if all took the whole, all of them would wait here, out of order.
+            part = load.part_of(num_busy + (not router.num_works))
+            router.outbox.report(part, router.last_counted_batch(load), of_engine)
             router.on_news(router.outbox.has_deltas)
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
@@ -177,6 +181,7 @@ class WorkLedger:
             work.num_choices -= 1
             if work.num_choices == 0:
                 del self._works[delta.work_id]
+                work.router.num_works -= 1
                 if work.spans is not None:
                     work.spans.end(work.num_prompt_tokens)
             if finish.reason is FinishReason.CANCELLED and not work.is_unwanted(delta.index):
@@ -198,7 +203,7 @@ class WorkLedger:
 class AttachedRouter:
     """One attached router. `owner` is unlike that of any other attachment, also of the same router."""
 
-    __slots__ = ("_last_counted", "batches", "on_news", "outbox", "owner")
+    __slots__ = ("_last_counted", "batches", "num_works", "on_news", "outbox", "owner")
 
     def __init__(self, owner: str, outbox: Outbox, on_news: Callable[[bool], None]) -> None:
         self.owner = owner
@@ -206,6 +211,8 @@ class AttachedRouter:
         self.on_news = on_news
         self.batches: deque[_Batch] = deque()
         """In the order of arrival, those that the load does not count yet."""
+        self.num_works = 0
+        """That the engine has and that have not ended."""
         self._last_counted = 0
 
     def last_counted_batch(self, load: Load) -> int:

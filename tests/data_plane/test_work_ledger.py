@@ -100,3 +100,29 @@ def test_nothing_is_told_of_what_was_aborted(choices: list[pb.Abort.Choice], num
     assert not batch.deltas
     assert not batch.HasField("tokens")
     assert ledger.num_works == 0
+
+
+def test_routers_that_have_works_share_what_is_free() -> None:
+    engine, ledger, first = make_ledger()
+    second = ledger.attach("router/2/1", lambda _: None)
+    second.outbox.grant(100)
+    credit = engine.load().credit_sequences
+    assert credit == 65
+    for router in (first, second):
+        assert report(ledger, router).load.credit_sequences == credit, "nobody has anything yet"
+    send(ledger, first, 1, max_tokens=50)
+    for _ in range(5):
+        engine.step()  # the prompt
+    load = report(ledger, first).load
+    assert (load.credit_sequences, load.credit_tokens) == (64, engine.load().credit_tokens)
+    assert report(ledger, second).load.credit_sequences == 32, "it would be the second one"
+    send(ledger, second, 2, max_tokens=50)
+    for _ in range(5):
+        engine.step()
+    assert report(ledger, first).load.credit_sequences == 32
+    ledger.abort(second, pb.Abort(work_ids=[2]))
+    while ledger.num_works > 1:
+        engine.step()
+        ledger.collect()
+    assert report(ledger, first).load.credit_sequences == 64
+    assert (first.num_works, second.num_works) == (1, 0)
