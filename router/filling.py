@@ -36,7 +36,8 @@ class Filling:
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
         """Places by tenant, of those that have any."""
-        self._num_held = 0
+        self.num_held = 0
+        """The sum of these."""
         self._taken: dict[str, float] = {}
         """Places taken of late by tenant, each worth what `_weight` was."""
         self._total = 0.0
@@ -51,7 +52,7 @@ class Filling:
         if self.has_too_much(tenant, 0):
             self._allowance = max(self._allowance - num_places, 0.0)
         self._held[tenant] = self._held.get(tenant, 0) + num_places
-        self._num_held += num_places
+        self.num_held += num_places
         self._weight *= 1 + num_places / MEMORY
         self._taken[tenant] = self._taken.get(tenant, 0.0) + num_places * self._weight
         self._total += num_places * self._weight
@@ -60,7 +61,7 @@ class Filling:
 
     def left(self, tenant: str, num_places: int) -> None:
         """`tenant` has given places back."""
-        self._num_held -= num_places
+        self.num_held -= num_places
         if held := self._held[tenant] - num_places:
             self._held[tenant] = held
         else:
@@ -75,13 +76,13 @@ class Filling:
         for lack of places."""
         if not self.has_too_much(tenant, num_free):
             return True
-        if not is_held and num_free > PLENTY_SHARE * (num_free + self._num_held):
+        if not is_held and num_free > PLENTY_SHARE * (num_free + self.num_held):
             return True
         return self._may_take(now, num_free)
 
     def has_too_much(self, tenant: str, num_free: int) -> bool:
         """Say whether it has more than its part now, or took more of late."""
-        held, places = self._held.get(tenant, 0), num_free + self._num_held
+        held, places = self._held.get(tenant, 0), num_free + self.num_held
         if len(self._held) > 1 and held > max(MORE / len(self._held), LEAST_SHARE) * places:
             return True
         if len(self._taken) < 2:
@@ -97,7 +98,7 @@ class Filling:
         fill_s = FILL_SHARE * self._answer_s
         if not fill_s:
             return True
-        if num_free <= int(KEPT_SHARE * (num_free + self._num_held)):
+        if num_free <= int(KEPT_SHARE * (num_free + self.num_held)):
             self._due = now + LOOK_SHARE * fill_s
             return False
         elapsed, self._at = max(now - self._at, 0.0), now

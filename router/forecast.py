@@ -147,6 +147,8 @@ class MeasuredForecast:
 
     def check_integrity(self, num_aboard: int) -> None:
         assert self._speeds.num_sent == num_aboard
+        assert self._order.num_held >= num_aboard
+        assert num_aboard or not self._order.num_held
 
 
 def make_queue(config: RouterConfig) -> tuple[Batcher, Forecast]:

@@ -93,6 +93,11 @@ class FairOrder:
         """An answer took so long from when it went."""
         self._filling.answered(answer_s)
 
+    @property
+    def num_held(self) -> int:
+        """Places that were taken and not left."""
+        return self._filling.num_held
+
     def left(self, tenant: str, num_places: int) -> None:
         """What was taken for `tenant` is over, or did not go after all."""
         self._filling.left(tenant, num_places)
