@@ -9,9 +9,9 @@ from typing import Final
 EXPERIMENTS: Final = "GRPC_EXPERIMENTS"
 LEAN: Final = "-event_engine_client,-event_engine_listener"
 """Without gRPC's event engine the thread that waits for completions reads the sockets, too: one hand-over between
-threads less for each message. In turns with the engine, medians of six on two cores with other work on them, a one-token
-request took 11, 11 and 12 % less processor time of router, replica and client over Session, and 4, 11 and 5 % less over
-Generate; single runs differ by more than that."""
+threads less for each message. In turns with the engine, medians of six on two cores with other work on them, a request
+for one token took 11, 11 and 12 % less processor time of router, replica and client over Session, and 4, 11 and 5 %
+less over Generate; single runs differ by more than that."""
 
 
 def grpc_environment(environ: Mapping[str, str]) -> dict[str, str]:

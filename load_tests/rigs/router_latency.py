@@ -4,7 +4,7 @@ Fifty one-token requests a second, Poisson, from one process: over the data port
 turns of less than a second, so that all meet the same machine. Beside them, over the data port behind a process that
 passes bytes on (`byte_proxy.py`): what any router adds that is made of grpc.aio. Each counts from when it was due. All
 clients are equally lean: one protobuf message there, one back, looked at as far as the token, over connections made by
-hand. (A grpc.aio client takes half a millisecond more for a call of its own than for a message of a stream.)
+hand. (A call of a grpc.aio client takes about half a millisecond more of processor time than one made by hand.)
 
 What is added at p99 is by how much further out the 99th percentile lies in the same repetition. It is not the 99th
 percentile of what was added to single requests, which nobody can know, as none goes both ways. What a machine does to
