@@ -17,6 +17,7 @@ from load_tests.bars import Bar, at_least, at_most
 from load_tests.generator.search import search_max_rate
 from load_tests.notes import Notes, figure
 from load_tests.rigs.bar_command import Settings, main
+from load_tests.rigs.lean_client import DRAIN_S
 from load_tests.rigs.lean_crew import LeanLoad, load, summary
 from load_tests.rigs.router_rig import RigConfig, RouterRig
 
@@ -28,6 +29,9 @@ ROUTER_US = {"session": 25.0, "generate": 60.0}
 MAX_AGE_MS = 20.0
 MARGIN = 1.03
 """Tokens are made so much faster than the bar asks for: where streams end and begin, a few steps are not full."""
+MAX_OUTPUT = 1_024
+ANSWER_S = DRAIN_S / 2
+"""How long an answer takes at most."""
 SEARCH_S = 4.0
 SEARCH_FROM = 0.85
 """Of the rate that came through when too much was offered."""
@@ -76,8 +80,14 @@ async def _at(settings: Settings, call: str, rate: float, seconds: float) -> dic
         tells_time=True,
     )
     with RouterRig(config) as rig:
-        counts, cpu_s = await load(rig, LeanLoad(call=call, output=1_024, duration_s=seconds, is_staggered=True))
+        paced = LeanLoad(call=call, output=output_at(rate), duration_s=seconds, is_staggered=True)
+        counts, cpu_s = await load(rig, paced)
         return {"offered_per_s": rate, **summary(counts, cpu_s)}
+
+
+def output_at(rate: float) -> int:
+    """Return how long answers are at a rate of tokens: as long as they may be, and over well before clients give up."""
+    return max(1, min(MAX_OUTPUT, int(ANSWER_S * rate / STREAMS)))
 
 
 def _is_in_time(run: dict[str, Any]) -> bool:

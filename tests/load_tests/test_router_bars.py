@@ -28,7 +28,7 @@ from load_tests.rigs import (
     router_with_model,
 )
 from load_tests.rigs.bar_command import Settings
-from load_tests.rigs.lean_client import LeanClient
+from load_tests.rigs.lean_client import DRAIN_S, LeanClient
 from load_tests.rigs.lean_crew import age_ms, merged
 from load_tests.rigs.router_rig import ROOT
 
@@ -138,6 +138,13 @@ async def test_nothing_in_time_is_none_at_all(monkeypatch: pytest.MonkeyPatch) -
     notes = Notes()
     await router_speed._paced(Settings(), notes, "generate")
     assert notes.median("generate, in time", "tokens_per_s") == 0.0
+
+
+def test_answers_are_over_before_clients_give_up() -> None:
+    """At a tenth of the rate they took 18 s, and were counted as requests without a terminal."""
+    assert router_speed.output_at(30_000) == 1_024
+    assert router_speed.output_at(3_000) / (3_000 / router_speed.STREAMS) <= DRAIN_S / 2
+    assert router_speed.output_at(1) == 1
 
 
 def test_streams_do_not_all_end_at_once() -> None:
