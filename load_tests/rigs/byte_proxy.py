@@ -12,7 +12,6 @@ A router can hardly add less to a first token than this does, as long as both ar
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import grpc
 import grpc.aio
 import uvloop
 
-from cluster.grpc_environment import grpc_environment
+from cluster.grpc_environment import process_environment
 from load_tests.rigs.router_rig import ROOT, STOP_S
 
 
@@ -41,7 +40,7 @@ class ByteProxy:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | grpc_environment(os.environ),
+            env=process_environment(),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
