@@ -24,8 +24,8 @@ def build_engine(
 ) -> SteppedEngine:
     """Load the model and return its engine, ready to step. `hash_key` is the cluster's prefix-hash key.
 
-    Where torch computes it, sets how many threads torch uses in this process. Raises ConfigError and ModelFileError with
-    the rule and the value.
+    Where torch computes it, sets how many threads torch uses in this process. Raises ConfigError and ModelFileError
+    with the rule and the value.
     """
     config.check()
     manifest = read_manifest(files.manifest)
