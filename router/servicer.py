@@ -21,7 +21,6 @@ from router import status
 from router.answer import MAX_MESSAGE_TOKENS, Answer
 from router.identity import Identities
 from router.intake import Intake
-from router.pace import Pace
 from router.sessions import Sessions
 from router.stream_writer import StreamWriter
 from router.validation import MAX_ID_BYTES, Envelope
@@ -40,7 +39,6 @@ class InferenceServicer(InferenceServiceServicer):
         self._intake = intake
         self._identities = identities
         self._sessions = sessions
-        self._pace = Pace()
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
@@ -57,7 +55,7 @@ class InferenceServicer(InferenceServiceServicer):
         writer = self._intake.open_writer(context)
         try:
             await self._intake.admit(answer, request)
-            return await _Reply(context, writer, self._pace).stream(answer, ready)
+            return await _Reply(context, writer).stream(answer, ready)
         except asyncio.CancelledError:
             # The client left, or the call's deadline passed: gRPC tells both in the same way.
             is_late = time.monotonic() >= envelope.deadline - 0.001
@@ -93,11 +91,9 @@ class _Reply:
         self,
         context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse],
         writer: StreamWriter,
-        pace: Pace,
     ) -> None:
         self._context = context
         self._writer = writer
-        self._pace = pace
         self._has_begun = False
 
     async def stream(self, answer: Answer, ready: asyncio.Event) -> bytes:
@@ -118,8 +114,6 @@ class _Reply:
                     await self._write(message.SerializeToString(), answer)
                 if answer.is_complete and answer.error is not None:
                     await self._abort(answer.error, answer)
-                if (wait_s := self._pace.wait_s(time.monotonic())) > 0:
-                    await asyncio.sleep(wait_s)
 
     def _last(self, message: GenerateResponse, answer: Answer) -> bytes:
         answer.fill_usage(message.usage)

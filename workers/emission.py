@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import Final
 
-FEW: Final = 16
+FEW: Final = 128
 """So many tokens may wait for the whole of `max_age_s`. A message costs all who handle it about 0.5 ms, a token in it
-10 to 20 µs: with 16 of them the message is two thirds of the whole, with 128 a fifth, and waiting on saves little."""
+10 to 20 µs: with 16 of them the message is two thirds of the whole, with 128 a fifth, and waiting on saves little. Of
+64 streams at 30,000 tokens/s each token took all processes 44 µs with 16 and 25 µs with 128, and one in a hundred of
+them was older than 15 and 12 ms."""
 
 
 class Emission:

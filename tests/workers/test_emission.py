@@ -30,10 +30,11 @@ def test_the_first_and_the_last_leave_at_once_and_others_together() -> None:
 
 
 def test_many_tokens_need_not_wait_for_more() -> None:
-    """64 streams at 2 ms a step waited for 16 ms and gained nothing."""
-    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=FEW) == [0, 32, 0, 32, 0, 32]
-    assert due_after(Emission(0.016), [NEXT] * 6, 0.002, num_deltas=64) == [0, 128, 0, 128, 0, 128]
-    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=64) == [64] * 6
+    """64 streams at 2 ms a step waited for 16 ms and gained little."""
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=FEW) == [0, 256, 0, 256, 0, 256]
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.002, num_deltas=64) == [0, 0, 0, 0, 320, 0]
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=64) == [0, 0, 192, 0, 0, 192]
+    assert due_after(Emission(0.016), [NEXT] * 6, 0.005, num_deltas=4 * FEW) == [512] * 6
 
 
 def test_steps_that_take_longer_leave_one_by_one() -> None:
