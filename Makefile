@@ -1,6 +1,6 @@
 # The interface of this repository. Each target works on a fresh clone: it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test exact bench bench-peers bench-router protos baseline
+.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust protos baseline
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
@@ -32,6 +32,9 @@ bench-peers: setup  ## the same beside llama.cpp and vLLM in P=DIR, held to the 
 
 bench-router: setup  ## the router held to its bars; 20 minutes on a quiet machine; ARGS="--bars speed,latency"
 	@.venv/bin/python -m load_tests.bench_router $(ARGS)
+
+bench-trust: setup  ## isolation, resume, several routers and what trust costs, held to their bars
+	@.venv/bin/python -m load_tests.bench_trust $(ARGS)
 
 protos:  ## rewrite the generated stubs from the .proto files
 	@bash scripts/protos.sh

@@ -1,178 +1,27 @@
-"""`make bench-router`: the router held to its bars. Every family of bars is a command of its own under `rigs/`.
-
-Writes results/router.json (the bars), router.txt (the same as a table) and router_runs.json (every run, the machine
-and its load). Exit code 1 if a bar is not met. Ctrl-C and SIGTERM end it early: what was measured is judged, the rest
-misses its bars. Some bars alone, or --quick, write nothing unless --results says where. Under 20 minutes on a quiet
-machine.
-
-Arguments (ARGS="..."): --bars speed,latency; --repetitions; --quick; --results DIR.
-"""
+"""`make bench-router`: the router held to its bars; about half an hour on a quiet machine."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from load_tests.rig_bench import Suite, main
 
-from load_tests import machine
-from load_tests.bars import Bar, exit_code, write_bars
-from load_tests.notes import judge_terminals
-from load_tests.peers.tables import print_bars
-
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
-FAMILIES = {
-    "speed": "router_speed",
-    "serve": "router_beside_serve",
-    "latency": "router_latency",
-    "batching": "router_batching",
-    "prefixes": "router_prefixes",
-    "model": "router_with_model",
-    "overload": "router_overload",
-    "storm": "router_storm",
-    "fairness": "router_fairness",
-    "index": "router_index",
-}
-"""Names of bars to commands under rigs/."""
-QUIET_CORES, QUIET_S = 0.2, 15.0
-"""A family begins when fewer cores are busy, or after so many seconds; a quick one at once."""
-STOP_S = 60.0
-"""For a rig to judge what it has and to leave nothing behind."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    bars: list[Bar] = field(default_factory=list)
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    """Of all families, each with its "rig"."""
-    reports: list[dict[str, Any]] = field(default_factory=list)
-    is_whole: bool = True
-
-    def take(self, report: dict[str, Any]) -> None:
-        """Take in what a rig wrote."""
-        runs = report.pop("runs")
-        self.bars += [Bar(**bar) for bar in report.pop("bars")]
-        self.runs += [{"rig": report["rig"], **run} for run in runs]
-        self.reports.append(report)
-        self.is_whole = self.is_whole and report["is_whole"]
-
-    def miss(self, family: str, code: int) -> None:
-        """A rig that wrote nothing misses its bars."""
-        self.bars.append(Bar(f"{family}: measured", None, 1, ok=False, detail=f"ended with code {code}"))
-        self.is_whole = False
-
-    def judged(self) -> list[Bar]:
-        return [*self.bars, judge_terminals(self.runs)]
-
-
-class Bench:
-    """Runs families one after the other; `stop` ends the one that runs and starts no more."""
-
-    def __init__(self, *, repetitions: int, is_quick: bool) -> None:
-        self.outcome = Outcome()
-        self._options = ["--repetitions", str(repetitions), *(["--quick"] if is_quick else [])]
-        self._quiet_s = 0.0 if is_quick else QUIET_S
-        self._is_stopped = False
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def run(self, families: Sequence[str], folder: Path) -> None:
-        for family in families:
-            if self._is_stopped:
-                self.outcome.is_whole = False
-                return
-            busy = machine.await_quiet(QUIET_CORES, self._quiet_s)
-            print(f"bench-router: {family} ({busy:g} cores busy)", flush=True)
-            self._run(family, folder / f"{family}.json")
-
-    def stop(self, *_: object) -> None:
-        """A signal handler."""
-        self._is_stopped = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-
-    def _run(self, family: str, out: Path) -> None:
-        # In a session of its own: Ctrl-C reaches it once, through `stop`.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"load_tests.rigs.{FAMILIES[family]}", "--out", str(out), *self._options],
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        try:
-            code = self._await_end()
-        finally:
-            if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
-        with suppress(OSError, ValueError):
-            self.outcome.take(json.loads(out.read_text()))
-            return
-        self.outcome.miss(family, code)
-
-    def _await_end(self) -> int:
-        """Return the exit code; a rig that was told to stop has `STOP_S` for it."""
-        assert self._process is not None
-        give_up: float | None = None
-        while (code := self._process.poll()) is None:
-            if self._is_stopped and give_up is None:
-                give_up = time.monotonic() + STOP_S
-            if give_up is not None and time.monotonic() > give_up:
-                return -signal.SIGKILL
-            time.sleep(0.1)
-        return code
-
-
-def write(outcome: Outcome, bars: Sequence[Bar], results: Path) -> None:
-    results.mkdir(parents=True, exist_ok=True)
-    write_bars(bars, results / "router.json")
-    with (results / "router.txt").open("w", encoding="utf-8") as file:
-        print_bars(bars, Console(file=file, width=150))
-    report = {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "machine": machine.describe(),
-        "is_whole": outcome.is_whole,
-        "rigs": outcome.reports,
-        "runs": outcome.runs,
-    }
-    (results / "router_runs.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make bench-router", description=__doc__.partition("\n")[0])
-    parser.add_argument("--bars", default=",".join(FAMILIES), help=f"of {', '.join(FAMILIES)}; default: all")
-    parser.add_argument("--repetitions", type=int, default=3, help="of what is compared, alternately")
-    parser.add_argument("--quick", action="store_true", help="a second of each: shows that it works, measures little")
-    parser.add_argument("--results", type=Path, help="a directory; default: results/ for all bars, else none")
-    arguments = parser.parse_args(argv)
-    families = arguments.bars.split(",")
-    if unknown := [family for family in families if family not in FAMILIES]:
-        parser.error(f"--bars must be of {', '.join(FAMILIES)}; {unknown[0]!r} is not")
-    if arguments.repetitions < 1:
-        parser.error(f"--repetitions must be >= 1, is {arguments.repetitions}")
-    bench = Bench(repetitions=arguments.repetitions, is_quick=arguments.quick)
-    signal.signal(signal.SIGINT, bench.stop)
-    signal.signal(signal.SIGTERM, bench.stop)
-    with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
-        bench.run(families, Path(folder))
-    bars = bench.outcome.judged()
-    print_bars(bars)
-    is_real = set(families) == set(FAMILIES) and not arguments.quick
-    results = arguments.results or (RESULTS if is_real else None)
-    if results is not None:
-        write(bench.outcome, bars, results)
-        print(f"bench-router: wrote {results / 'router.json'}")
-    return exit_code(bars)
-
+SUITE = Suite(
+    name="router",
+    description="The router held to its bars.",
+    families={
+        "speed": "router_speed",
+        "serve": "router_beside_serve",
+        "latency": "router_latency",
+        "batching": "router_batching",
+        "prefixes": "router_prefixes",
+        "model": "router_with_model",
+        "overload": "router_overload",
+        "storm": "router_storm",
+        "fairness": "router_fairness",
+        "index": "router_index",
+    },
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(SUITE))

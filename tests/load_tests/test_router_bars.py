@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from load_tests.bars import Bar
-from load_tests.bench_router import FAMILIES, Outcome
+from load_tests.bench_router import SUITE
 from load_tests.notes import Notes, difference, judge_terminals, ratio
+from load_tests.rig_bench import Outcome
 from load_tests.rigs import (
     router_batching,
     router_beside_serve,
@@ -55,7 +56,7 @@ def by_name(bars: list[Bar]) -> dict[str, Bar]:
 
 
 def test_every_family_has_a_judge_here() -> None:
-    assert JUDGES.keys() == FAMILIES.keys()
+    assert JUDGES.keys() == SUITE.families.keys()
 
 
 @pytest.mark.parametrize("family", JUDGES)
