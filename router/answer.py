@@ -148,7 +148,8 @@ class Answer:
         """End with `error` unless the terminal was sent or an error came before; the engine's work ends with it."""
         if self.has_failed or self._is_closed:
             return
-        self.error = error
+        # Its traceback has the frames that know this answer: a cycle, which would live until garbage is searched for.
+        self.error = error.with_traceback(None)
         self._stop_work()
         self._signal()
 
