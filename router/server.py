@@ -79,7 +79,8 @@ class RouterServer:
         )
         self._intake = Intake(config, models, backend, router_id=router_id, identities=identities)
         self._sessions = Sessions(self._intake, identities)
-        self._credentials = server_credentials(config)
+        self._config = config
+        server_credentials(config)  # what is wrong with the files is said now
         self._max_message_bytes = config.max_message_bytes
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
@@ -109,14 +110,17 @@ class RouterServer:
     def bind(self, host: str, port: int) -> int:
         """Listen on ``host:port`` (0: any free port) once started; return the port. May be called for several.
 
-        Raises StartupError if that cannot be, for instance because the port is in use.
+        Raises StartupError if that cannot be, for instance because the port is in use; ConfigError if certificates
+        cannot be read.
         """
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        # For this port alone: gRPC binds no second one with credentials whose certificates may change.
+        credentials = server_credentials(self._config)
         try:
-            if self._credentials is None:
+            if credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
-                bound = self._server.add_secure_port(address, self._credentials)
+                bound = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise StartupError(
                 f"cannot listen on {address}: the port is in use, or the address is not this machine's"

@@ -18,9 +18,10 @@ from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 from router import key_file
 from router.config import RouterConfig
 from router.keyring import Keyring
+from router.server import RouterServer
 from router.tls import CertificateSource
 from tests.router.certificates import Authority, Certified
-from tests.router.rig import Outcome, Rig, answering, read_generate, running, text_request
+from tests.router.rig import FakeBackend, Outcome, Rig, answering, read_generate, running, served_model, text_request
 from workers.errors import ConfigError
 
 AUTHORITY = Authority()
@@ -65,6 +66,21 @@ async def test_the_client_library_speaks_tls_and_others_get_nowhere(tmp_path: Pa
             async with Client(rig.address, credentials=wrong) as client:
                 with pytest.raises(CallError):
                     await client.complete("hi", timeout=0.5)
+
+
+async def test_several_ports_speak_tls(tmp_path: Path) -> None:
+    """A router under Serve has two. gRPC takes credentials with a source of certificates for one port only: the second
+    could not be bound."""
+    config = RouterConfig(**server_files(tmp_path))
+    server = RouterServer(config, {"toy": served_model()}, FakeBackend(), router_id="router-1", version="0.0")
+    ports = [server.bind("127.0.0.1", 0) for _ in range(2)]
+    await server.start()
+    try:
+        for port in ports:
+            async with Client(f"127.0.0.1:{port}", credentials=credentials()) as client:
+                assert await client.health()
+    finally:
+        await server.stop()
 
 
 async def test_a_certificate_says_who_calls(tmp_path: Path) -> None:
