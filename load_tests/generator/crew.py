@@ -6,6 +6,7 @@ Bounded in time: what has not reported when the scenario's time is over is kille
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 import time
@@ -49,20 +50,20 @@ class Outcome:
 
 
 class Crew:
-    """`table` and `folder` are what `read_scenario` returned, `scenario` what they say."""
+    """`table` and `folder` are what `read_scenario` returned, `scenario` what they say. Of several targets each process
+    has one, in turn."""
 
     def __init__(
         self,
         table: Mapping[str, Any],
         folder: Path,
         scenario: Scenario,
-        target: str,
-        *,
+        *targets: str,
         show: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self._jobs = [
             {"table": table, "folder": str(folder), "target": target, "index": index, "count": scenario.processes}
-            for index in range(scenario.processes)
+            for index, target in zip(range(scenario.processes), itertools.cycle(targets), strict=False)
         ]
         self._limit_s = scenario.arrivals.duration_s + scenario.limits.drain_s + REPORT_S
         self._show = show

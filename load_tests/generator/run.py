@@ -21,16 +21,18 @@ from load_tests.generator.scenario import parse_scenario
 
 
 async def run_scenario(
-    table: Mapping[str, Any], folder: Path, target: str, *, show: Callable[[Progress], None] = lambda _: None
+    table: Mapping[str, Any], folder: Path, *targets: str, show: Callable[[Progress], None] = lambda _: None
 ) -> Report:
     """Run the scenario of `table` (see `read_scenario`). SIGINT ends it early, with a report of what there was.
+
+    `targets`: a router, or several in front of the same replicas, of which each process sends to another.
 
     Raises CrewError when the target does not answer.
     """
     scenario = parse_scenario(table, folder)
     load, date = os.getloadavg()[0], time.strftime("%Y-%m-%d %H:%M:%S")
-    replicas = await _replicas(target)
-    crew = Crew(table, folder, scenario, target, show=show)
+    replicas = await _replicas(targets[0])
+    crew = Crew(table, folder, scenario, *targets, show=show)
     interrupts: list[int] = []
 
     def interrupt() -> None:
@@ -52,7 +54,7 @@ async def run_scenario(
         scenario=scenario.name,
         about=scenario.about,
         seed=scenario.seed,
-        target=target,
+        target=", ".join(targets),
         call=scenario.call.kind,
         arrivals=describe_arrivals(scenario),
         date=date,
