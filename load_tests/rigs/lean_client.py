@@ -1,7 +1,7 @@
 """A client that does as little as it can, for measuring what a router can: a closed loop over Session or Generate.
 
-    in    {"target", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "requests", "seed", "clock",
-           "is_staggered"}
+    in    {"target", "ca_file", "token", "call", "streams", "output", "prompt", "duration_s", "warm_up_s", "requests",
+           "seed", "clock", "is_staggered"}
     in    a line: begin
     out   {"event": "ready"}, then {"event": "done", ...LeanCounts}
     in    end of file: stop; also when the parent died
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
@@ -135,13 +136,13 @@ class LeanClient:
 class SessionWay:
     """All streams over one Session, with one task that writes."""
 
-    def __init__(self, client: LeanClient, channel: grpc.aio.Channel) -> None:
+    def __init__(self, client: LeanClient, channel: grpc.aio.Channel, token: str = "") -> None:
         self._client = client
         self._call = channel.stream_stream(
             _SESSION,
             request_serializer=pb.SessionRequest.SerializeToString,
             response_deserializer=pb.SessionResponse.FromString,
-        )()
+        )(metadata=(("authorization", f"Bearer {token}"),) if token else ())
         self._open: set[str] = set()
         self._starts: list[pb.Start] = []
         self._wake = asyncio.Event()
@@ -192,15 +193,17 @@ class SessionWay:
 class GenerateWay:
     """A call for each request, `streams` at a time, all over one connection. Listens to it."""
 
-    def __init__(self, client: LeanClient, target: str) -> None:
+    def __init__(self, client: LeanClient, target: str, *, ca_file: str = "", token: str = "") -> None:
         self._client = client
         self._target = target
+        self._ca_file = ca_file
+        self._token = token
         self._num_open = 0
         self._all_ended = asyncio.Event()
         self._connection: Http2
 
     async def run(self) -> None:
-        self._connection = await Http2.connect(self._target, self)
+        self._connection = await Http2.connect(self._target, self, ca_file=self._ca_file, token=self._token)
         try:
             for _ in range(self._client.streams):
                 self._call()
@@ -231,10 +234,14 @@ async def _run() -> None:
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     job = json.loads(await lines.readline())
-    async with grpc.aio.insecure_channel(job["target"], options=_OPTIONS) as channel:
+    async with _channel(job["target"], job["ca_file"]) as channel:
         await asyncio.wait_for(channel.channel_ready(), 10.0)
         client = LeanClient(job)
-        way: Way = SessionWay(client, channel) if job["call"] == "session" else GenerateWay(client, job["target"])
+        way: Way
+        if job["call"] == "session":
+            way = SessionWay(client, channel, job["token"])
+        else:
+            way = GenerateWay(client, job["target"], ca_file=job["ca_file"], token=job["token"])
         _say(event="ready")
         if not await lines.readline():
             return
@@ -249,6 +256,13 @@ async def _run() -> None:
     counts = client.counts
     counts.cpu_s = time.process_time() - cpu_s
     _say(event="done", **{name: getattr(counts, name) for name in counts.__slots__})
+
+
+def _channel(target: str, ca_file: str) -> grpc.aio.Channel:
+    if not ca_file:
+        return grpc.aio.insecure_channel(target, options=_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes())
+    return grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
 
 
 async def _stop_at_end(client: LeanClient, lines: asyncio.StreamReader) -> None:

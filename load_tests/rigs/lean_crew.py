@@ -36,6 +36,10 @@ class LeanLoad:
     is_staggered: bool = False
     """Whether the first answer of each stream is shorter, of each by another length: otherwise all end at once, again
     and again, and what is measured is 64 requests that begin in one step."""
+    ca_file: str = ""
+    """Whom to trust, for TLS; empty: none."""
+    token: str = ""
+    """The bearer token of every call; empty: none."""
 
 
 class Target(Protocol):
@@ -121,6 +125,8 @@ async def _start(target: str, load: LeanLoad, index: int) -> asyncio.subprocess.
     )
     job = {
         "target": target,
+        "ca_file": load.ca_file,
+        "token": load.token,
         "call": load.call,
         "streams": load.streams // load.processes,
         "output": load.output,

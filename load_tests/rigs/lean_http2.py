@@ -8,13 +8,14 @@ nothing, as those in compiled languages do. A grpc.aio client takes as much of a
     stream = connection.open("/octavo.v1.InferenceService/Session")        a stream of requests, too
     connection.send(stream, message)
 
-In clear text, to servers that are trusted: no flow control of what is received (its windows are as large as can be),
-no compression of headers in either direction, no TLS, no cancels, no deadlines.
+To servers that are trusted: no flow control of what is received (its windows are as large as can be), no compression of
+headers in either direction, no cancels, no deadlines. In clear text, or with TLS that Python's own library speaks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 import struct
 from collections import deque
 from typing import Final, Protocol, cast
@@ -43,9 +44,9 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return _FRAME.pack(len(payload) << 8 | kind, flags, stream) + payload
 
 
-def request_headers(authority: str, path: str) -> bytes:
+def request_headers(authority: str, path: str, *, is_secure: bool = False, token: str = "") -> bytes:
     """Return the header block of a gRPC request: names from the static table where they are there, values as they
-    are."""
+    are. `token`: the caller's bearer token; empty: none."""
 
     def text(value: str) -> bytes:
         data = value.encode()
@@ -54,11 +55,12 @@ def request_headers(authority: str, path: str) -> bytes:
 
     return b"".join(
         (
-            b"\x83\x86",  # :method POST, :scheme http
+            b"\x83\x87" if is_secure else b"\x83\x86",  # :method POST, :scheme https or http
             b"\x04" + text(path),
             b"\x01" + text(authority),
             b"\x0f\x10" + text("application/grpc"),  # content-type
             b"\x00" + text("te") + text("trailers"),
+            b"\x0f\x08" + text(f"Bearer {token}") if token else b"",  # authorization
         )
     )
 
@@ -77,9 +79,11 @@ def status_of(trailers: bytes) -> str:
 class Http2(asyncio.Protocol):
     """One connection. Every call ends at `listener`, also when the connection breaks."""
 
-    def __init__(self, authority: str, listener: Listener) -> None:
+    def __init__(self, authority: str, listener: Listener, *, is_secure: bool = False, token: str = "") -> None:
         self._authority = authority
         self._listener = listener
+        self._is_secure = is_secure
+        self._token = token
         self._transport: asyncio.Transport
         self._received = b""
         self._next_stream = 1
@@ -95,11 +99,19 @@ class Http2(asyncio.Protocol):
         """Messages for which a window is too small: their stream, bytes of data, and the frames."""
 
     @classmethod
-    async def connect(cls, target: str, listener: Listener) -> Http2:
-        """Connect to HOST:PORT. Raises OSError."""
+    async def connect(cls, target: str, listener: Listener, *, ca_file: str = "", token: str = "") -> Http2:
+        """Connect to HOST:PORT, with TLS if `ca_file` has whom to trust. `token` goes with every request. Raises
+        OSError."""
         host, _, port = target.rpartition(":")
+        tls: ssl.SSLContext | None = None
+        if ca_file:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            tls.load_verify_locations(ca_file)
+            tls.set_alpn_protocols(["h2"])
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: cls(target, listener), host, int(port))
+        _, connection = await loop.create_connection(
+            lambda: cls(target, listener, is_secure=tls is not None, token=token), host, int(port), ssl=tls
+        )
         return connection
 
     def call(self, path: str, message: bytes) -> int:
@@ -126,7 +138,10 @@ class Http2(asyncio.Protocol):
     def close(self) -> None:
         """Streams that are open end as cancelled."""
         self._break(CANCELLED)
-        self._transport.close()
+        if self._is_secure:
+            self._transport.abort()  # TLS would wait for the server's farewell
+        else:
+            self._transport.close()
 
     # asyncio.Protocol
 
@@ -200,7 +215,9 @@ class Http2(asyncio.Protocol):
         self._parts[stream] = b""
         headers = self._headers.get(path)
         if headers is None:
-            headers = self._headers[path] = request_headers(self._authority, path)
+            headers = self._headers[path] = request_headers(
+                self._authority, path, is_secure=self._is_secure, token=self._token
+            )
         return stream, frame(HEADERS, END_HEADERS, stream, headers)
 
     def _end(self, stream: int, status: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from load_tests.generator.run import run_scenario
 from load_tests.generator.scenario import read_scenario
 from load_tests.generator.tally import GENERATOR_FULL, NO_TERMINAL
 from load_tests.rigs.bar_command import StoppedError
-from load_tests.rigs.router_rig import RouterRig
+from load_tests.rigs.router_rig import RouterRig, is_router
 
 IDLE_S = 5.0
 """How long a rig may take to have nothing queued, running or held."""
@@ -33,7 +34,7 @@ class Load:
     cpu_s: Mapping[str, float]
     """By process of the rig, while the load ran."""
     router_bytes: tuple[float, ...]
-    """Resident memory of the router, sampled evenly."""
+    """Resident memory of all routers, sampled evenly."""
     idle_s: float | None
     """From the last terminal until nothing was queued, running or held; None: never."""
 
@@ -53,8 +54,8 @@ class Load:
             "late": tally.late,
             "idle_s": self.idle_s,
             "lag_p99_ms": in_ms(self.figures["lag_s.p99"]),
-            "router_cpu_s": round(self.cpu_s["router"], 2),
-            "replicas_cpu_s": round(sum(s for name, s in self.cpu_s.items() if name != "router"), 2),
+            "router_cpu_s": round(sum(s for name, s in self.cpu_s.items() if is_router(name)), 2),
+            "replicas_cpu_s": round(sum(s for name, s in self.cpu_s.items() if not is_router(name)), 2),
             "generator_cpu_share": self.figures["generator_cpu_share"],
             "generator_full": tally.errors[GENERATOR_FULL],
         }
@@ -65,12 +66,13 @@ def in_ms(seconds: float | None) -> float | None:
 
 
 async def send(rig: RouterRig, scenario: str, changes: Mapping[str, Any]) -> Load:
-    """Send a scenario of load_tests/scenarios to `rig`. Raises StoppedError if it was stopped, CrewError."""
+    """Send a scenario of load_tests/scenarios to `rig`, if that has several routers each process of the generator to
+    another. Raises StoppedError if it was stopped, CrewError."""
     table, folder = read_scenario(scenario, changes)
     before, samples = rig.cpu_s(), list[float]()
-    sampling = asyncio.create_task(_sample(rig.pids["router"], samples))
+    sampling = asyncio.create_task(_sample([pid for name, pid in rig.pids.items() if is_router(name)], samples))
     try:
-        report = await run_scenario(table, folder, rig.address)
+        report = await run_scenario(table, folder, *rig.addresses)
     finally:
         sampling.cancel()
     if not report.is_whole:
@@ -80,16 +82,17 @@ async def send(rig: RouterRig, scenario: str, changes: Mapping[str, Any]) -> Loa
         report=report,
         cpu_s={name: used - before[name] for name, used in after.items()},
         router_bytes=tuple(samples),
-        idle_s=await idle_after(rig.address),
+        idle_s=await idle_after(*rig.routers.values()),
     )
 
 
-async def idle_after(address: str) -> float | None:
-    """Return how long it takes until the router and its replicas have nothing left; None: more than IDLE_S."""
+async def idle_after(*addresses: str) -> float | None:
+    """Return how long it takes until these routers and their replicas have nothing left; None: more than IDLE_S."""
     began = time.monotonic()
-    async with Client(address) as client:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client(address)) for address in addresses]
         while (waited := time.monotonic() - began) < IDLE_S:
-            if not left_behind(await client.status()):
+            if not any([left_behind(await client.status()) for client in clients]):
                 return round(waited, 3)
             await asyncio.sleep(_POLL_S)
     return None
@@ -114,7 +117,7 @@ def _resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
-async def _sample(pid: int, samples: list[float]) -> None:
+async def _sample(pids: Sequence[int], samples: list[float]) -> None:
     while True:
-        samples.append(_resident_bytes(pid))
+        samples.append(sum(map(_resident_bytes, pids)))
         await asyncio.sleep(_SAMPLE_S)

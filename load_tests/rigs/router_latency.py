@@ -56,8 +56,8 @@ class SessionAsk:
         self._num_asked = 0
         self.num_ended = 0
 
-    async def connect(self, target: str) -> None:
-        self._connection = await Http2.connect(target, self)
+    async def connect(self, target: str, *, ca_file: str = "", token: str = "") -> None:
+        self._connection = await Http2.connect(target, self, ca_file=ca_file, token=token)
         self._stream = self._connection.open(_SESSION)
 
     def close(self) -> None:
@@ -93,8 +93,8 @@ class GenerateAsk:
         self._waiting: dict[int, asyncio.Future[float]] = {}
         self.num_ended = 0
 
-    async def connect(self, target: str) -> None:
-        self._connection = await Http2.connect(target, self)
+    async def connect(self, target: str, *, ca_file: str = "", token: str = "") -> None:
+        self._connection = await Http2.connect(target, self, ca_file=ca_file, token=token)
 
     def close(self) -> None:
         self._connection.close()

@@ -1,9 +1,12 @@
 """The processes of the router rig: a replica or a router, told what to be by one line of JSON on standard input.
 
-    in    {"role": "replica", "secret", "id", "engine": {...}, "tells_time"}
-    in    {"role": "router", "secret", "port", "config": {...}, "placement", "replicas": [[id, address], ...]}
-    out   {"address"}                                                            it serves
+    in    {"role": "replica", "secret", "id", "is_encrypted", "engine": {...}, "tells_time"}
+    in    {"role": "router", "secret", "id", "is_encrypted", "port", "shares_port", "config": {...}, "placement",
+           "replicas": [[id, address], ...]}
+    out   {"address"}, a router also "own_address", which no other has           it serves
     in    end of file: end, also when the parent died
+
+`is_encrypted`: the data ports speak TLS.
 
 Nobody starts them but `RouterRig`.
 """
@@ -44,10 +47,15 @@ async def _replica(job: dict[str, Any], keys: ClusterKeys) -> None:
     config.check()
     make = clock_engine if job["tells_time"] else FakeEngine
     engine = make(config, manifest=rig_manifest(), hash_key=keys.prefix_hash)
-    server = DataPlaneServer(replica_id=job["id"], key=keys.data_plane)
+    credentials = None
+    if job["is_encrypted"]:
+        from workers.peer_tls import server_credentials  # takes a while
+
+        credentials = server_credentials(keys.data_plane_tls)
+    server = DataPlaneServer(replica_id=job["id"], key=keys.data_plane, credentials=credentials)
     thread = EngineThread(engine, server.notify, max_token_age_s=config.max_token_age_s)
     await server.start(thread)
-    await _serve(server.address)
+    await _serve(address=server.address)
     await server.stop()
     thread.close()
     await asyncio.to_thread(thread.join, 2.0)
@@ -67,7 +75,7 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     config.check()
     model = rig_model()
     identity = RouterIdentity(
-        router_id="rig-router",
+        router_id=job["id"],
         epoch=time.time_ns(),
         keys=keys,
         model_fingerprint=model.manifest.model_fingerprint,
@@ -76,7 +84,10 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     placement = make_placement(job["placement"], random.Random())
     dispatcher = Dispatcher(config, identity, placement=placement)
     dispatcher.start()
-    addresses = [ReplicaAddress(replica_id=name, address=address, node_id="rig") for name, address in job["replicas"]]
+    addresses = [
+        ReplicaAddress(replica_id=name, address=address, node_id="rig", is_encrypted=job["is_encrypted"])
+        for name, address in job["replicas"]
+    ]
     dispatcher.update_replicas(addresses)
     server = RouterServer(
         config,
@@ -84,21 +95,23 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
         dispatcher,
         router_id=identity.router_id,
         version="rig",
+        so_reuseport=job["shares_port"],
         salt_key=keys.tenant_salt,
     )
     port = server.bind("127.0.0.1", job["port"])
+    own_port = server.bind("127.0.0.1", 0) if job["shares_port"] else port
     await server.start()
     while not all(view.state == "ready" for view in dispatcher.replicas()):  # noqa: ASYNC110  nobody tells when they are
         await asyncio.sleep(0.01)
     garbage.settle()
-    await _serve(f"127.0.0.1:{port}")
+    await _serve(address=f"127.0.0.1:{port}", own_address=f"127.0.0.1:{own_port}")
     await server.stop()
     await dispatcher.stop()
 
 
-async def _serve(address: str) -> None:
+async def _serve(**addresses: str) -> None:
     """Say where, and return when standard input ends."""
-    print(json.dumps({"address": address}), flush=True)
+    print(json.dumps(addresses), flush=True)
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     await lines.read()

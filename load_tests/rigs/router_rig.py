@@ -1,4 +1,4 @@
-"""A bare router in front of fake replicas, each in a process of its own, without Ray: what router benchmarks load.
+"""Bare routers in front of fake replicas, each in a process of its own, without Ray: what router benchmarks load.
 
     with RouterRig(RigConfig(replicas=2, step_s=0.005)) as rig:
         ... rig.address, rig.cpu_s() ...
@@ -49,6 +49,12 @@ class RigConfig:
     """Fields of RouterConfig that differ from the defaults."""
     placement: str = ""
     """One of router_policies.py; empty: the router's own."""
+    routers: int = 1
+    """Each uses all replicas. A single one is called "router", several "router-0", "router-1", ..."""
+    shares_port: bool = False
+    """Whether all routers listen on one port, as those of a node do."""
+    is_encrypted: bool = False
+    """Whether the data ports speak TLS. The public ports do if `router` names a certificate (`rig_trust.py`)."""
 
 
 class RouterRig:
@@ -57,11 +63,19 @@ class RouterRig:
     def __init__(self, config: RigConfig) -> None:
         self._config = config
         self._processes: dict[str, subprocess.Popen[str]] = {}
-        self.address = ""
+        self.addresses: tuple[str, ...] = ()
+        """Where clients go: one for each router, or a single one if they share a port."""
+        self.routers: dict[str, str] = {}
+        """Where one router alone can be reached, by its name."""
         self.replicas: dict[str, str] = {}
         """Where the data ports are, by the replica's id."""
         self.secret = secrets.token_bytes(32)
         """The cluster's, which opens the data ports."""
+
+    @property
+    def address(self) -> str:
+        """Where clients go, the first of them."""
+        return self.addresses[0]
 
     @property
     def pids(self) -> dict[str, int]:
@@ -73,26 +87,9 @@ class RouterRig:
         return {name: process_tree.cpu_s(pid) for name, pid in self.pids.items()}
 
     def __enter__(self) -> Self:
-        config, secret = self._config, self.secret.hex()
-        engine = {
-            "fake_step_s": config.step_s,
-            "max_num_sequences": config.num_sequences,
-            "num_blocks": config.num_blocks,
-            "block_size": config.block_size,
-            "chunk_tokens": config.chunk_tokens,
-            "prefix_cache": config.prefix_cache,
-        }
-        names = [f"replica-{number}" for number in range(config.replicas)]
         try:
-            for name in names:
-                job = {"role": "replica", "id": name, "engine": engine, "tells_time": config.tells_time}
-                self._start(name, {**job, "secret": secret})
-            self.replicas = {name: self._await_address(name) for name in names}
-            replicas = list(self.replicas.items())
-            job = {"role": "router", "port": config.port, "config": dict(config.router), "replicas": replicas}
-            job["placement"] = config.placement
-            self._start("router", {**job, "secret": secret})
-            self.address = self._await_address("router")
+            self._start_replicas()
+            self._start_routers()
         except BaseException:
             self.stop()
             raise
@@ -119,7 +116,50 @@ class RouterRig:
             process.stdout.close()
         self._processes.clear()
 
+    def kill(self, name: str) -> None:
+        """End a process with SIGKILL."""
+        process = self._processes.pop(name)
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        process.stdout.close()
+
+    def _start_replicas(self) -> None:
+        config = self._config
+        engine = {
+            "fake_step_s": config.step_s,
+            "max_num_sequences": config.num_sequences,
+            "num_blocks": config.num_blocks,
+            "block_size": config.block_size,
+            "chunk_tokens": config.chunk_tokens,
+            "prefix_cache": config.prefix_cache,
+        }
+        job = {"role": "replica", "engine": engine, "tells_time": config.tells_time}
+        names = [f"replica-{number}" for number in range(config.replicas)]
+        for name in names:
+            self._start(name, job)
+        self.replicas = {name: self._await_ready(name)["address"] for name in names}
+
+    def _start_routers(self) -> None:
+        config = self._config
+        job = {"role": "router", "port": config.port, "config": dict(config.router), "placement": config.placement}
+        job |= {"shares_port": config.shares_port, "replicas": list(self.replicas.items())}
+        names = ["router"] if config.routers == 1 else [f"router-{number}" for number in range(config.routers)]
+        ready: dict[str, dict[str, str]] = {}
+        for name in names:
+            self._start(name, job)
+            job["port"] = 0
+            if config.shares_port:
+                ready[name] = self._await_ready(name)
+                job["port"] = int(ready[name]["address"].rpartition(":")[2])
+        ready |= {name: self._await_ready(name) for name in names if name not in ready}
+        self.addresses = tuple(dict.fromkeys(each["address"] for each in ready.values()))
+        self.routers = {name: each["own_address"] for name, each in ready.items()}
+
     def _start(self, name: str, job: dict[str, Any]) -> None:
+        job = {**job, "id": name, "secret": self.secret.hex(), "is_encrypted": self._config.is_encrypted}
         process = self._processes[name] = subprocess.Popen(
             [sys.executable, "-m", "load_tests.rigs.router_process"],
             stdin=subprocess.PIPE,
@@ -132,13 +172,19 @@ class RouterRig:
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
 
-    def _await_address(self, name: str) -> str:
+    def _await_ready(self, name: str) -> dict[str, str]:
         stdout = self._processes[name].stdout
         assert stdout is not None
         line = stdout.readline()
         if not line:
             raise RuntimeError(f"{name} of the rig did not start; it says above why")
-        return str(json.loads(line)["address"])
+        ready: dict[str, str] = json.loads(line)
+        return ready
+
+
+def is_router(name: str) -> bool:
+    """Say whether a process of a rig is a router."""
+    return name.startswith("router")
 
 
 def main() -> None:
