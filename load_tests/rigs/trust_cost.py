@@ -1,0 +1,141 @@
+"""What it costs that nobody can listen and everybody proves who they are: one load in clear and secured, alternately.
+
+    clear      no TLS, no keys
+    secured    TLS and a bearer token on the public port, TLS with certificates of both ends on the data ports
+
+Two rigs of a router and two replicas stand side by side, one loaded at a time. Throughput: closed loops that keep both
+cores busy, of long answers (tokens a second) and of one-token answers (requests a second: over Generate each of them is
+authenticated). What counts is by which share less comes through; clients do their part of TLS on the same cores.
+Latency: one request after the other, clear and secured in turns of one, over connections that have been used; what
+counts is by how much the median of the first token is later, again with the client's part. Each repetition compares
+within itself, and the median of the repetitions is judged.
+
+The clients are the lean ones of the other rigs, on both sides the same: grpc.aio over Session, HTTP/2 by hand over
+Generate and for latency. Under three minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from load_tests.bars import Bar, at_most
+from load_tests.notes import Notes, figure
+from load_tests.rigs.bar_command import Settings, main
+from load_tests.rigs.lean_crew import LeanLoad, load, summary
+from load_tests.rigs.rig_trust import RigTrust
+from load_tests.rigs.router_latency import ANSWER_S, Ask, GenerateAsk, SessionAsk
+from load_tests.rigs.router_rig import RigConfig, RouterRig
+
+WAYS = ("clear", "secured")
+ASKS: dict[str, type[SessionAsk] | type[GenerateAsk]] = {"session": SessionAsk, "generate": GenerateAsk}
+STREAMS, PROMPT_TOKENS = 64, 16
+OUTPUTS = {"tokens": 256, "requests": 1}
+"""What is counted a second, and how long answers are then."""
+PAIRS, PAUSE_S = 150, 0.008
+"""Of requests whose latency is compared, and the pause before each."""
+MAX_LOSS, MAX_ADDED_MS = 0.1, 0.5
+
+
+async def measure(settings: Settings, notes: Notes) -> None:
+    clear = RigConfig(replicas=2, step_s=0.0, num_sequences=STREAMS, chunk_tokens=1_024, num_blocks=16_384)
+    for repetition in settings.rounds(3):
+        with RigTrust() as trust:
+            secured = dataclasses.replace(clear, router=trust.router, is_encrypted=True)
+            with RouterRig(clear) as clear_rig, RouterRig(secured) as secured_rig:
+                rigs = {"clear": clear_rig, "secured": secured_rig}
+                for call in ASKS:
+                    await _latency(settings, notes, call, rigs, trust)
+                for call in ASKS:
+                    for what in OUTPUTS:
+                        for way in _turn(repetition):
+                            counts, cpu_s = await load(rigs[way], _load(settings, call, what, way, trust))
+                            notes.add(f"{call}, {what}, {way}", **summary(counts, cpu_s))
+
+
+def _load(settings: Settings, call: str, what: str, way: str, trust: RigTrust) -> LeanLoad:
+    output, is_secured = OUTPUTS[what], way == "secured"
+    return LeanLoad(
+        call=call,
+        streams=STREAMS,
+        output=output,
+        prompt=PROMPT_TOKENS,
+        duration_s=settings.seconds(2.5),
+        warm_up_s=0.7,
+        tells_time=False,
+        is_staggered=output > 1,
+        ca_file=trust.ca_file if is_secured else "",
+        token=trust.token if is_secured else "",
+    )
+
+
+def _turn(number: int) -> tuple[str, ...]:
+    """Return the ways in the order of this turn."""
+    return WAYS if number % 2 == 0 else WAYS[::-1]
+
+
+async def _latency(settings: Settings, notes: Notes, call: str, rigs: dict[str, RouterRig], trust: RigTrust) -> None:
+    """Ask in turns of one; the first request of each way opens its stream and is not counted."""
+    ways = {way: ASKS[call]() for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    await ways["clear"].connect(rigs["clear"].address)
+    await ways["secured"].connect(rigs["secured"].address, ca_file=trust.ca_file, token=trust.token)
+    rng = random.Random(1)
+    for way in WAYS:
+        await _time(ways[way].ask, rng)
+    for pair in range(10 if settings.is_quick else PAIRS):
+        for way in _turn(pair):
+            await asyncio.sleep(PAUSE_S)
+            times[way].append(await _time(ways[way].ask, rng))
+    await asyncio.sleep(0.1)  # for the last terminals
+    for way, client in ways.items():
+        notes.add(
+            f"{call}, first token, {way}",
+            sent=len(times[way]) + 1,
+            ended=client.num_ended,
+            p50_ms=1e3 * statistics.median(times[way]),
+        )
+        client.close()
+
+
+async def _time(ask: Ask, rng: random.Random) -> float:
+    """Return the seconds until the token of one request is there."""
+    prompt, began = rng.choices(range(300, 1_000), k=PROMPT_TOKENS), time.monotonic()
+    return await asyncio.wait_for(ask(prompt), ANSWER_S) - began
+
+
+def judge(notes: Notes) -> list[Bar]:
+    bars = []
+    for call in ASKS:
+        for what in OUTPUTS:
+            lost = _compared(notes, f"{call}, {what}", f"{what}_per_s", lambda clear, secured: 1 - secured / clear)
+            detail = f"{_both(notes, f'{call}, {what}', f'{what}_per_s')}; CPU, µs a token: " + ", ".join(
+                f"{who} {_both(notes, f'{call}, {what}', f'{who}_us_per_token')}"
+                for who in ("router", "replica", "client")
+            )
+            bars.append(at_most(f"{call}: share of {what}/s lost to TLS and keys", lost, MAX_LOSS, detail))
+        added = _compared(notes, f"{call}, first token", "p50_ms", lambda clear, secured: secured - clear)
+        detail = f"{_both(notes, f'{call}, first token', 'p50_ms')}, warm connection"
+        bars.append(at_most(f"{call}: added to the first token by TLS and keys, p50, ms", added, MAX_ADDED_MS, detail))
+    return bars
+
+
+def _compared(notes: Notes, what: str, key: str, compare: Callable[[float, float], float]) -> float | None:
+    """Return the median over the repetitions of what each one's pair compares to."""
+    pairs = zip(notes.of(f"{what}, clear", key), notes.of(f"{what}, secured", key), strict=False)
+    compared = [compare(clear, secured) for clear, secured in pairs if clear]
+    return statistics.median(compared) if compared else None
+
+
+def _both(notes: Notes, what: str, key: str) -> str:
+    clear, secured = (notes.median(f"{what}, {way}", key) for way in WAYS)
+    return f"{figure(clear)} -> {figure(secured)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main("trust_cost", measure, judge))
