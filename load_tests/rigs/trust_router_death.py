@@ -45,7 +45,7 @@ OUTPUT = range(20, 120)
 PROMPT_TOKENS = 32
 DURATION_S, KILL_S = 4.0, (1.0, 3.0)
 """For how long answers are begun, and from when to when the router is killed."""
-ANSWER_S = 20.0
+ANSWER_S = 10.0
 """For one answer, whatever happens to it."""
 BAD = ("lost", "repeated", "wrong")
 KINDS = {"two addresses": 2, "one port": 1}
