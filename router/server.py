@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from octavo.names import Reason
 from octavo.v1 import inference_service_pb2, model_service_pb2, status_service_pb2
 from octavo.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
@@ -90,8 +90,9 @@ class RouterServer:
         self._add(add_ModelServiceServicer_to_server, model_servicer, identities.identify)
         status_servicer = StatusServicer(backend, self._intake, self._sessions, router_id=router_id, version=version)
         self._add(add_StatusServiceServicer_to_server, status_servicer, identities.identify)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._add(health_pb2_grpc.add_HealthServicer_to_server, self._health, is_ours=False)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._add(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, _Reflection(names), is_ours=False)
 
     @property
     def intake(self) -> Intake:
@@ -169,10 +170,34 @@ class RouterServer:
         await self._identities.stop()
 
     def _add(
-        self, add_to_server: Callable[[Any, Any], None], servicer: object, check: Callable[[Any], object] | None = None
+        self,
+        add_to_server: Callable[[Any, Any], None],
+        servicer: object,
+        check: Callable[[Any], object] | None = None,
+        *,
+        is_ours: bool = True,
     ) -> None:
-        """`check` refuses a call by raising; without one the servicer itself looks who calls."""
-        add_to_server(servicer, _Registrar(self._server, self._max_message_bytes, check))
+        """`check` refuses a call by raising; without one the servicer itself looks who calls, if anybody does.
+        `is_ours`: its calls with many answers return the last one, see `_ending_with_status`."""
+        add_to_server(servicer, _Registrar(self._server, self._max_message_bytes, check, is_ours=is_ours))
+
+
+class _Reflection(reflection.aio.ReflectionServicer):
+    """Reflection that refuses what is no message, where gRPC's own fails."""
+
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
+        requests: Any = _messages(request_iterator, context)
+        answers: Any = super().ServerReflectionInfo(requests, context)
+        async for answer in answers:
+            await context.write(answer)
+
+
+async def _messages(requests: AsyncIterator[object], context: Any) -> AsyncIterator[object]:
+    """Yield messages until one is none, with which the call ends."""
+    async for request in requests:
+        if isinstance(request, OctavoError):
+            await status.abort(context, request)
+        yield request
 
 
 class _Registrar:
@@ -180,18 +205,28 @@ class _Registrar:
     becomes INVALID_ARGUMENT, where gRPC would answer UNKNOWN with the exception's text, and one that is too large
     RESOURCE_EXHAUSTED with a reason, which gRPC's own answer lacks."""
 
-    def __init__(self, server: grpc.aio.Server, max_message_bytes: int, check: Callable[[Any], object] | None) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        max_message_bytes: int,
+        check: Callable[[Any], object] | None,
+        *,
+        is_ours: bool,
+    ) -> None:
         self._server = server
         self._max_message_bytes = max_message_bytes
         self._check = check
+        self._is_ours = is_ours
 
     def add_generic_rpc_handlers(self, handlers: Sequence[object]) -> None:
         """The generated code gives the same handlers once more, by name."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        tolerant = {
-            name: _tolerant(handler, self._max_message_bytes, self._check) for name, handler in handlers.items()
-        }
+        tolerant = {}
+        for name, handler in handlers.items():
+            if self._is_ours and handler.response_streaming and not handler.request_streaming:
+                handler = _ending_with_status(handler)  # noqa: PLW2901
+            tolerant[name] = _tolerant(handler, self._max_message_bytes, self._check)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, tolerant),))
 
 
@@ -206,8 +241,6 @@ def _tolerant(handler: Any, max_message_bytes: int, check: Callable[[Any], objec
         except DecodeError:
             return status.undecodable()
 
-    if handler.response_streaming and not handler.request_streaming:
-        handler = _ending_with_status(handler)
     streams = (handler.request_streaming, handler.response_streaming)
     kind = "_".join("stream" if is_stream else "unary" for is_stream in streams)
     behaviour = getattr(handler, kind)

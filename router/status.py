@@ -31,6 +31,8 @@ MAX_DESCRIPTION = 160
 MAX_FIELD = 100
 MAX_MESSAGE = 500
 MAX_ABORT_S = 2.0
+MAX_DURATION_S = 315_576_000_000.0
+"""What a protobuf Duration can say; a quota of next to nothing makes clients wait for longer."""
 INTERNAL_MESSAGE = "internal error; the router's log says more"
 
 
@@ -122,7 +124,7 @@ def too_large(num_bytes: int, max_bytes: int) -> OctavoError:
 
 
 def duration(seconds: float) -> Duration:
-    fraction, whole = math.modf(max(seconds, 0.0))
+    fraction, whole = math.modf(min(max(seconds, 0.0), MAX_DURATION_S))
     return Duration(seconds=int(whole), nanos=int(fraction * 1e9))
 
 
