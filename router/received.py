@@ -22,6 +22,9 @@ from router.violations import Violations, check_token_ids
 MAX_INLINE_RECEIVED = 512
 """More received tokens, about a millisecond's work, are looked through in a thread."""
 
+MAX_LISTS = 1_024
+"""More than any request may have choices: what is behind them is not looked at, and the request refused."""
+
 MAX_KEPT_STOPS, MAX_KEPT_CHARACTERS = 128, 256
 """So many sets of stop strings, none with more characters, are kept ready: requests tend to bring the same ones, and to
 prepare two takes as long as a tenth of all else that a router does for a request."""
@@ -32,7 +35,7 @@ FIELD = "received_token_ids"
 def num_received(message: GenerateRequest) -> int:
     if not message.received_token_ids:
         return 0
-    return sum(len(each.ids) for each in message.received_token_ids)
+    return sum(len(each.ids) for each in message.received_token_ids[:MAX_LISTS])
 
 
 def check_received(

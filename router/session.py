@@ -44,8 +44,11 @@ LINGER_S = 5.0
 """How long an answer is kept after its Terminal was written."""
 MAX_LINGERING = 1_024
 """Answers that one session keeps so."""
+MAX_TRACE_CHARACTERS = 4_096
+"""Of a traceparent, and of a tracestate: both go on to a replica, in one message with those of other requests. (What
+comes with a Generate call is bounded as its metadata.) A trace context that is longer is none."""
 MAX_TURN_S = 0.004
-"""How long starts of one message are begun before others have their turn: those that are there already go to replicas
+"""How long what one message says is done before others have their turn: starts that are there already go to replicas
 meanwhile, which would idle, and answers of other calls go out."""
 
 
@@ -120,8 +123,7 @@ class Session:
             began = time.monotonic()
             for start in message.starts:
                 if time.monotonic() - began > MAX_TURN_S:
-                    await asyncio.sleep(0)
-                    began = time.monotonic()
+                    began = await _next_turn()
                 if not self._outbox.has_room.is_set():
                     await self._outbox.has_room.wait()
                 try:
@@ -131,10 +133,14 @@ class Session:
                 except Exception as error:
                     self._outbox.refuse(start.request_id, status.unexpected(error))
             for cancel in message.cancels:
+                if time.monotonic() - began > MAX_TURN_S:
+                    began = await _next_turn()
                 entry = self._live.get(cancel.request_id)
                 if entry is not None:
                     entry.answer.cancel()
             for grant in message.grants:
+                if time.monotonic() - began > MAX_TURN_S:
+                    began = await _next_turn()
                 entry = self._live.get(grant.request_id)
                 if entry is not None:
                     entry.answer.grant(grant.tokens)
@@ -145,6 +151,9 @@ class Session:
         size = len(start.request_id.encode())
         if not 1 <= size <= MAX_ID_BYTES:
             raise _invalid("request_id", f"must have 1 to {MAX_ID_BYTES} bytes, has {size}")
+        limit = self._intake.config.max_choices
+        if len(start.attach_offsets) > limit:
+            raise _invalid("attach_offsets", f"must have at most {limit} numbers, has {len(start.attach_offsets)}")
         limit = self._intake.config.max_session_requests
         if len(self._live) >= limit:
             raise OverloadedError(f"a session must have at most {limit} live requests", reason=Reason.SESSION_LIMIT)
@@ -167,14 +176,15 @@ class Session:
 
     async def _begin(self, start: Start) -> None:
         now = time.monotonic()
+        has_context = max(len(start.traceparent), len(start.tracestate)) <= MAX_TRACE_CHARACTERS
         envelope = Envelope(
             request_id=start.request_id,
             accepted_at=now,
             deadline=self._intake.deadline(now, _seconds(start.timeout) if start.HasField("timeout") else None),
             has_own_deadline=start.HasField("timeout"),
             identity=self._identity,
-            traceparent=start.traceparent,
-            tracestate=start.tracestate,
+            traceparent=start.traceparent if has_context else "",
+            tracestate=start.tracestate if has_context else "",
             is_session=True,
         )
         answer = self._intake.open(
@@ -254,7 +264,8 @@ class Session:
         """The message has left; those that it ended are kept for a while."""
         now = time.monotonic()
         for entry in self._ending:
-            if entry.stream is self:
+            # One that was attached again meanwhile has its Terminal still before it.
+            if entry.stream is self and self._live.get(entry.request_id) is not entry:
                 entry.is_delivered = True
                 self._lingering.append((now, entry))
         self._ending.clear()
@@ -262,6 +273,12 @@ class Session:
             _, entry = self._lingering.popleft()
             if entry.stream is self and entry.is_delivered:
                 self._entries.forget(entry)
+
+
+async def _next_turn() -> float:
+    """Let others have theirs; return when it begins."""
+    await asyncio.sleep(0)
+    return time.monotonic()
 
 
 def _num_received(start: Start, index: int) -> int:

@@ -20,6 +20,8 @@ from workers.errors import OctavoError
 
 EVENT_TOKENS = 32
 """What an event weighs beside its tokens."""
+MAX_ECHO = 1_024
+"""Characters of a refused start's request id that its Terminal repeats: what is longer is no id of a request."""
 MAX_REFUSALS = 1_024
 """Refused starts that wait to be written; with more, nothing is read."""
 
@@ -59,7 +61,7 @@ class SessionOutbox:
         self._ready.clear()
 
     def refuse(self, request_id: str, error: OctavoError) -> None:
-        self._refusals.append(Event(request_id=request_id, terminal=status.to_terminal(error)))
+        self._refusals.append(Event(request_id=request_id[:MAX_ECHO], terminal=status.to_terminal(error)))
         if len(self._refusals) >= MAX_REFUSALS:
             self.has_room.clear()
         self.has_work.set()
