@@ -190,7 +190,12 @@ def _built(kind: type[T], fields: object, what: str) -> T:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # of an integer that no float holds
+        return False
 
 
 def _without_defaults(value: Key | Terms) -> dict[str, Any]:

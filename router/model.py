@@ -37,7 +37,7 @@ class ServedModel:
         """
         try:
             manifest = ModelManifest.from_json(_read(files.manifest))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ModelFileError(f"{files.manifest} is not a manifest of a model: {error}") from error
         manifest = dataclasses.replace(manifest, max_model_len=max_model_len or manifest.max_model_len)
         tokenizer = Tokenizer.from_file(files.tokenizer_json)

@@ -291,10 +291,15 @@ class ModelManifest:
 
     @classmethod
     def from_json(cls, text: str) -> ModelManifest:
-        """Raises KeyError, TypeError or ValueError for what `to_json` did not write."""
+        """Raises KeyError, TypeError, ValueError or RecursionError for what `to_json` did not write."""
         fields = json.loads(text)
         fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
-        return cls(**fields)
+        manifest = cls(**fields)
+        ids = (*manifest.eos_token_ids, 0 if manifest.bos_token_id is None else manifest.bos_token_id)
+        for number in (manifest.vocab_size, manifest.max_model_len, *ids):
+            if type(number) is not int or not 0 <= number < 2**32:
+                raise ValueError(f"sizes and token ids must be integers in [0, 2^32), one is {number!r}")
+        return manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

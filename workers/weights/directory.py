@@ -56,9 +56,16 @@ def weight_files(directory: Path, form: WeightFormat) -> list[Path]:
             raise ModelFileError(
                 f"{directory / form.index}: a file of weight_map must lie in the same directory, is {name!r}"
             )
-        if not (directory / name).exists():
+        if not _exists(directory / name):
             raise ModelFileError(f"{directory / name}: is missing; {form.index} names it as one of {len(names)} files")
     return [directory / name for name in names]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is none that a file can have
+        return False
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise ModelFileError(f"{path.name}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path.name}: is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelFileError(f"{path.name}: must be a JSON object")

@@ -130,7 +130,9 @@ class GgufCheckpoint:
         from gguf import quants
 
         try:
-            values = quants.dequantize(self._raw(entry), _ggml_type(entry))
+            # Scales may be anything; what is not finite then is for `array` to refuse.
+            with np.errstate(all="ignore"):
+                values = quants.dequantize(self._raw(entry), _ggml_type(entry))
         except NotImplementedError as error:
             raise ModelFileError(f"tensor {entry.name!r} is of type {_ggml_type(entry).name}: {error}") from error
         return np.array(values, dtype=np.float32, copy=not values.flags.writeable)
