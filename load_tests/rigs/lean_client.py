@@ -234,7 +234,7 @@ async def _run() -> None:
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     job = json.loads(await lines.readline())
-    async with _channel(job["target"], job["ca_file"]) as channel:
+    async with open_channel(job["target"], job["ca_file"]) as channel:
         await asyncio.wait_for(channel.channel_ready(), 10.0)
         client = LeanClient(job)
         way: Way
@@ -258,7 +258,8 @@ async def _run() -> None:
     _say(event="done", **{name: getattr(counts, name) for name in counts.__slots__})
 
 
-def _channel(target: str, ca_file: str) -> grpc.aio.Channel:
+def open_channel(target: str, ca_file: str = "") -> grpc.aio.Channel:
+    """Return a channel with a connection of its own, with TLS if `ca_file` has whom to trust."""
     if not ca_file:
         return grpc.aio.insecure_channel(target, options=_OPTIONS)
     credentials = grpc.ssl_channel_credentials(Path(ca_file).read_bytes())

@@ -10,8 +10,10 @@ Latency: one request after the other, clear and secured in turns of one, over co
 counts is by how much the median of the first token is later, again with the client's part. Each repetition compares
 within itself, and the median of the repetitions is judged.
 
-The clients are the lean ones of the other rigs, on both sides the same: grpc.aio over Session, HTTP/2 by hand over
-Generate and for latency. Under three minutes.
+Clients are the same on both sides: for throughput the lean ones of the other rigs, grpc.aio over Session and HTTP/2 by
+hand over Generate, whose TLS is Python's own and takes more than twice as much of a core; for latency grpc.aio. What
+comes through says nothing on a machine that does other things, too: beside it is what all processes took for a token.
+Under three minutes.
 """
 
 from __future__ import annotations
@@ -22,24 +24,74 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc.aio
+from octavo.v1 import inference_service_pb2 as pb
+from octavo.v1 import types_pb2
+from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 from load_tests.bars import Bar, at_most
 from load_tests.notes import Notes, figure
 from load_tests.rigs.bar_command import Settings, main
+from load_tests.rigs.lean_client import open_channel
 from load_tests.rigs.lean_crew import LeanLoad, load, summary
 from load_tests.rigs.rig_trust import RigTrust
-from load_tests.rigs.router_latency import ANSWER_S, Ask, GenerateAsk, SessionAsk
+from load_tests.rigs.router_latency import ANSWER_S
 from load_tests.rigs.router_rig import RigConfig, RouterRig
 
 WAYS = ("clear", "secured")
-ASKS: dict[str, type[SessionAsk] | type[GenerateAsk]] = {"session": SessionAsk, "generate": GenerateAsk}
+CALLS = ("session", "generate")
 STREAMS, PROMPT_TOKENS = 64, 16
 OUTPUTS = {"tokens": 256, "requests": 1}
 """What is counted a second, and how long answers are then."""
 PAIRS, PAUSE_S = 150, 0.008
 """Of requests whose latency is compared, and the pause before each."""
 MAX_LOSS, MAX_ADDED_MS = 0.1, 0.5
+
+
+class Client:
+    """One request after the other, all over one connection, and over one Session or a Generate each."""
+
+    def __init__(self, call: str, target: str, *, ca_file: str = "", token: str = "") -> None:
+        self._channel = open_channel(target, ca_file)
+        self._stub: Any = InferenceServiceStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._session = self._stub.Session(metadata=self._metadata) if call == "session" else None
+        self.num_ended = 0
+
+    async def first_token_s(self, prompt: Sequence[int]) -> float:
+        """Ask for one token; return how long it took to come. The answer has ended then."""
+        request = pb.GenerateRequest(
+            prompt=types_pb2.Prompt(token_ids=types_pb2.TokenIds(ids=prompt)), max_tokens=1, ignore_eos=True
+        )
+        began = time.monotonic()
+        return await asyncio.wait_for(self._ask(request), ANSWER_S) - began
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _ask(self, request: pb.GenerateRequest) -> float:
+        """Return when the token came."""
+        came_at: float | None = None
+        if self._session is None:
+            async for message in self._stub.Generate(request, metadata=self._metadata):
+                if came_at is None and message.deltas:
+                    came_at = time.monotonic()
+        else:
+            await self._session.write(
+                pb.SessionRequest(starts=[pb.Start(request_id=str(self.num_ended), request=request)])
+            )
+            is_ended = False
+            while not is_ended and (message := await self._session.read()) is not grpc.aio.EOF:
+                now = time.monotonic()
+                if came_at is None and any(event.delta.token_ids for event in message.events):
+                    came_at = now
+                is_ended = any(event.HasField("terminal") for event in message.events)
+        assert came_at is not None
+        self.num_ended += 1
+        return came_at
 
 
 async def measure(settings: Settings, notes: Notes) -> None:
@@ -49,13 +101,15 @@ async def measure(settings: Settings, notes: Notes) -> None:
             secured = dataclasses.replace(clear, router=trust.router, is_encrypted=True)
             with RouterRig(clear) as clear_rig, RouterRig(secured) as secured_rig:
                 rigs = {"clear": clear_rig, "secured": secured_rig}
-                for call in ASKS:
+                for call in CALLS:
                     await _latency(settings, notes, call, rigs, trust)
-                for call in ASKS:
+                for call in CALLS:
                     for what in OUTPUTS:
                         for way in _turn(repetition):
                             counts, cpu_s = await load(rigs[way], _load(settings, call, what, way, trust))
-                            notes.add(f"{call}, {what}, {way}", **summary(counts, cpu_s))
+                            figures = summary(counts, cpu_s)
+                            all_us = sum(figures[f"{who}_us_per_token"] for who in ("router", "replica", "client"))
+                            notes.add(f"{call}, {what}, {way}", **figures, all_us_per_token=all_us)
 
 
 def _load(settings: Settings, call: str, what: str, way: str, trust: RigTrust) -> LeanLoad:
@@ -81,42 +135,44 @@ def _turn(number: int) -> tuple[str, ...]:
 
 async def _latency(settings: Settings, notes: Notes, call: str, rigs: dict[str, RouterRig], trust: RigTrust) -> None:
     """Ask in turns of one; the first request of each way opens its stream and is not counted."""
-    ways = {way: ASKS[call]() for way in WAYS}
+    clients = {
+        "clear": Client(call, rigs["clear"].address),
+        "secured": Client(call, rigs["secured"].address, ca_file=trust.ca_file, token=trust.token),
+    }
     times: dict[str, list[float]] = {way: [] for way in WAYS}
-    await ways["clear"].connect(rigs["clear"].address)
-    await ways["secured"].connect(rigs["secured"].address, ca_file=trust.ca_file, token=trust.token)
     rng = random.Random(1)
-    for way in WAYS:
-        await _time(ways[way].ask, rng)
+    for client in clients.values():
+        await client.first_token_s(_prompt(rng))
     for pair in range(10 if settings.is_quick else PAIRS):
         for way in _turn(pair):
             await asyncio.sleep(PAUSE_S)
-            times[way].append(await _time(ways[way].ask, rng))
-    await asyncio.sleep(0.1)  # for the last terminals
-    for way, client in ways.items():
+            times[way].append(await clients[way].first_token_s(_prompt(rng)))
+    for way, client in clients.items():
         notes.add(
             f"{call}, first token, {way}",
             sent=len(times[way]) + 1,
             ended=client.num_ended,
             p50_ms=1e3 * statistics.median(times[way]),
         )
-        client.close()
+        await client.close()
 
 
-async def _time(ask: Ask, rng: random.Random) -> float:
-    """Return the seconds until the token of one request is there."""
-    prompt, began = rng.choices(range(300, 1_000), k=PROMPT_TOKENS), time.monotonic()
-    return await asyncio.wait_for(ask(prompt), ANSWER_S) - began
+def _prompt(rng: random.Random) -> list[int]:
+    return rng.choices(range(300, 1_000), k=PROMPT_TOKENS)
 
 
 def judge(notes: Notes) -> list[Bar]:
     bars = []
-    for call in ASKS:
+    for call in CALLS:
         for what in OUTPUTS:
             lost = _compared(notes, f"{call}, {what}", f"{what}_per_s", lambda clear, secured: 1 - secured / clear)
-            detail = f"{_both(notes, f'{call}, {what}', f'{what}_per_s')}; CPU, µs a token: " + ", ".join(
-                f"{who} {_both(notes, f'{call}, {what}', f'{who}_us_per_token')}"
-                for who in ("router", "replica", "client")
+            taken = _compared(notes, f"{call}, {what}", "all_us_per_token", lambda clear, secured: 1 - clear / secured)
+            detail = (
+                f"{_both(notes, f'{call}, {what}', f'{what}_per_s')}; by CPU a token {figure(taken)}, µs: "
+                + ", ".join(
+                    f"{who} {_both(notes, f'{call}, {what}', f'{who}_us_per_token')}"
+                    for who in ("router", "replica", "client")
+                )
             )
             bars.append(at_most(f"{call}: share of {what}/s lost to TLS and keys", lost, MAX_LOSS, detail))
         added = _compared(notes, f"{call}, first token", "p50_ms", lambda clear, secured: secured - clear)
@@ -128,7 +184,7 @@ def judge(notes: Notes) -> list[Bar]:
 def _compared(notes: Notes, what: str, key: str, compare: Callable[[float, float], float]) -> float | None:
     """Return the median over the repetitions of what each one's pair compares to."""
     pairs = zip(notes.of(f"{what}, clear", key), notes.of(f"{what}, secured", key), strict=False)
-    compared = [compare(clear, secured) for clear, secured in pairs if clear]
+    compared = [compare(clear, secured) for clear, secured in pairs if clear and secured]
     return statistics.median(compared) if compared else None
 
 

@@ -43,7 +43,7 @@ def test_what_was_not_measured_meets_no_bar(judge: Any) -> None:
 
 def noted_costs(clear: float, secured: float, added_ms: float) -> Notes:
     notes = Notes()
-    for call in trust_cost.ASKS:
+    for call in trust_cost.CALLS:
         for way, per_s, p50_ms in (("clear", clear, 3.0), ("secured", secured, 3.0 + added_ms)):
             notes.add(f"{call}, tokens, {way}", tokens_per_s=per_s, router_us_per_token=10.0)
             notes.add(f"{call}, requests, {way}", requests_per_s=per_s)
@@ -186,6 +186,15 @@ async def test_lean_clients_prove_themselves(rig: RouterRig, trust: RigTrust) ->
     with pytest.raises(ConnectionError, match=f"status {UNAUTHENTICATED}"):
         await asyncio.wait_for(stranger.ask([300]), 10.0)
     stranger.close()
+
+
+@pytest.mark.parametrize("call", trust_cost.CALLS)
+async def test_a_first_token_over_tls(rig: RouterRig, trust: RigTrust, call: str) -> None:
+    client = trust_cost.Client(call, rig.address, ca_file=trust.ca_file, token=trust.token)
+    for _ in range(3):
+        assert await client.first_token_s([300, 301]) > 0
+    assert client.num_ended == 3
+    await client.close()
 
 
 @pytest.mark.parametrize("call", ["session", "generate"])
