@@ -40,6 +40,8 @@ from workers.work_ledger import DuplicateWorkError, WorkLedger
 SERVICE = pb.DESCRIPTOR.services_by_name["DataPlaneService"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 STOP_GRACE_S = 1.0
+MAX_REFUSAL = 500
+"""Characters: what a peer said may be in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,5 +297,5 @@ def _parse(data: bytes) -> pb.AttachRequest | None:
 
 async def _refuse(context: Any, code: grpc.StatusCode, reason: str, message: str) -> NoReturn:
     """End the stream. The reason leads the message: the data plane has no error details."""
-    await context.abort(code, f"{reason}: {message}")
+    await context.abort(code, f"{reason}: {message}"[:MAX_REFUSAL])
     raise AssertionError("abort() raises")

@@ -94,6 +94,8 @@ class PagedEngine:
             self._refuse(work, FinishReason.ERROR, Reason.ENGINE_CAPABILITY, message)
         elif not work.prompt:
             self._refuse(work, FinishReason.ERROR, Reason.EMPTY_PROMPT, "prompt must have at least one token")
+        elif (too_long := self._too_long(work)) is not None:  # before each of its choices has a copy of the prompt
+            self._refuse(work, FinishReason.ERROR, Reason.PROMPT_TOO_LONG, too_long)
         else:
             self._submit(work)
 
@@ -189,7 +191,7 @@ class PagedEngine:
             )
         self._works[work.work_id] = sequences
         for sequence in sequences:
-            refusal = self._too_long(work) or self._scheduler.refusal(sequence)
+            refusal = self._scheduler.refusal(sequence)
             complete = sequence.ending()
             if refusal is not None:
                 self._scheduler.end(sequence, FinishReason.ERROR, now, error=(Reason.PROMPT_TOO_LONG, refusal))

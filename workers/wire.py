@@ -1,7 +1,7 @@
 """The replica's side of the data plane's messages: protobuf in, our values out, and back.
 
 Owns no state and does no I/O. A router has proven the cluster's secret before anything of it is read, so its works are
-taken as they are; what an engine cannot do, it says itself.
+taken as they are, but for what would take the memory of all others; what an engine cannot do, it says itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from workers.types import (
 
 SHARED_FIELDS = ("request_id", "attempt", "priority", "traceparent", "tracestate", "adapter", "salt")
 """Of every kind of work, called the same on the wire."""
+MAX_CHOICES = 1_024
+"""Of one work: each is a sequence, made before anything else is known of it."""
 
 
 def from_work(message: pb.Work, owner: str, now: float) -> Work:
@@ -44,6 +46,8 @@ def from_work(message: pb.Work, owner: str, now: float) -> Work:
 
 def _from_generate(generate: pb.Generate, shared: dict[str, Any]) -> GenerateWork:
     n, received = generate.n or 1, _received(generate)
+    if n > MAX_CHOICES:
+        raise ValueError(f"a work must have at most {MAX_CHOICES} choices, has {n}")
     if received and len(received) != n:
         raise ValueError(f"received_choices must have a list for each of {n} choices, has {len(received)}")
     return GenerateWork(

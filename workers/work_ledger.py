@@ -32,6 +32,9 @@ from workers.types import (
 from workers.wire import from_work
 from workers.work_spans import WorkSpans
 
+MAX_WORKS = 16_384
+"""That a replica takes on at once. Routers that keep to its credit send a few dozen more than it computes."""
+
 
 class DuplicateWorkError(Exception):
     """A router that proved itself says what none of ours would."""
@@ -143,6 +146,8 @@ class WorkLedger:
         """Return the reason why this replica takes `work` not on, and that in words; None if it does."""
         if self.is_draining:
             return Reason.DRAINING, "this replica is draining"
+        if len(self._works) >= MAX_WORKS:
+            return Reason.QUEUE_FULL, f"this replica has {MAX_WORKS} works already"
         info = self._engine.info
         missing = _needed_capabilities(work) - info.capabilities
         if missing:
