@@ -263,6 +263,9 @@ class Answer:
             return
         try:
             has_ended = self._journal.push(index, token_ids, logprobs)
+        except OctavoError as error:
+            self.fail(error)
+            return
         except Exception as error:  # a sink never raises: the other requests of this message must not suffer
             self.fail(status.unexpected(error))
             return

@@ -21,6 +21,7 @@ class Flight:
         "is_ended",
         "key",
         "link",
+        "max_num_tokens",
         "num_idle_losses",
         "num_losses",
         "num_tokens",
@@ -55,16 +56,19 @@ class Flight:
         self.first_token_at: float | None = None
         self.num_tokens = 0
         """Generated, of all choices."""
+        self.max_num_tokens = request.n * request.max_tokens
         self.charge = 0
         """What its tenant was charged for it."""
         self.is_ended = False
 
     def count(self, num_tokens: int, now: float) -> None:
-        """Its replica has generated some."""
+        """Its replica has generated some. Raises ValueError if it never stops."""
         if self.first_token_at is None:
             self.first_token_at = now
         self.num_idle_losses = 0
         self.num_tokens += num_tokens
+        if self.num_tokens > self.max_num_tokens:
+            raise ValueError(f"a work of at most {self.max_num_tokens} tokens has {self.num_tokens}")
 
     def go_on(self, request: Request, hashes: PromptHashes) -> None:
         """Another attempt follows, for what is left."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from workers.handshake import ClusterKeys, choose_protocol, prove
+from workers.handshake import NONCE_BYTES, ClusterKeys, choose_protocol, prove
 from workers.peer_tls import channel_credentials
 from workers.prefix import PrefixHasher
+
+MAX_ACK_BYTES: Final = 65_536
+"""Of a HelloAck without the blocks that are resident: a router keeps it and tells of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,9 @@ async def shake_hands(call: Any, me: RouterIdentity, replica_id: str, *, credit:
     challenge = (await _read(call)).challenge
     if challenge.replica_id != replica_id:
         raise MismatchError(f"the peer is replica {challenge.replica_id!r}, not {replica_id!r}")
+    if len(challenge.nonce) != NONCE_BYTES:
+        # With one of its own length a peer could have the proof for another replica made, whose id ends like ours.
+        raise MismatchError(f"a nonce must have {NONCE_BYTES} bytes, has {len(challenge.nonce)}")
     protocol = choose_protocol(challenge.min_protocol, challenge.max_protocol)
     if protocol is None:
         spoken = f"{challenge.min_protocol} to {challenge.max_protocol}"
@@ -65,6 +71,8 @@ async def shake_hands(call: Any, me: RouterIdentity, replica_id: str, *, credit:
     )
     await call.write(pb.AttachRequest(hello=hello, credit=pb.Credit(step_batches=credit)))
     ack = (await _read(call)).hello_ack
+    if (size := ack.ByteSize() - ack.resident.ByteSize()) > MAX_ACK_BYTES:
+        raise MismatchError(f"a replica must tell of itself in {MAX_ACK_BYTES} bytes at most, needs {size}")
     if ack.block_size < 1:
         raise MismatchError(f"block_size must be at least 1, is {ack.block_size}")
     # Only now is the block size known, which the fingerprint of the hash key covers.
@@ -78,5 +86,6 @@ async def _read(call: Any) -> pb.AttachResponse:
     message = await call.read()
     if message is grpc.aio.EOF:
         raise MismatchError("the peer ended the stream during the handshake")
-    assert isinstance(message, pb.AttachResponse)
+    if not isinstance(message, pb.AttachResponse):  # gRPC's None for bytes that are none
+        raise MismatchError("the peer sent what is no message of the data plane")
     return message

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from octavo.names import Reason
 from octavo.v1 import types_pb2 as pb
 
 from router.choice import Choice
+from workers.errors import UnavailableError
 from workers.types import Finish, TokenLogprobs
 
 LOGPROBS_PER_TOKEN = 6
@@ -65,11 +67,14 @@ class Journal:
         return self._generated[index].finish is not None
 
     def push(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bool:
-        """Take tokens of a choice; return whether it has ended with a stop string."""
+        """Take tokens of a choice; return whether it has ended with a stop string. Raises UnavailableError if log
+        probabilities are missing, which the request has asked for."""
         choice = self._generated[index]
         num_taken = choice.push(token_ids)
         if self._num_logprobs is not None:
-            assert len(logprobs) == len(token_ids), "each token has its log probability"
+            if len(logprobs) != len(token_ids):
+                message = f"its replica sent {len(token_ids)} tokens with {len(logprobs)} log probabilities"
+                raise UnavailableError(message, reason=Reason.REPLICA_LOST)
             choice.note_logprobs(logprobs[:num_taken], keeps=self._sends_logprobs)
         return choice.finish is not None
 

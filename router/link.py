@@ -28,6 +28,8 @@ from router.types import ReplicaAddress, ReplicaView
 from workers.peer_tls import CHANNEL_OPTION
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_DETAIL = 500
+"""Characters of why a stream ended, which may be a peer's words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,11 +203,11 @@ class ReplicaLink:
         except TimeoutError:
             self.detail = f"no answer from {self.address.address} within {self._times.attach_s:g} s"
         except grpc.aio.AioRpcError as error:
-            self.detail = error.details() or error.code().name
+            self.detail = (error.details() or error.code().name)[:MAX_DETAIL]
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION):
                 self.status = "refused"
         except (MismatchError, ValueError) as error:
-            self.status, self.detail = "refused", str(error)
+            self.status, self.detail = "refused", str(error)[:MAX_DETAIL]
         except _SilenceError as error:
             self.detail = str(error)
         except asyncio.CancelledError:
@@ -277,6 +279,8 @@ class ReplicaLink:
 
     async def _take(self, call: Any) -> None:
         while (message := await call.read()) is not grpc.aio.EOF:
+            if message is None:  # gRPC's word for bytes that are none
+                raise ValueError("the replica sent what is no message of the data plane")
             self._num_silent_ticks = 0
             may_have_credit = False
             if message.HasField("draining"):

@@ -60,9 +60,12 @@ def _to_sampling(sampling: SamplingParams) -> pb.SamplingParams:
 
 
 def from_tokens(message: pb.WorkTokens) -> Iterator[tuple[int, list[int]]]:
-    """Yield the number and the tokens of each work. Raises ValueError if there are more or fewer of them than said."""
+    """Yield the number and the tokens of each work. Raises ValueError if there are more or fewer of them than said,
+    or none of a work."""
     token_ids, start = list(message.token_ids), 0
     for number, num_tokens in zip(message.work_ids, message.num_tokens, strict=True):
+        if not num_tokens:
+            raise ValueError(f"a StepBatch must have tokens of each work that it names, has none of work {number}")
         end = start + num_tokens
         yield number, token_ids[start:end]
         start = end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 import pytest
+from octavo.names import Reason
 from octavo.v1 import types_pb2 as types
 
 from tests.router.rig import Rig, Script, Work, answering, eventually, running, text_request
@@ -71,9 +72,11 @@ async def test_an_attachment_gets_those_of_its_tokens(rig: Rig) -> None:
             await eventually(lambda: rig.server.sessions.num_open == 0)
 
 
-async def test_an_engine_that_forgets_them_is_our_failure(rig: Rig, way: str) -> None:
+async def test_a_replica_that_forgets_them_is_as_good_as_lost(rig: Rig, way: str) -> None:
+    """It was INTERNAL, which no message of anybody may lead to."""
     rig.backend.script = answering("abc")
-    assert (await rig.run(way, text_request(logprobs=1))).code == grpc.StatusCode.INTERNAL
+    outcome = await rig.run(way, text_request(logprobs=1))
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.REPLICA_LOST)
     await rig.assert_nothing_left()
 
 
