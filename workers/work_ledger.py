@@ -32,7 +32,7 @@ from workers.types import (
 from workers.wire import from_work
 from workers.work_spans import WorkSpans
 
-MAX_WORKS = 16_384
+MAX_HELD_CHOICES = 16_384
 """That a replica takes on at once. Routers that keep to its credit send a few dozen more than it computes."""
 
 
@@ -48,6 +48,8 @@ class WorkLedger:
         self._replica_id = replica_id
         self._routers: dict[str, AttachedRouter] = {}
         self._works: dict[WorkId, _LiveWork] = {}
+        self._num_choices = 0
+        """Of these works, those that have not ended."""
         self._num_submitted = engine.load().num_taken or 0
         """As the engine counts works."""
         self.resident: dict[bytes, None] = {}
@@ -100,6 +102,7 @@ class WorkLedger:
             self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
             batch.num_unseen += 1
             router.num_works += 1
+            self._num_choices += _num_choices(work)
             self._num_submitted += 1
             self._engine.submit(work)
         batch.num_submitted = self._num_submitted
@@ -146,8 +149,8 @@ class WorkLedger:
         """Return the reason why this replica takes `work` not on, and that in words; None if it does."""
         if self.is_draining:
             return Reason.DRAINING, "this replica is draining"
-        if len(self._works) >= MAX_WORKS:
-            return Reason.QUEUE_FULL, f"this replica has {MAX_WORKS} works already"
+        if self._num_choices + _num_choices(work) > MAX_HELD_CHOICES:
+            return Reason.QUEUE_FULL, f"this replica has {self._num_choices} choices of works already"
         info = self._engine.info
         missing = _needed_capabilities(work) - info.capabilities
         if missing:
@@ -184,6 +187,7 @@ class WorkLedger:
         finish = delta.finish
         if finish is not None:
             work.num_choices -= 1
+            self._num_choices -= 1
             if work.num_choices == 0:
                 del self._works[delta.work_id]
                 work.router.num_works -= 1

@@ -158,12 +158,14 @@ def test_choices_without_end() -> None:
 
 def test_more_works_than_any_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica took on whatever came, until it had no memory left."""
-    monkeypatch.setattr("workers.work_ledger.MAX_WORKS", 3)
+    monkeypatch.setattr("workers.work_ledger.MAX_HELD_CHOICES", 3)
     ledger = WorkLedger(new_engine(), "one")
     router = ledger.attach("router", lambda is_urgent: None)
-    ledger.submit(router, pb.Dispatch(batch_id=1, work=[work(number) for number in range(1, 6)]), 0.0)
+    works = [work(1), work(2, n=2), work(4), work(5, n=2)]
+    ledger.submit(router, pb.Dispatch(batch_id=1, work=works), 0.0)
     router.outbox.grant(1)
     deltas = router.outbox.take().step_batch.deltas
+    assert len(deltas) == 3
     assert {delta.work_id: delta.finish.error_reason for delta in deltas} == dict.fromkeys((4, 5), Reason.QUEUE_FULL)
     ledger.detach(router)
 
