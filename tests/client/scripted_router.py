@@ -214,8 +214,10 @@ class ScriptedRouter(inference_service_pb2_grpc.InferenceServiceServicer):
             connection.send(start.request_id, terminal=self.refusals.pop(0))
             return
         journal = self.journals.get(start.request_id)
+        received = start.request.received_token_ids
+        num_received = len(received[0].ids) if len(received) == 1 else 0  # it knows no other choices
         if journal is None:
-            if any(start.attach_offsets):
+            if sum(start.attach_offsets) > num_received:
                 terminal = pb.Terminal(code=5, reason="REQUEST_NOT_FOUND", message="no such request")
                 connection.send(start.request_id, terminal=terminal)
                 return
@@ -226,7 +228,7 @@ class ScriptedRouter(inference_service_pb2_grpc.InferenceServiceServicer):
             connection.send(start.request_id, terminal=terminal)
             return
         journal.connection = connection
-        journal.num_sent = 0 if self.replays_all else sum(start.attach_offsets)
+        journal.num_sent = 0 if self.replays_all else max(sum(start.attach_offsets), num_received)
         if start.attach_offsets:
             journal.num_sent += self.skips
         journal.window = start.window if start.HasField("window") else 1 << 30

@@ -97,17 +97,18 @@ async def test_a_request_without_tokens_starts_anew_on_a_router_that_forgot_it(
     assert [list(start.attach_offsets) for start in router.starts] == [[], [0]]
 
 
-async def test_a_begun_answer_that_the_router_forgot_is_unavailable(client: Client, router: ScriptedRouter) -> None:
+async def test_a_begun_answer_that_the_router_forgot_goes_on(client: Client, router: ScriptedRouter) -> None:
+    """As a router that has started anew: what the client has goes with the request."""
     router.hold(3)
     received: list[int] = []
     reading = asyncio.create_task(read(client.generate("p"), received))
     await until(lambda: len(received) == 3)
     router.break_sessions()
     router.forget()
-    with pytest.raises(UnavailableError) as caught:
-        await reading
-    assert caught.value.reason == Reason.SESSION_LOST
-    assert tuple(received) == expected_ids(3)
+    router.release()
+    await reading
+    assert tuple(received) == expected_ids(8)
+    assert [list(each.ids) for each in router.starts[-1].request.received_token_ids] == [list(expected_ids(3))]
 
 
 async def test_a_whole_answer_needs_no_terminal(client: Client, router: ScriptedRouter) -> None:
@@ -139,7 +140,9 @@ async def test_what_is_left_of_the_timeout_goes_with_each_try(client: Client, ro
     assert second <= first - 0.1
 
 
-async def test_an_answer_that_began_is_not_tried_again(client: Client, router: ScriptedRouter) -> None:
+async def test_an_answer_that_began_goes_on_when_the_router_has_to_give_it_up(
+    client: Client, router: ScriptedRouter
+) -> None:
     router.hold(2)
     received: list[int] = []
     reading = asyncio.create_task(read(client.generate("p", request_id="mine"), received))
@@ -147,9 +150,10 @@ async def test_an_answer_that_began_is_not_tried_again(client: Client, router: S
     journal = router.journals.pop("mine")
     assert journal.connection is not None
     journal.connection.send("mine", terminal=pb.Terminal(code=14, reason="REPLICA_LOST", message="replica r1 died"))
-    with pytest.raises(UnavailableError, match="replica r1 died"):
-        await reading
-    assert len(router.starts) == 1
+    router.release()
+    await reading
+    assert tuple(received) == expected_ids(8)
+    assert [list(start.attach_offsets) for start in router.starts] == [[], []], "nobody has it any more"
 
 
 async def test_retries_end_with_the_deadline(client: Client, router: ScriptedRouter) -> None:
@@ -355,3 +359,25 @@ async def test_leaving_the_client_cancels_what_runs_and_is_quick(
     for outcome in await asyncio.gather(*readings, return_exceptions=True):
         assert getattr(outcome, "reason", None) == Reason.CANCELLED
     await until(lambda: not router.sessions)
+
+
+async def test_an_answer_whose_router_is_gone_goes_on_at_another_address(
+    router: ScriptedRouter, make_client: Callable[..., Client]
+) -> None:
+    other = ScriptedRouter()
+    await other.start()
+    try:
+        router.hold(3)
+        other.hold(3)
+        async with make_client(router.address, other.address) as client:
+            received: list[list[int]] = [[], []]
+            reading = [asyncio.create_task(read(client.generate("p", max_tokens=8), each)) for each in received]
+            await until(lambda: all(len(each) == 3 for each in received))
+            assert len(router.starts) == len(other.starts) == 1
+            await router.stop()
+            other.release()
+            await asyncio.gather(*reading)
+        assert [tuple(each) for each in received] == [expected_ids(8)] * 2
+        assert [list(each.ids) for each in other.starts[-1].request.received_token_ids] == [list(expected_ids(3))]
+    finally:
+        await other.stop()

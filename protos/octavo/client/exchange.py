@@ -1,7 +1,8 @@
 """One request and its answer, over as many Sessions as it takes: what came, what may still come, how it ended.
 
-Pure: knows neither asyncio nor a clock. The state that makes an answer exact across broken Sessions is here: per choice
-how many tokens came (`attach_offsets`), and the window:
+Pure: knows neither asyncio nor a clock. The state that makes an answer exact across broken Sessions and lost routers is
+here: per choice the tokens that came (a router that has the answer attaches behind them, any other goes on after them),
+and the window:
 
     tokens that the router may still send + tokens buffered here + tokens read and not yet granted == window
 
@@ -59,15 +60,26 @@ class Exchange:
         before = [len(each.ids) for each in request.received_token_ids[:num_choices]]
         self._before = [*before, *[0] * (num_choices - len(before))]
         """Tokens of each choice that were there before this request; the router counts them too."""
-        self._received = list(self._before)
+        self._known = [list(each.ids) for each in request.received_token_ids[:num_choices]]
+        """All tokens of each choice."""
+        self._known += [[] for _ in range(num_choices - len(self._known))]
         self._buffer: deque[Delta] = deque()
         self._num_buffered = 0
         self._num_ungranted = 0
 
     @property
     def has_tokens(self) -> bool:
-        """Whether any of the answer has come: from then on only the router that has its journal can go on."""
+        """Whether any of the answer has come."""
         return self._received != self._before or any(self.finishes)
+
+    @property
+    def _received(self) -> list[int]:
+        return list(map(len, self._known))
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices, those included that were there before."""
+        return sum(map(len, self._known))
 
     @property
     def is_whole(self) -> bool:
@@ -79,10 +91,11 @@ class Exchange:
         return self._num_buffered
 
     def start(self, now: float) -> pb.Start:
-        """Return the Start for the next Session: the first one, or one that attaches where this answer stopped."""
+        """Return the Start for the next Session: the first one, or one that goes on where this answer stopped."""
         start = pb.Start(
             request_id=self.request_id,
-            request=self.request,
+            # Of a whole answer only the Terminal is missing, which nobody else has.
+            request=self._rest() if self.has_tokens and not self.is_whole else self.request,
             traceparent=self.traceparent,
             tracestate=self.tracestate,
             window=self._window - self._num_buffered,
@@ -95,17 +108,26 @@ class Exchange:
         self._num_ungranted = 0
         return start
 
+    def _rest(self) -> pb.GenerateRequest:
+        """Return the request for what is still to come, for a router that does not know it."""
+        request = pb.GenerateRequest()
+        request.CopyFrom(self.request)
+        del request.received_token_ids[:]
+        for token_ids in self._known:
+            request.received_token_ids.add(ids=token_ids)
+        return request
+
     def turned_away(self) -> None:
-        """The router has ended the request before it began: the next Start begins a new one."""
-        assert not self.has_tokens
+        """The router has ended the request although it is not done: the next Start begins a new one, there or
+        elsewhere."""
         self.is_started = False
 
     def deliver(self, delta: types_pb2.Delta) -> None:
         """Take in what a router sent; what is already here is dropped. Raises InternalError if tokens are missing."""
         index, offset, num_tokens = delta.index, delta.token_offset, len(delta.token_ids)
-        if index >= len(self._received):
-            raise InternalError(f"the router sent choice {index} of {len(self._received)}", reason=Reason.INTERNAL)
-        received = self._received[index]
+        if index >= len(self._known):
+            raise InternalError(f"the router sent choice {index} of {len(self._known)}", reason=Reason.INTERNAL)
+        received = len(self._known[index])
         if self.finishes[index] is not None or (num_tokens and offset + num_tokens <= received):
             return
         if offset != received:
@@ -114,7 +136,7 @@ class Exchange:
                 reason=Reason.INTERNAL,
             )
         value = Delta.from_wire(delta)
-        self._received[index] = received + num_tokens
+        self._known[index] += value.token_ids
         self.finishes[index] = value.finish
         self._buffer.append(value)
         self._num_buffered += num_tokens

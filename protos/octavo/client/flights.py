@@ -1,8 +1,9 @@
 """Every request that has not ended, and what becomes of it when the Session that carries it breaks:
 
     answer not begun     same request id again, on any address, while the deadline and `retry_timeout_s` allow
-    answer begun         attach again on the same address, from the token after the last one received
-    neither possible     UnavailableError; an answer begun elsewhere is never mixed into this one
+    answer begun         attach again on the same address, from the token after the last one received; if that does not
+                         connect, or the router has ended the request as UNAVAILABLE, go on after that token elsewhere
+    neither possible     UnavailableError
 
 Owns each request's timers and span, and ends it in exactly one place (`_end`). All on the event loop's thread.
 """
@@ -67,6 +68,8 @@ class _Flight:
     """Ends a request that found no router in time, or places one that was turned away."""
     trouble_since: float | None = None
     num_retries: int = 0
+    num_tokens: int = 0
+    """That had come when the trouble began."""
 
     def stop_timers(self) -> None:
         for timer in (self.deadline_timer, self.retry_timer):
@@ -135,7 +138,7 @@ class Flights:
         if error.reason == Reason.REQUEST_NOT_FOUND:  # the answer to an attach, after the router forgot the request
             lost = UnavailableError("the router no longer has this request's answer", reason=Reason.SESSION_LOST)
             self._end(exchange, None if exchange.is_whole else lost)
-        elif isinstance(error, UnavailableError) and not exchange.has_tokens:
+        elif isinstance(error, UnavailableError) and not exchange.is_whole:
             self._retry_later(self._flights[exchange.request_id], error)
         else:
             self._end(exchange, error)
@@ -164,7 +167,7 @@ class Flights:
             self._give_up(flight, error)
             return
         flight.retry_timer = self._loop.call_at(give_up_at, self._give_up, flight, error)
-        self._place(flight)
+        self._place(flight, is_reachable=was_proven)
 
     def exchange_withdrawn(self, exchange: Exchange) -> None:
         self._place(self._flights[exchange.request_id])
@@ -177,8 +180,9 @@ class Flights:
         order = self.links[turn % len(self.links) :] + self.links[: turn % len(self.links)]
         return min(order, key=lambda link: (not link.is_fit, link.num_exchanges))
 
-    def _place(self, flight: _Flight) -> None:
-        if not flight.exchange.has_tokens:
+    def _place(self, flight: _Flight, *, is_reachable: bool = False) -> None:
+        """`is_reachable`: its address was, so that the router there may have kept the answer."""
+        if not (is_reachable and flight.exchange.has_tokens):
             flight.link = self._choose_link()
         flight.link.take(flight.exchange)
 
@@ -187,8 +191,9 @@ class Flights:
         flight.exchange.turned_away()
         flight.span.event("turned away", error)
         now = self._loop.time()
-        if flight.trouble_since is None:
-            flight.trouble_since = now
+        if flight.trouble_since is None or flight.exchange.num_tokens > flight.num_tokens:
+            flight.trouble_since, flight.num_retries = now, 0
+            flight.num_tokens = flight.exchange.num_tokens
         flight.num_retries += 1
         at = now + max(self._options.backoff.delay(flight.num_retries), error.retry_delay or 0.0)
         give_up_at = flight.trouble_since + self._options.retry_timeout_s
