@@ -70,11 +70,11 @@ class Journal:
         """Take tokens of a choice; return whether it has ended with a stop string. Raises UnavailableError if log
         probabilities are missing, which the request has asked for."""
         choice = self._generated[index]
+        if self._num_logprobs is not None and len(logprobs) != len(token_ids):
+            message = f"its replica sent {len(token_ids)} tokens with {len(logprobs)} log probabilities"
+            raise UnavailableError(message, reason=Reason.REPLICA_LOST)
         num_taken = choice.push(token_ids)
         if self._num_logprobs is not None:
-            if len(logprobs) != len(token_ids):
-                message = f"its replica sent {len(token_ids)} tokens with {len(logprobs)} log probabilities"
-                raise UnavailableError(message, reason=Reason.REPLICA_LOST)
             choice.note_logprobs(logprobs[:num_taken], keeps=self._sends_logprobs)
         return choice.finish is not None
 

@@ -250,3 +250,4 @@ def test_tokens_without_the_log_probabilities_that_were_asked_for() -> None:
     journal = Journal([choice], num_choices=1, num_logprobs=0, sends_logprobs=True)
     with pytest.raises(UnavailableError, match="2 tokens with 0 log probabilities"):
         journal.push(0, [1, 2], [])
+    assert not journal.has_deltas(None)  # it had the tokens, and failed once more when they were to be sent
