@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,16 +79,19 @@ async def freeze(scene: Scene) -> dict[str, Any]:
 async def drain(scene: Scene) -> dict[str, Any]:
     """Have Serve stop one of the replicas gracefully, and start another when it is gone."""
     assert scene.scaler is not None
-    running = _mark(scene.crowd)
     await asyncio.to_thread(scene.scaler.scale, REPLICAS - 1)
     async with asyncio.timeout(GONE_S):
+        while not _has_leaver((await scene.client.status()).replicas):  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(POLL_S)
+        began, running = time.monotonic(), scene.crowd.speaking()
         while len((await scene.client.status()).replicas) >= REPLICAS:  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(POLL_S)
-    handed_over = [stream for stream in running if stream.is_open]
-    for stream in handed_over:
+    drain_s = time.monotonic() - began
+    still = [stream for stream in running if stream.is_open]
+    for stream in still:
         stream.set_mark()
     await asyncio.to_thread(scene.scaler.scale, REPLICAS)
-    return {"running_at_end": len(handed_over)}
+    return {"drain_s": round(drain_s, 2), "running_at_end": len(still)}
 
 
 async def await_ready(client: Client) -> None:
@@ -102,6 +106,10 @@ def _is_ready(status: GetStatusResponse) -> bool:
     return len(replicas) == REPLICAS and all(
         each.state == "ready" and each.num_running == each.num_waiting == 0 for each in replicas
     )
+
+
+def _has_leaver(replicas: Sequence[ReplicaStatus]) -> bool:
+    return len(replicas) < REPLICAS or any(each.state == "draining" for each in replicas)
 
 
 async def _busiest(client: Client) -> ReplicaStatus:

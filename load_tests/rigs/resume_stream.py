@@ -99,6 +99,14 @@ class Stream:
             return "repeated"
         return "" if self.answer == expected else "different"
 
+    def told(self, expected: Answer) -> str:
+        """Say for people where it differs, and where it was cut."""
+        both = zip(self.token_ids, expected.token_ids, strict=False)
+        same = next((i for i, (ours, theirs) in enumerate(both) if ours != theirs), None)
+        differs = "" if same is None else f" from token {same}"
+        cut = f", cut after {self.mark.num_tokens}" if self.is_cut and self.mark is not None else ""
+        return f"{self.ask.name}{differs}{cut} {self.error}".rstrip()
+
 
 def compared(streams: Sequence[Stream], expected: Sequence[Answer]) -> dict[str, Any]:
     """Return figures of a run whose answers should be `expected`, one by one."""
@@ -111,8 +119,8 @@ def compared(streams: Sequence[Stream], expected: Sequence[Answer]) -> dict[str,
         "wrong": len(found) - found.count(""),
         "wrongs": dict(Counter(kind for kind in found if kind)),
         "examples": [
-            f"{kind}: {stream.ask.name} {stream.error}".rstrip()
-            for kind, stream in zip(found, streams, strict=True)
+            f"{kind}: {stream.told(answer)}"
+            for kind, stream, answer in zip(found, streams, expected, strict=True)
             if kind
         ][:MAX_NAMED],
         "cut": len(cut),

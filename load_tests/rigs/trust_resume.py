@@ -4,15 +4,16 @@ Real model: `octavo serve`, two replicas of one thread in fp32, 200 requests, 32
 and seeded, with penalties and stop strings, half over Session and half over Generate. Asked undisturbed, again in
 another order (where stop strings come in, which are taken from the first answers), and once for each fault. Judged:
 every answer's text, token ids and finish are those of the undisturbed run; enough answers of every kind were cut in
-their middle for that to say something; greedy ones are the reference's. A drain is given about 3 s, less than answers
-take, so that some end where they are and the rest goes over.
+their middle for that to say something; greedy ones are the reference's. Requests whose answers rounding could change
+are not asked (`resume_margin.py`). A drain is given about 3 s, less than answers take, so that some end where they are
+and the rest goes over.
 
 Fake engine at 50 tokens/s: 64 streams, a kill -9 and a freeze, several rounds. The gap of a stream is the longest time
 between two arrivals of its tokens; judged is the 99th percentile over the streams that another replica went on with. A
 frozen replica goes on while others answer in its place: that nothing of it reaches a client is what the same judging of
 every answer says, and that every piece of the Generate calls begins where the answer was.
 
-About 9 minutes on two cores; --quick: less than one.
+About 8 minutes on two cores; --quick: less than three, most of it for starting and ending two clusters.
 """
 
 from __future__ import annotations
