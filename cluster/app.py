@@ -59,9 +59,9 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
         ),
         **common,
     )(Worker)
-    router = serve.deployment(name=ROUTER, num_replicas=1, ray_actor_options={"num_cpus": 0} | environment, **common)(
-        Router
-    )
+    router = serve.deployment(
+        name=ROUTER, num_replicas=config.serve.num_routers, ray_actor_options={"num_cpus": 0} | environment, **common
+    )(Router)
     workers = worker.bind(
         boot=boot,
         config=dataclasses.replace(

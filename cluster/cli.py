@@ -101,8 +101,8 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
     Killed with SIGKILL it drains nothing. A Ray of its own then ends by itself: at once, but for two of Ray's agents,
     which go within about a minute. Its temporary directory stays.
 
-    When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "pid", "ray_address", "models",
-    "replicas", "version"}.
+    When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "routers", "pid", "ray_address",
+    "models", "replicas", "version"}.
 
     Examples: `octavo serve`, `octavo serve --model ./model.gguf --replicas 2 --port 0`,
     `octavo serve --config cluster.toml --ray-address auto`.

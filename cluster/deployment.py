@@ -66,8 +66,9 @@ class Deployment:
             wait_for_applications_running=False,
         )
 
-    def await_ready(self) -> RouterView:
-        """Wait until the router has all replicas. Raises StartupError saying what went wrong, or what is missing."""
+    def await_ready(self) -> list[RouterView]:
+        """Wait until every router has all replicas; return them. Raises StartupError saying what went wrong, or what is
+        missing."""
         end = time.monotonic() + self._config.serve.start_timeout_s
         while not (state := self._state()).is_running:
             if time.monotonic() >= end:
@@ -75,16 +76,22 @@ class Deployment:
             time.sleep(POLL_S)
         self._router = serve.get_app_handle(self._name)
         while True:
-            view = RouterView(**self._router.describe.remote().result(timeout_s=CALL_TIMEOUT_S))
-            if sum(replica["state"] == "ready" for replica in view.replicas) >= self._config.replicas.num_replicas:
-                return view
-            refused = [replica for replica in view.replicas if replica["state"] == "refused"]
-            if refused or time.monotonic() >= end:
-                states = ", ".join(
-                    f"{replica['id']} is {replica['state']} {replica['detail']}" for replica in view.replicas
+            told = self._router.broadcast("describe").results(timeout_s=CALL_TIMEOUT_S)
+            views = [RouterView(**each) for each in told]
+            if len(views) >= self._config.serve.num_routers and all(map(self._has_all, views)):
+                return views
+            replicas = [replica for view in views for replica in view.replicas]
+            if any(replica["state"] == "refused" for replica in replicas) or time.monotonic() >= end:
+                states = ", ".join(f"{each['id']} is {each['state']} {each['detail']}" for each in replicas)
+                raise StartupError(
+                    f"{len(views)} of {self._config.serve.num_routers} routers are there, and not each has all "
+                    f"{self._config.replicas.num_replicas} replicas: {states}"
                 )
-                raise StartupError(f"the router has not all {self._config.replicas.num_replicas} replicas: {states}")
             time.sleep(POLL_S)
+
+    def _has_all(self, view: RouterView) -> bool:
+        ready = [replica for replica in view.replicas if replica["state"] == "ready"]
+        return len(ready) >= self._config.replicas.num_replicas
 
     def remove(self, *, is_hurried: Callable[[], bool]) -> None:
         """Let running requests finish and take the application away; do not wait for either when hurried. Never raises.

@@ -35,6 +35,9 @@ class Ready:
 
     event: str = "ready"
     address: str
+    """Of all routers."""
+    routers: list[str]
+    """The address of each alone."""
     pid: int
     ray_address: str
     models: list[str]
@@ -111,7 +114,8 @@ def run(
         cluster.callback(lambda: deployment.remove(is_hurried=lambda: stop.is_hurried))
         note(f"deploying {config.replicas.num_replicas} replicas of {config.model}")
         deployment.deploy()
-        router = deployment.await_ready()
+        routers = deployment.await_ready()
+        router = routers[0]
         for replica in router.replicas:
             if replica["memory"]:
                 note(f"replica {replica['id']}: {replica['memory']}")
@@ -119,6 +123,7 @@ def run(
         announce(
             Ready(
                 address=router.address,
+                routers=[each.own_address for each in routers],
                 pid=os.getpid(),
                 ray_address=ray_address,
                 models=router.models,
