@@ -4,7 +4,7 @@ Over sockets: a router and a replica with the fake engine in a process of their 
 messages of `message_mutator.py` on every call of the public port (Generate, Session, ListModels, Tokenize, Detokenize,
 GetStatus, health, reflection), from strangers and from a router that knows the secret on the data port, and from
 replicas that know it on the router's links. The rest goes to what is behind the sockets, without them
-(`fuzz_direct.py`), in a process for each core. About four minutes.
+(`fuzz_direct.py`), in a process for each core. Five to ten minutes.
 
 How it is judged:
     messages        sent in all, and over sockets
@@ -57,7 +57,7 @@ REPLICAS_S: Final = 20.0
 """How long hostile replicas may take for their part of a round."""
 LEFT_S: Final = 12.0
 """An answer is kept for five seconds after its end."""
-DIRECT_S: Final = 240.0
+DIRECT_S: Final = 900.0
 PROCESSES: Final = 2
 SOCKETS, DIRECT = "over sockets", "without sockets"
 
