@@ -11,17 +11,21 @@ import math
 WINDOW_S = 1.0
 """Of backlog: older evidence fades."""
 MIN_EVIDENCE_S = 0.1
+STALL_S = 2.0
+"""If nothing has left for so long, it is not the queue's speed that one sees: replicas have died, or are not yet there.
+What fades then would soon say that the queue takes for ever, and everybody with a deadline was refused."""
 
 
 class Drain:
     """Times are seconds of backlog and never decrease."""
 
-    __slots__ = ("_at", "_runs", "_time_s", "_tokens")
+    __slots__ = ("_at", "_idle_s", "_runs", "_time_s", "_tokens")
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self._time_s = 0.0
         self._at = 0.0
+        self._idle_s = 0.0
         self._runs = False
 
     def begin(self, at: float) -> None:
@@ -38,11 +42,14 @@ class Drain:
         """So much has left."""
         self._advance(at)
         self._tokens += num_tokens
+        self._idle_s = 0.0
 
     def per_second(self, at: float) -> float | None:
-        """Return tokens per second; None while there is too little evidence."""
+        """Return tokens per second; None while there is too little evidence, or nothing leaves at all."""
         self._advance(at)
-        return self._tokens / self._time_s if self._time_s >= MIN_EVIDENCE_S else None
+        if self._time_s < MIN_EVIDENCE_S or self._idle_s > STALL_S:
+            return None
+        return self._tokens / self._time_s
 
     def _advance(self, at: float) -> None:
         if not self._runs:
@@ -52,3 +59,4 @@ class Drain:
             keep = math.exp(-elapsed / WINDOW_S)
             self._tokens *= keep
             self._time_s = self._time_s * keep + elapsed
+            self._idle_s += elapsed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router.drain import Drain
+from router.drain import STALL_S, Drain
 from router.speeds import MIN_SEEN, STALE_S, Line, Speeds
 from tests.router_back.queue_simulation import request
 
@@ -85,4 +85,16 @@ def test_a_drain_counts_only_while_there_is_a_queue() -> None:
     drain.end(1.0)
     assert drain.per_second(9.0) == pytest.approx(500.0, rel=0.03), "nobody waited meanwhile"
     drain.begin(9.0)
-    assert (drain.per_second(11.0) or 0.0) < 100.0, "and now nothing goes"
+    assert (drain.per_second(10.9) or 0.0) < 100.0, "and now nothing goes"
+
+
+def test_a_queue_of_which_nothing_leaves_at_all_has_no_speed() -> None:
+    """While replicas died it was taken to be so slow that whoever had three minutes was refused."""
+    drain = Drain()
+    drain.begin(0.0)
+    for i in range(1, 101):
+        drain.sent(5, i * 0.01)
+    assert (drain.per_second(1.0 + STALL_S) or 0.0) > 0.0
+    assert drain.per_second(1.1 + STALL_S) is None
+    drain.sent(50, 1.2 + STALL_S)
+    assert (drain.per_second(1.2 + STALL_S) or 0.0) > 0.0
