@@ -13,6 +13,7 @@ Several times as many messages as over sockets in the same time. One process, on
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import json
@@ -311,7 +312,9 @@ def grpc_name(code: int) -> str:
 
 def main() -> None:
     """Do the job of the command line and print what became of it."""
-    job: dict[str, Any] = json.loads(sys.argv[1])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job", type=json.loads)
+    job: dict[str, Any] = parser.parse_args().job
     errors = LoggedErrors()
     logging.getLogger().addHandler(errors)
     random.seed(job["seed"])
