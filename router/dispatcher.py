@@ -173,7 +173,7 @@ class Dispatcher:
                 self._finish(flight, delta.index, from_finish(delta.finish))
         for number, token_ids in from_tokens(batch.tokens):
             flight = find_work(number, link)
-            if flight is not None and 0 in flight.open_choices:
+            if flight is not None and token_ids and 0 in flight.open_choices:
                 flight.count(len(token_ids), now)
                 flight.sink.tokens(0, token_ids, ())
 

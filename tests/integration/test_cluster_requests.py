@@ -65,7 +65,9 @@ async def test_what_was_announced_is_what_runs(fake_cluster: ClusterProcess) -> 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 async def test_replicas_have_the_variables_that_they_need(fake_cluster: ClusterProcess) -> None:
-    for pid in fake_cluster.pids:
+    async with connected(fake_cluster.address) as channel:  # others may have killed those that were there first
+        pids = [replica.pid for replica in (await await_status(channel, has_ready(2))).replicas]
+    for pid in pids:
         variables = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
         assert {f"{name}={value}" for name, value in forwarded({}).items()} <= set(variables)
 
