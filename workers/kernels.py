@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -79,14 +80,23 @@ def _onednn(weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul:
 
 
 def _fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul:
-    packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
-    product = torch.ops.quantized.linear_dynamic_fp16.default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        product: Matmul = torch.jit.script(_Fp16(weight, bias)).forward
+    return product
 
-    def matmul(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = product(x, packed)
+
+class _Fp16(torch.nn.Module):
+    """Compiled, as torch otherwise throws and catches exceptions while it looks at the packed weight: 20 microseconds
+    for each product, more than one row of a small layer takes."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         return y
-
-    return matmul
 
 
 def _widened(product: Matmul) -> Matmul:

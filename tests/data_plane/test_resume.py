@@ -11,6 +11,7 @@ import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
+from router.dispatcher import MAX_IDLE_LOSSES, MAX_LOSSES
 from router.link import LinkTimes
 from tests.client.cuttable_proxy import cuttable_proxy
 from tests.data_plane.rig import (
@@ -149,15 +150,15 @@ async def test_progress_is_what_keeps_a_request_that_loses_replica_after_replica
         await last.stop()
 
 
-async def test_what_no_replica_could_go_on_with_ends_as_lost() -> None:
-    replica = Replica("one", fake_step_s=0.005)
+@pytest.mark.parametrize(("count", "losses"), [("num_idle_losses", MAX_IDLE_LOSSES), ("num_losses", MAX_LOSSES)])
+async def test_what_no_replica_could_go_on_with_ends_as_lost(count: str, losses: int) -> None:
+    replica = Replica("one", fake_step_s=1.0)
     async with cluster(replica) as dispatcher:
         sink = RecordingSink()
         dispatcher.submit(make_request(range(20), 500), sink)
-        await until(lambda: bool(sink.token_ids))
+        await until(lambda: bool(dispatcher._flights.aboard))
         [flight] = dispatcher._flights.aboard
-        flight.num_idle_losses = 2
-        flight.first_token_at = 0.0
+        setattr(flight, count, losses - 1)
         await replica.kill()
         await sink.wait()
         assert isinstance(sink.error, UnavailableError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,8 +21,18 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def load_torch(
     config: EngineConfig, files: ModelFiles, threads: int, check: Callable[[ModelShape], object]
 ) -> LlamaModel:
-    """See `workers.loading.load_model`. Sets how many threads torch uses in this process."""
-    set_threads(threads)
-    checkpoint = open_checkpoint(files.weights)
-    check(checkpoint.shape)
-    return LlamaModel(checkpoint, kernels.native_dtype() if config.dtype == "auto" else _DTYPES[config.dtype])
+    """See `workers.loading.load_model`. Sets how many threads torch uses in this process.
+
+    Loads in a thread that ends. OpenMP keeps a team for every thread that ever computed in parallel, and while there
+    are more threads in teams than processors, those of a team that meet put each other to sleep instead of waiting a
+    few microseconds: a second team, though idle, doubled the time of a step with one row.
+    """
+
+    def load() -> LlamaModel:
+        set_threads(threads)
+        checkpoint = open_checkpoint(files.weights)
+        check(checkpoint.shape)
+        return LlamaModel(checkpoint, kernels.native_dtype() if config.dtype == "auto" else _DTYPES[config.dtype])
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(load).result()
