@@ -53,12 +53,17 @@ def activations(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if kernel_for(dtype) == "fp16" else dtype
 
 
+def fits_fp16(weight: torch.Tensor) -> bool:
+    """Say whether fp16 has room for every number of `weight`."""
+    lowest, highest = weight.aminmax()
+    return max(-lowest.item(), highest.item()) <= LARGEST_FP16
+
+
 def pack(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Matmul:
     """Return x -> x @ weight.T + bias for `dtype`; `weight` is [out, in] in fp32 and not kept."""
     kernel = kernel_for(dtype)
     if kernel == "fp16":
-        has_room = weight.abs().max().item() <= LARGEST_FP16
-        return _fp16(weight, bias) if has_room else pack(weight, bias, torch.float32)
+        return _fp16(weight, bias) if fits_fp16(weight) else pack(weight, bias, torch.float32)
     weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if kernel == "widened":
@@ -88,15 +93,32 @@ def _fp16(weight: torch.Tensor, bias: torch.Tensor | None) -> Matmul:
 
 class _Fp16(torch.nn.Module):
     """Compiled, as torch otherwise throws and catches exceptions while it looks at the packed weight: 20 microseconds
-    for each product, more than one row of a small layer takes."""
+    for each product, more than one row of a small layer takes.
+
+    FBGEMM leaves the upper halves of AVX registers in use, in every thread. Where torch's own operators are made of SSE
+    instructions (ATEN_CPU_CAPABILITY=default) these then take up to 30 times as long, until somebody clears them: the
+    copying of short rows, of which each thread has its part, costs 7 microseconds.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
+        self.needs_clearing = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+        self.rows, self.copied, self.order = _clearing_rows(torch.get_num_threads())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        if self.needs_clearing:
+            torch.index_select(self.rows, 0, self.order, out=self.copied)
         return y
+
+
+@functools.cache
+def _clearing_rows(num_threads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rows, as many again to copy them to, and their order: so many that torch divides them among all threads,
+    and so short that the C library copies them with AVX registers, which it clears after that."""
+    rows = torch.zeros(64 * num_threads, 512, dtype=torch.uint8)
+    return rows, torch.empty_like(rows), torch.arange(len(rows))
 
 
 def _widened(product: Matmul) -> Matmul:
@@ -133,5 +155,5 @@ def _is_fp16_exact() -> bool:
             torch.allclose(_fp16(weight, b)(x), functional.linear(x, rounded, b), rtol=1e-4, atol=1e-4)
             for b in (None, bias)
         )
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError, NotImplementedError, OSError):  # OSError: no source to compile
         return False

@@ -78,6 +78,16 @@ def test_a_weight_that_fp16_cannot_hold_stays_fp32() -> None:
     assert torch.equal(kernels.pack(weight, None, torch.bfloat16)(x), linear(x, weight))
 
 
+def test_a_torch_that_compiles_nothing_has_no_fp16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where sources are not installed; the probe failed, and the replica with it."""
+
+    def without_source(weight: torch.Tensor, bias: torch.Tensor | None) -> kernels.Matmul:
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(kernels, "_fp16", without_source)
+    assert not kernels._is_fp16_exact.__wrapped__()
+
+
 def test_adapters_change_their_rows_alone() -> None:
     torch.manual_seed(0)
     projection = Linear(torch.randn(6, 4), None, torch.float32)

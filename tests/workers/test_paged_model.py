@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +156,17 @@ def test_without_bf16_nothing_but_weights_is_rounded(checkpoint: Checkpoint, mod
     exact = teacher_forced(model, tokens, 8)
     rounded = teacher_forced(LlamaModel(checkpoint, torch.bfloat16), tokens, 8)
     assert 0 < (rounded - exact).square().mean().sqrt() < 1e-2 * exact.square().mean().sqrt()
+
+
+def test_an_embedding_that_fp16_cannot_hold_is_not_rounded(tmp_path: Path) -> None:
+    """It became infinite, and all logits of a prompt with that token NaN."""
+    tensors = random_tensors()
+    tensors["token_embd.weight"][5, 7] = 1e6
+    large = open_checkpoint(write_gguf(tmp_path / "large.gguf", tensors))
+    exact, rounded = (
+        teacher_forced(LlamaModel(large, dtype), [3, 5, 9], 3) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (rounded - exact).square().mean().sqrt() < 2e-2 * exact.square().mean().sqrt()
 
 
 def test_copied_blocks_hold_what_was_copied(model: LlamaModel) -> None:

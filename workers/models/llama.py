@@ -8,6 +8,7 @@ Owns the weights, packed once at load. Knows rows of tokens and positions; not s
     logits = head(norm(x))                          of the rows that sample; fp32
 
 The residual stream and everything elementwise are fp32; matrix products and the cache have `dtype`; the head is fp32.
+Where kernels are "fp16", all this is fp32, and embedding, projections and head have their weights rounded to fp16.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _Layer:
 
 
 class LlamaModel:
-    """Raises ModelFileError if `checkpoint` lacks a tensor, or one is of another size than the shape says."""
+    """Raises ModelFileError if `checkpoint` lacks a tensor, one is of another size than the shape says, or rotary
+    embedding has no finite angles."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self.shape: ModelShape = checkpoint.shape
@@ -65,7 +67,8 @@ class LlamaModel:
         )
         has_fp16_weights = self.kernels == "fp16"
         self._head = Linear(head, None, dtype if has_fp16_weights else torch.float32)
-        self._embedding = embedding.to(torch.float16 if has_fp16_weights else dtype)
+        is_narrow = has_fp16_weights and kernels.fits_fp16(embedding)
+        self._embedding = embedding.to(torch.float16 if is_narrow else self.dtype)
         self._eps = torch.full((1, 1), shape.norm_eps)
         self._frequencies = torch.from_numpy(inverse_frequencies(shape.rope, shape.head_dim))
         self.adapters: set[str] = set()
