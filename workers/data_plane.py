@@ -35,7 +35,7 @@ from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, TOKENS_PROTOC
 from workers.router_stream import ProtocolError, RouterStream
 from workers.types import Engine
 from workers.wire import to_hello_ack
-from workers.work_ledger import DuplicateWorkError, WorkLedger
+from workers.work_ledger import BadDispatchError, WorkLedger
 
 SERVICE = pb.DESCRIPTOR.services_by_name["DataPlaneService"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -204,7 +204,7 @@ class DataPlaneServer(DataPlaneServiceServicer):
             )
             await context.write(pb.AttachResponse(hello_ack=ack))
             await stream.serve(first)
-        except (ProtocolError, DuplicateWorkError) as error:
+        except (ProtocolError, BadDispatchError) as error:
             await _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, Reason.INCOMPATIBLE_PEER, str(error))
         finally:
             self._streams.discard(stream)

@@ -43,6 +43,11 @@ class Outbox:
         return bool(self._deltas or self._tokens)
 
     @property
+    def num_deltas(self) -> int:
+        """Choices of which something waits to be told, other than tokens alone."""
+        return len(self._deltas)
+
+    @property
     def is_empty(self) -> bool:
         return not self.has_deltas and self._load is None and self._draining is None and not self._kv
 

@@ -34,9 +34,11 @@ from workers.work_spans import WorkSpans
 
 MAX_HELD_CHOICES = 16_384
 """That a replica takes on at once. Routers that keep to its credit send a few dozen more than it computes."""
+MAX_UNTOLD_CHOICES = 2 * MAX_HELD_CHOICES
+"""All that are held may have news at once. What is turned down beyond that comes from no router of ours."""
 
 
-class DuplicateWorkError(Exception):
+class BadDispatchError(Exception):
     """A router that proved itself says what none of ours would."""
 
 
@@ -68,7 +70,8 @@ class WorkLedger:
 
     def attach(self, owner: str, on_news: Callable[[bool], None], *, in_columns: bool = False) -> AttachedRouter:
         """Keep books for a router from now on. `on_news` is called when its outbox has something new; with True when
-        there are tokens, with False when it can wait for company. `in_columns`: see `Outbox`."""
+        there are tokens or a load with works of other routers, with False when it can wait for company. `in_columns`:
+        see `Outbox`."""
         assert owner not in self._routers
         outbox = Outbox(
             max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident, in_columns=in_columns
@@ -84,8 +87,9 @@ class WorkLedger:
                 self._abort_one(work_id, work)
 
     def submit(self, router: AttachedRouter, dispatch: pb.Dispatch, now: float) -> None:
-        """Hand a router's works to the engine. Raises DuplicateWorkError for a work that runs already."""
-        batch = _Batch(dispatch.batch_id, self._engine.load().num_steps)
+        """Hand a router's works to the engine. Raises BadDispatchError for a work that runs already, and if the router
+        is to be told of more choices than any would send."""
+        batch, num_before = _Batch(dispatch.batch_id, self._engine.load().num_steps), self._num_submitted
         router.batches.append(batch)
         for message in dispatch.work:
             try:
@@ -98,7 +102,7 @@ class WorkLedger:
                 self._turn_down(router, work.work_id, _num_choices(work), *refusal)
                 continue
             if work.work_id in self._works:
-                raise DuplicateWorkError(f"work {work.work_id.number} is running already")
+                raise BadDispatchError(f"work {work.work_id.number} is running already")
             self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
             batch.num_unseen += 1
             router.num_works += 1
@@ -106,6 +110,10 @@ class WorkLedger:
             self._num_submitted += 1
             self._engine.submit(work)
         batch.num_submitted = self._num_submitted
+        if self._num_submitted > num_before:
+            for other in self._routers.values():
+                if other is not router:
+                    other.news_of = other.news_of or self._num_submitted
 
     def abort(self, router: AttachedRouter, abort: pb.Abort) -> None:
         for number in abort.work_ids:
@@ -116,7 +124,7 @@ class WorkLedger:
         for choice in abort.choices:
             work_id = WorkId(router.owner, choice.work_id)
             work = self._works.get(work_id)
-            if work is not None and choice.index not in work.aborted_choices:
+            if work is not None and choice.index in work.choices and choice.index not in work.aborted_choices:
                 work.aborted_choices.add(choice.index)
                 work.is_plain = False
                 self._engine.abort(work_id, choice.index)
@@ -133,12 +141,17 @@ class WorkLedger:
         self._keep_resident(events)
         self._deliver(deltas)
         num_busy = sum(1 for router in self._routers.values() if router.num_works)
+        num_counted = self._num_submitted if load.num_taken is None else load.num_taken
         for router in self._routers.values():
             router.outbox.add_kv_events(events)
             # Each gets a part of what is free: if all took the whole, all of them would wait here, out of order.
             part = load.part_of(num_busy + (not router.num_works))
             router.outbox.report(part, router.last_counted_batch(load), of_engine)
-            router.on_news(router.outbox.has_deltas)
+            # Until they hear of a new work, all others take this replica for the idlest and send it theirs as well.
+            is_news = 0 < router.news_of <= num_counted
+            if is_news:
+                router.news_of = 0
+            router.on_news(router.outbox.has_deltas or is_news)
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
         if not work.is_aborted:
@@ -159,6 +172,8 @@ class WorkLedger:
 
     def _turn_down(self, router: AttachedRouter, work_id: WorkId, num_choices: int, reason: str, message: str) -> None:
         """End a work that the engine never saw."""
+        if router.outbox.num_deltas > MAX_UNTOLD_CHOICES:
+            raise BadDispatchError(f"more than {MAX_UNTOLD_CHOICES} choices wait to be told of, and works still come")
         finish = Finish(reason=FinishReason.ERROR, error_reason=reason, error_message=message)
         for index in range(num_choices):
             router.outbox.add(TokenDelta(work_id=work_id, index=index, finish=finish))
@@ -212,7 +227,7 @@ class WorkLedger:
 class AttachedRouter:
     """One attached router. `owner` is unlike that of any other attachment, also of the same router."""
 
-    __slots__ = ("_last_counted", "batches", "num_works", "on_news", "outbox", "owner")
+    __slots__ = ("_last_counted", "batches", "news_of", "num_works", "on_news", "outbox", "owner")
 
     def __init__(self, owner: str, outbox: Outbox, on_news: Callable[[bool], None]) -> None:
         self.owner = owner
@@ -222,6 +237,8 @@ class AttachedRouter:
         """In the order of arrival, those that the load does not count yet."""
         self.num_works = 0
         """That the engine has and that have not ended."""
+        self.news_of = 0
+        """Until a load counts so many works, this router does not know of some that others have sent; 0: it does."""
         self._last_counted = 0
 
     def last_counted_batch(self, load: Load) -> int:
@@ -258,6 +275,7 @@ class _LiveWork:
     __slots__ = (
         "aborted_choices",
         "batch",
+        "choices",
         "is_aborted",
         "is_plain",
         "is_seen",
@@ -271,7 +289,10 @@ class _LiveWork:
         self.router = router
         self.batch = batch
         self.spans = spans
-        self.num_choices = _num_choices(work)
+        self.choices = range(_num_choices(work))
+        """Their indices."""
+        self.num_choices = len(self.choices)
+        """Those that have not ended."""
         self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
         self.is_seen = False
         self.is_plain = False

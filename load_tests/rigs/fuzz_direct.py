@@ -26,8 +26,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-import grpc
-import grpc.aio
 from google.protobuf.message import Message
 from octavo.internal.v1 import data_plane_pb2 as data
 from octavo.v1 import inference_service_pb2 as pb
@@ -37,7 +35,7 @@ from load_tests import process_tree
 from load_tests.rigs.fuzz_local import InstantBackend, LocalAbortError, LocalContext
 from load_tests.rigs.fuzz_model import small_manifest, small_model
 from load_tests.rigs.fuzz_samples import MODEL, NUMBERS, TEXTS, of_kind
-from load_tests.rigs.fuzz_tally import FuzzTally, LoggedErrors
+from load_tests.rigs.fuzz_tally import FuzzTally, LoggedErrors, name_of
 from load_tests.rigs.message_mutator import Mutator, parsed
 from router import status
 from router.config import RouterConfig
@@ -53,7 +51,7 @@ from router.wire import from_finish, from_logprobs, from_tokens
 from workers.config import EngineConfig
 from workers.fake import FakeEngine
 from workers.types import FinishReason
-from workers.work_ledger import AttachedRouter, DuplicateWorkError, WorkLedger
+from workers.work_ledger import AttachedRouter, BadDispatchError, WorkLedger
 
 SHARES: Final = {
     pb.GenerateRequest: 30,
@@ -111,7 +109,7 @@ class Front:
         for response in context.written:
             for event in response.events:
                 if event.HasField("terminal"):
-                    code = grpc_name(event.terminal.code)
+                    code = name_of(event.terminal.code)
                     self._tally.ended("Terminal", code, messages, event.terminal.message)
 
     async def is_answered(self) -> bool:
@@ -140,7 +138,7 @@ class Replica:
         try:
             if found.HasField("dispatch"):
                 self._ledger.submit(self._router, found.dispatch, time.monotonic())
-        except DuplicateWorkError:
+        except BadDispatchError:
             self.renew()
             return "INVALID_ARGUMENT"
         if found.HasField("abort"):
@@ -251,20 +249,18 @@ class Direct:
 
     async def _batch(self) -> None:
         kinds = self._mutator.random.choices(list(SHARES), list(SHARES.values()), k=BATCH)
-        session: list[bytes] = []
-        sessions: list[Awaitable[None]] = []
+        sessions: list[list[bytes]] = [[]]
         for kind in kinds:
             message = self._mutator.mutated(kind, self._samples[kind])
             self.tally.sent()
             if kind is pb.SessionRequest:
-                session.append(message)
-                if len(session) == SESSION_MESSAGES or parsed(kind, message) is None:
-                    sessions.append(self._front.hold_session(session))
-                    session = []
+                sessions[-1].append(message)
+                if len(sessions[-1]) == SESSION_MESSAGES or parsed(kind, message) is None:
+                    sessions.append([])
             else:
                 await self._take(kind, message)
-        results = await asyncio.gather(*sessions, self._front.hold_session(session), return_exceptions=True)
-        for result in results:
+        results = await asyncio.gather(*map(self._front.hold_session, sessions), return_exceptions=True)
+        for session, result in zip(sessions, results, strict=True):
             if isinstance(result, BaseException):
                 self.tally.failed("Session", "raised", session, repr(result))
         self._guard("AttachRequest", self._replica.check)
@@ -303,11 +299,6 @@ class Direct:
     def _note_memory(self) -> None:
         gc.collect()
         self.memories.append(process_tree.pss_bytes(os.getpid()) / 2**20)
-
-
-def grpc_name(code: int) -> str:
-    """Return the name of a google.rpc.Code."""
-    return next((each.name for each in grpc.StatusCode if each.value[0] == code), "UNKNOWN")
 
 
 def main() -> None:

@@ -51,29 +51,21 @@ from workers.fake import FakeEngine, fake_manifest
 from workers.prefix import PrefixHasher
 from workers.types import FinishReason, GenerateWork, WorkId
 from workers.wire import MAX_CHOICES, from_work
-from workers.work_ledger import WorkLedger
+from workers.work_ledger import BadDispatchError, WorkLedger
 
 SAMPLES = of_kind()
 
 
+@pytest.mark.parametrize(("side", "kind"), [(ReplicaBooks, pb.AttachRequest), (RouterBooks, pb.AttachResponse)])
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_a_replica_takes_or_refuses_what_any_router_says(seed: int) -> None:
+def test_each_side_takes_or_refuses_what_the_other_may_say(
+    side: type[ReplicaBooks | RouterBooks], kind: type[Message], seed: int
+) -> None:
     mutator, tally = Mutator(seed, texts=TEXTS, numbers=NUMBERS), FuzzTally()
-    books = ReplicaBooks(tally)
+    books = side(tally)
     for _ in range(6):
-        books.take(mutator.mutated(pb.AttachRequest, SAMPLES[pb.AttachRequest]))
-    books.check()
-    assert tally.failures == []
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32))
-def test_a_router_believes_or_refuses_what_any_replica_says(seed: int) -> None:
-    mutator, tally = Mutator(seed, texts=TEXTS, numbers=NUMBERS), FuzzTally()
-    books = RouterBooks(tally)
-    for _ in range(6):
-        books.take(mutator.mutated(pb.AttachResponse, SAMPLES[pb.AttachResponse]))
+        books.take(mutator.mutated(kind, SAMPLES[kind]))
     books.check()
     assert tally.failures == []
 
@@ -168,6 +160,34 @@ def test_more_works_than_any_credit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(deltas) == 3
     assert {delta.work_id: delta.finish.error_reason for delta in deltas} == dict.fromkeys((4, 5), Reason.QUEUE_FULL)
     ledger.detach(router)
+
+
+def test_more_refusals_than_anybody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each of 1,024 choices that a work of a few bytes may ask for, and for each work: gigabytes of them."""
+    monkeypatch.setattr("workers.work_ledger.MAX_HELD_CHOICES", 3)
+    monkeypatch.setattr("workers.work_ledger.MAX_UNTOLD_CHOICES", 6)
+    ledger = WorkLedger(new_engine(), "one")
+    router = ledger.attach("router", lambda is_urgent: None)
+    ledger.submit(router, pb.Dispatch(batch_id=1, work=[work(1, n=4), work(2, n=4)]), 0.0)
+    with pytest.raises(BadDispatchError, match="more than 6 choices wait"):
+        ledger.submit(router, pb.Dispatch(batch_id=2, work=[work(3, n=4)]), 0.0)
+    router.outbox.grant(1)
+    assert len(router.outbox.take().step_batch.deltas) == 8
+    ledger.submit(router, pb.Dispatch(batch_id=2, work=[work(3, n=4)]), 0.0)
+    ledger.detach(router)
+
+
+def test_aborts_of_choices_that_a_work_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them was kept with its work and handed to the engine, as many as there are numbers."""
+    engine = new_engine()
+    ledger = WorkLedger(engine, "one")
+    router = ledger.attach("router", lambda is_urgent: None)
+    ledger.submit(router, pb.Dispatch(batch_id=1, work=[work(1, n=2)]), 0.0)
+    aborted: list[int | None] = []
+    monkeypatch.setattr(engine, "abort", lambda work_id, index=None: aborted.append(index))
+    choices = [pb.Abort.Choice(work_id=1, index=index) for index in (2, 0, 2**32 - 1, 1, 1)]
+    ledger.abort(router, pb.Abort(choices=choices))
+    assert aborted == [0, 1]
 
 
 def test_a_prompt_that_is_too_long_is_not_copied_for_each_choice() -> None:

@@ -126,3 +126,23 @@ def test_routers_that_have_works_share_what_is_free() -> None:
         ledger.collect()
     assert report(ledger, first).load.credit_sequences == 64
     assert (first.num_works, second.num_works) == (1, 0)
+
+
+def test_routers_hear_of_the_works_of_others_at_once() -> None:
+    """After 50 ms, as of all else without tokens: until then each of four routers took the same replica for idle."""
+    engine, ledger, sender = make_ledger()
+    heard: list[bool] = []
+    other = ledger.attach("other/1/1", heard.append)
+    other.outbox.grant(100)
+    ledger.collect()
+    send(ledger, sender, 1)
+    ledger.collect()
+    engine.step()
+    ledger.collect()
+    engine.step()
+    ledger.collect()
+    assert heard == [False, True, False, False]
+    assert other.outbox.take().step_batch.load.num_running == 1
+    send(ledger, other, 1)
+    ledger.collect()
+    assert not heard[-1], "of its own it knows"
