@@ -1,9 +1,9 @@
 """Gives a stepped engine a thread of its own and implements the engine seam for everybody else.
 
 Owns the thread, the inbox through which commands go in, and the outputs that wait to be drained. Callers never wait for
-a step: `load` is that of the last one. An engine whose `step` raises is broken: all its works end with an error, as do
-all that follow, and `failure` tells the health check. (A request that makes its own computation fail does not come to
-that: the engine isolates it.)
+a step: `load` is that of the last one. An engine whose `step` raises is broken: all its works are lost, those that
+follow are turned down, so that routers go on with them elsewhere and send no more, and `failure` tells the health
+check. (A request that makes its own computation fail does not come to that: the engine isolates it.)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
+from typing import Final
 
 from octavo.names import Reason
 
@@ -32,6 +33,7 @@ from workers.types import (
 
 BLOCKED_WAIT_S = 0.005
 """How long to wait for a command while works are there but none of them can go on."""
+_CANCELLED: Final = Finish(reason=FinishReason.CANCELLED)
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class EngineThread:
     def submit(self, work: Work) -> None:
         with self._lock:
             if self._is_closed:
-                self._outputs += _endings(work.work_id, range(_num_choices(work)), FinishReason.CANCELLED)
+                self._outputs += _endings(work.work_id, range(_num_choices(work)), _CANCELLED)
             else:
                 self._inbox.put(lambda: self._submit(work))
 
@@ -150,7 +152,7 @@ class EngineThread:
         _log.error("the engine is broken", exc_info=error)
         self.failure = error
         for work_id in list(self._open):
-            self._end(work_id, FinishReason.ERROR, _broken(error))
+            self._end(work_id, _broken(error, Reason.REPLICA_LOST))
         self._notify()
 
     def _submit(self, work: Work) -> None:
@@ -158,18 +160,18 @@ class EngineThread:
             return
         self._open[work.work_id] = set(range(_num_choices(work)))
         if self.failure is not None:
-            self._end(work.work_id, FinishReason.ERROR, _broken(self.failure))
+            self._end(work.work_id, _broken(self.failure, Reason.DRAINING))
             return
         try:
             self._engine.submit(work)
         except Exception as error:
             _log.error("work %s could not be taken on", work.work_id, exc_info=error)
             message = f"the engine could not take this request on ({type(error).__name__})"
-            self._end(work.work_id, FinishReason.ERROR, message)
+            self._end(work.work_id, _error(Reason.INTERNAL, message))
 
-    def _end(self, work_id: WorkId, reason: FinishReason, message: str = "") -> None:
+    def _end(self, work_id: WorkId, finish: Finish) -> None:
         """End the open choices of a work without the engine."""
-        deltas = _endings(work_id, sorted(self._open.pop(work_id)), reason, message)
+        deltas = _endings(work_id, sorted(self._open.pop(work_id)), finish)
         with self._lock:
             self._outputs += deltas
         self._emission.add(len(deltas), is_urgent=True)
@@ -180,9 +182,8 @@ class EngineThread:
         events: list[KvEvent] = []
         load = self._load
         if self.failure is None:
-            outputs = self._still_open(self._engine.drain_outputs())
-            events = self._engine.kv_events()
-            load = self._engine.load()
+            deltas, events, load = self._engine.drain_outputs(), self._engine.kv_events(), self._engine.load()
+            outputs = self._still_open(deltas)  # once nothing can fail: what it counts as ended leaves
         has_news = _credit(load) != _credit(self._load)
         now = time.monotonic()
         with self._lock:
@@ -222,7 +223,7 @@ class EngineThread:
     def _close(self) -> None:
         self._is_running = False
         for work_id in list(self._open):
-            self._end(work_id, FinishReason.CANCELLED)
+            self._end(work_id, _CANCELLED)
 
 
 def _credit(load: Load) -> tuple[int, int | None]:
@@ -233,12 +234,13 @@ def _num_choices(work: Work) -> int:
     return work.n if isinstance(work, GenerateWork) else 1
 
 
-def _endings(work_id: WorkId, choices: Iterable[int], reason: FinishReason, message: str = "") -> list[TokenDelta]:
-    finish = Finish(
-        reason=reason, error_reason=Reason.INTERNAL if reason is FinishReason.ERROR else "", error_message=message
-    )
+def _endings(work_id: WorkId, choices: Iterable[int], finish: Finish) -> list[TokenDelta]:
     return [TokenDelta(work_id=work_id, index=index, finish=finish) for index in choices]
 
 
-def _broken(error: BaseException) -> str:
-    return f"the engine of this replica failed ({type(error).__name__})"
+def _error(reason: str, message: str) -> Finish:
+    return Finish(reason=FinishReason.ERROR, error_reason=reason, error_message=message)
+
+
+def _broken(error: BaseException, reason: str) -> Finish:
+    return _error(reason, f"the engine of this replica failed ({type(error).__name__})")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from octavo.names import Reason
 
 from tests.workers.toy_engine import Answer, EventReader, ToyEngine, gather, toy_answer, work
 from workers.config import EngineConfig
@@ -249,12 +250,23 @@ def test_a_broken_engine_ends_all_works_and_says_so(consume: Consume, place: str
     assert isinstance(consumer.thread.failure, RuntimeError)
     consumer.thread.submit(work(3, [1], 3))
     consumer.wait(lambda: consumer.ended(3))
-    for number in (1, 2, 3):
+    for number, reason in ((1, Reason.REPLICA_LOST), (2, Reason.REPLICA_LOST), (3, Reason.DRAINING)):
         last = consumer.answers[WorkId("r", number)].last
         assert last is not None
         assert last.finish is not None
         assert last.finish.error_message == "the engine of this replica failed (RuntimeError)"
+        assert last.finish.error_reason == reason
     assert consumer.thread.is_alive
+
+
+def test_a_work_that_ends_in_the_step_that_breaks_the_engine_ends_as_lost(consume: Consume) -> None:
+    """Its end was counted and lost, so that nobody ever heard of it again."""
+    engine = Broken()
+    consumer = consume(engine)
+    engine.fails_in = "load"
+    consumer.thread.submit(work(1, [1], 1))
+    consumer.wait(lambda: consumer.ended(1))
+    assert consumer.answers[WorkId("r", 1)].finish is FinishReason.ERROR
 
 
 def test_a_work_whose_submission_fails_ends_alone(consume: Consume) -> None:
