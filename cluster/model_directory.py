@@ -99,7 +99,7 @@ def _read(path: Path) -> str:
 def _read_object(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelFileError(f"{path}: must be a JSON object, is a {type(value).__name__}")
@@ -128,7 +128,7 @@ def _check_extent(path: Path) -> None:
         header = json.loads(text)
         end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
         needed = 8 + length + int(end)
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, IndexError, TypeError, OverflowError, RecursionError) as error:
         raise ModelFileError(f"{path}: is corrupt: the header is not that of a safetensors file: {error}") from error
     if needed != size:
         raise ModelFileError(f"{path}: is truncated or corrupt: its header says {needed} bytes, the file has {size}")

@@ -25,6 +25,8 @@ from workers.errors import ConfigError, UnauthenticatedError
 
 VERSION: Final = 1
 MAX_NAME_BYTES: Final = 128
+END_OF_TIME: Final = 253_402_300_800.0
+"""The year 10000, which no date has."""
 T = TypeVar("T")
 _TOKEN: Final = re.compile(r"octavo_([0-9a-f]{8})_[0-9a-f]{64}")
 
@@ -91,13 +93,14 @@ class Keyring:
 
     def with_key(self, tenant: str, now: float, *, expires_at: float | None = None) -> tuple[Keyring, Key, str]:
         """Return a keyring with a new key of `tenant`, the key, and its token, which is nowhere else. Raises
-        ConfigError for what is no tenant's name."""
+        ConfigError for what is no tenant's name and for what is no time."""
         check_name("tenant", tenant)
         key_id = secrets.token_hex(4)
         while key_id in self.keys:
             key_id = secrets.token_hex(4)
         token = f"octavo_{key_id}_{secrets.token_hex(32)}"
         key = Key(key_id=key_id, tenant=tenant, digest=_digest(token), created_at=now, expires_at=expires_at)
+        _check_times(key)
         return Keyring({**self.keys, key_id: key}, self.tenants), key, token
 
     def without(self, key_id: str, now: float) -> Keyring:
@@ -173,11 +176,18 @@ def _key(fields: object) -> Key:
     check_name(f"the tenant of key {key.key_id}", key.tenant)
     if not (isinstance(key.digest, str) and re.fullmatch(r"[0-9a-f]{64}", key.digest)):
         raise ConfigError(f"the digest of key {key.key_id} must have 64 hexadecimal digits")
+    _check_times(key)
+    return key
+
+
+def _check_times(key: Key) -> None:
     for name in ("created_at", "expires_at", "revoked_at"):
         value = getattr(key, name)
-        if not (_is_number(value) or (value is None and name != "created_at")):
-            raise ConfigError(f"{name} of key {key.key_id} must be a number, is {value!r}")
-    return key
+        is_time = _is_number(value) and 0 <= value < END_OF_TIME
+        if not (is_time or (value is None and name != "created_at")):
+            raise ConfigError(
+                f"{name} of key {key.key_id} must be in seconds since 1970 and before the year 10000, is {value!r}"
+            )
 
 
 def _built(kind: type[T], fields: object, what: str) -> T:

@@ -44,5 +44,5 @@ def read_manifest(path: Path) -> ModelManifest:
         return ModelManifest.from_json(path.read_text())
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: is no manifest: {type(error).__name__}: {error}") from error

@@ -7,13 +7,26 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from workers.errors import ModelFileError
 from workers.weights.shape import Rope
 
 Floats = npt.NDArray[np.float32]
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Floats:
-    """Return the angle per position [head_dim / 2] of each rotated pair. llama3: Meta's llama-models, apply_scaling."""
+    """Return the angle per position [head_dim / 2] of each rotated pair.
+
+    Raises ModelFileError if one is not finite, which would make NaN of every logit.
+    """
+    with np.errstate(all="ignore"):
+        frequencies = _scaled(rope, head_dim)
+    if not np.isfinite(frequencies).all():
+        raise ModelFileError(f"rope: theta {rope.theta} with scaling {rope.scaling!r} makes angles that are not finite")
+    return frequencies
+
+
+def _scaled(rope: Rope, head_dim: int) -> Floats:
+    """llama3: Meta's llama-models, apply_scaling."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # Powers in fp64: in fp32 their last bit depends on who computes them, and on which processor.
     powers: Floats = np.power(rope.theta, exponents, dtype=np.float64).astype(np.float32)

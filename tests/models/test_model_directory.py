@@ -141,6 +141,7 @@ def test_a_broken_value_is_named(folder: Path, cache_dir: Path, name: str, chang
     [
         ("config.json", None, r"config\.json: is missing"),
         ("config.json", "{", r"config\.json: is not JSON"),
+        pytest.param("config.json", "[" * 200_000, r"config\.json: is not JSON", id="config.json-deep"),
         ("config.json", "[]", r"config\.json: must be a JSON object, is a list"),
         ("tokenizer.json", None, r"tokenizer\.json: is missing: a model needs its tokenizer$"),
         (
@@ -150,6 +151,17 @@ def test_a_broken_value_is_named(folder: Path, cache_dir: Path, name: str, chang
         ),
         ("model.safetensors", "cut", r"model\.safetensors: is truncated or corrupt: the header's length is 0"),
         ("model.safetensors", "\x04" + "\0" * 7 + "null", r"is corrupt: the header is not that of a safetensors file"),
+        (
+            "model.safetensors",
+            "\x26" + "\0" * 7 + '{"a": {"data_offsets": [0, Infinity]}}',
+            r"is corrupt: the header is not that of a safetensors file",
+        ),
+        pytest.param(
+            "model.safetensors",
+            "\0\0\1" + "\0" * 5 + "[" * 65_536,
+            r"is corrupt: the header is not that of a safetensors file",
+            id="model.safetensors-deep",
+        ),
         ("model.safetensors.index.json", "{}", "weight_map must name the file of each tensor, is None"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}', "must lie in the same directory, is '../b'"),
     ],

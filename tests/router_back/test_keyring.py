@@ -45,6 +45,15 @@ def test_expiry_and_revocation() -> None:
         keyring.without("ffffffff", NOW)
 
 
+@pytest.mark.parametrize("expires_at", [math.nan, math.inf, 1e12])
+def test_a_key_that_could_not_be_read_is_not_written(expires_at: float, tmp_path: Path) -> None:
+    """`octavo keys create --days nan` wrote a file that nobody could read any more, nor any key in it be revoked."""
+    path = tmp_path / "keys.json"
+    with pytest.raises(ConfigError, match="before the year 10000"):
+        key_file.change(path, lambda keyring: keyring.with_key("a", NOW, expires_at=expires_at)[0])
+    assert not path.exists()
+
+
 def test_what_is_written_can_be_read() -> None:
     keyring, key, _ = Keyring().with_key("acme", NOW, expires_at=NOW + 5)
     keyring, _, _ = keyring.without(key.key_id, NOW + 1).with_key("other tenant", NOW)
@@ -69,6 +78,8 @@ KEY = {"key_id": "00000000", "tenant": "a", "digest": "0" * 64, "created_at": 0}
         ({"version": 1, "keys": [{**KEY, "tenant": "a\n"}]}, "printable"),
         ({"version": 1, "keys": [{**KEY, "created_at": "x"}]}, "created_at"),
         ({"version": 1, "keys": [{**KEY, "expires_at": True}]}, "expires_at"),
+        ({"version": 1, "keys": [{**KEY, "expires_at": math.inf}]}, "expires_at"),
+        ({"version": 1, "keys": [{**KEY, "revoked_at": -1}]}, "revoked_at"),
         ({"version": 1, "keys": [{**KEY, "colour": 1}]}, "colour"),
         ({"version": 1, "keys": [5]}, "an object"),
         ({"version": 1, "keys": [KEY, KEY]}, "different key_id"),

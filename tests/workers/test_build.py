@@ -181,6 +181,9 @@ def test_manifests(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(ModelFileError, match="is no manifest: KeyError"):
         read_manifest(tmp_path / "broken.json")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(ModelFileError, match="is no manifest: RecursionError"):
+        read_manifest(tmp_path / "deep.json")
 
 
 def test_files_that_do_not_fit_together(new_files: NewFiles) -> None:

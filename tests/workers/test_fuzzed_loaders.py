@@ -1,7 +1,7 @@
 """Model files that nobody wrote: whatever is in them, a ModelFileError comes out or a model, and no memory for claims.
 
 Flipped and cut bytes of GGUF files and pickles are in the tests of these; here it is values: what a header says of
-types, sizes, offsets and numbers, and JSON of any other form.
+types, sizes, offsets and numbers, and JSON of any other form. Each is loaded for torch and packed for the C library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import struct
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from router.model import ServedModel
 from router.tokenizer import Tokenizer
 from tests.router.rig import byte_tokenizer, served_model
 from tests.workers.gguf_files import KEYS, random_tensors
+from tests.workers.random_models import write_random_model
 from workers.errors import ModelFileError
 from workers.models.llama import LlamaModel
 from workers.types import ModelFiles
 from workers.weights.checkpoint import open_checkpoint
 from workers.weights.directory import PICKLES, SAFETENSORS, read_json, weight_files
 from workers.weights.gguf_header import read_header
+from workers.weights.packed import UnpackableError
+from workers.weights.packed_cache import load_packed
+from workers.weights.packed_mode import PackingMode
 
 MIB = 1 << 20
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -52,7 +56,7 @@ anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.d
 
 @contextmanager
 def little_memory(limit: int = 24 * MIB) -> Iterator[None]:
-    """Nothing here takes more than `limit` bytes."""
+    """Nothing here takes more than `limit` bytes, by the books of Python and numpy; torch keeps none."""
     tracemalloc.start()
     try:
         yield
@@ -62,11 +66,29 @@ def little_memory(limit: int = 24 * MIB) -> Iterator[None]:
 
 
 def open_or_refuse(path: Path) -> bool:
-    """Load all of a model; return whether that went well."""
+    """Load all of a model, for either kind of kernels; return whether both went well."""
+    is_packed = is_loaded = False
+    with contextlib.suppress(ModelFileError, UnpackableError):
+        load_packed(path, "", PackingMode.INT8, None)
+        is_packed = True
     with contextlib.suppress(ModelFileError):
         LlamaModel(open_checkpoint(path), torch.float32)
-        return True
-    return False
+        is_loaded = True
+    return is_packed and is_loaded
+
+
+def changed(tree: Any, path: list[int], value: object) -> Any:
+    """Return `tree` with what is at `path` (which child, again and again) replaced by `value`."""
+    if not path or not isinstance(tree, dict | list) or not tree:
+        return value
+    if isinstance(tree, list):
+        at = path[0] % len(tree)
+        return [*tree[:at], changed(tree[at], path[1:], value), *tree[at + 1 :]]
+    key = list(tree)[path[0] % len(tree)]
+    return {**tree, key: changed(tree[key], path[1:], value)}
+
+
+places = st.lists(st.integers(0, 300), min_size=1, max_size=4)
 
 
 # GGUF.
@@ -189,53 +211,39 @@ def test_no_memory_for_what_a_gguf_header_claims(tmp_path: Path, what: str, coun
 # Safetensors and config.json.
 
 
-def llama_tensors() -> dict[str, torch.Tensor]:
-    """Return all that the configuration of these tests asks for."""
-    hidden, ffn, layer = 32, 48, "model.layers.{}."
-    sizes = {"model.embed_tokens.weight": (50, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (50, hidden)}
-    for number in range(2):
-        prefix = layer.format(number)
-        sizes |= {f"{prefix}{name}layernorm.weight": (hidden,) for name in ("input_", "post_attention_")}
-        sizes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
-        sizes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden // 2, hidden) for name in "kv"}
-        sizes |= {f"{prefix}mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
-        sizes[f"{prefix}mlp.down_proj.weight"] = (hidden, ffn)
-    return {name: torch.full(size, 0.5) for name, size in sizes.items()}
-
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 50,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-}
-WEIGHTS = save(llama_tensors())
 DTYPES = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "I16", "U16", "F16", "BF16", "I32")
 DTYPES += ("U32", "F32", "C64", "F64", "I64", "U64", "Q4", "")
 
 
-def parts_of_weights() -> tuple[dict[str, Any], bytes]:
-    size = int.from_bytes(WEIGHTS[:8], "little")
-    header: dict[str, Any] = json.loads(WEIGHTS[8 : 8 + size])
-    return header, WEIGHTS[8 + size :]
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A model's directory, in parts."""
+
+    config: dict[str, Any]
+    header: dict[str, Any]
+    data: bytes
+
+    def write(self, folder: Path, *, num_header_bytes: int | None = None) -> Path:
+        """Write it; the number of the header's bytes may be other than the truth."""
+        header = json.dumps(self.header).encode()
+        size = len(header) if num_header_bytes is None else num_header_bytes
+        (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header + self.data)
+        (folder / "config.json").write_text(json.dumps(self.config))
+        return folder
 
 
-def write_directory(folder: Path, header: bytes, data: bytes, *, size: int | None = None, **changes: Any) -> Path:
-    length = len(header) if size is None else size
-    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + data)
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    return folder
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Directory:
+    """A model of two layers."""
+    folder = write_random_model(tmp_path_factory.mktemp("whole"), "llama")
+    weights = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(weights[:8], "little")
+    config = json.loads((folder / "config.json").read_text())
+    return Directory(config, json.loads(weights[8:start]), weights[start:])
 
 
-def test_the_written_directory_is_whole(tmp_path: Path) -> None:
-    header, data = parts_of_weights()
-    assert open_or_refuse(write_directory(tmp_path, json.dumps(header).encode(), data))
+def test_the_written_directory_is_whole(tmp_path: Path, whole: Directory) -> None:
+    assert open_or_refuse(whole.write(tmp_path))
 
 
 @quick
@@ -247,37 +255,57 @@ def test_the_written_directory_is_whole(tmp_path: Path) -> None:
     other=anything,
 )
 def test_safetensors_headers_of_any_value(
-    tmp_path: Path, at: int, field: str, dtype: str, numbers: list[int], other: object
+    tmp_path: Path, whole: Directory, at: int, field: str, dtype: str, numbers: list[int], other: object
 ) -> None:
-    header, data = parts_of_weights()
-    name = list(header)[at % len(header)]
-    if field == "other":
-        header[name] = other
-    elif isinstance(header[name], dict):
-        header[name][field] = dtype if field == "dtype" else numbers
+    name = list(whole.header)[at % len(whole.header)]
+    entry: Any = other
+    if field != "other":
+        entry = whole.header[name] | {field: dtype if field == "dtype" else numbers}
     with little_memory():
-        open_or_refuse(write_directory(tmp_path, json.dumps(header).encode(), data))
+        open_or_refuse(replace(whole, header=whole.header | {name: entry}).write(tmp_path))
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 2**20, 2**31, 2**60, 2**64 - 1])
-def test_no_memory_for_what_a_safetensors_header_claims(tmp_path: Path, size: int) -> None:
-    header, data = parts_of_weights()
+def test_no_memory_for_what_a_safetensors_header_claims(tmp_path: Path, whole: Directory, size: int) -> None:
     with little_memory(4 * MIB):
-        assert not open_or_refuse(write_directory(tmp_path, json.dumps(header).encode(), data, size=size))
+        assert not open_or_refuse(whole.write(tmp_path, num_header_bytes=size))
 
 
 @quick
-@given(changes=st.dictionaries(st.sampled_from([*CONFIG, "rope_scaling", "head_dim", "sliding_window"]), anything))
-def test_configurations_of_any_value(tmp_path: Path, changes: dict[str, Any]) -> None:
-    header, data = parts_of_weights()
+@given(changes=st.lists(st.tuples(places, anything), max_size=3))
+def test_configurations_of_any_value(tmp_path: Path, whole: Directory, changes: list[tuple[list[int], Any]]) -> None:
+    config: Any = whole.config | {"rope_theta": 10000.0, "rope_scaling": None, "sliding_window": None}
+    for path, value in changes:
+        config = changed(config, path, value)
     with little_memory():
-        open_or_refuse(write_directory(tmp_path, json.dumps(header).encode(), data, **changes))
+        open_or_refuse(replace(whole, config=config).write(tmp_path))
 
 
-DEEP = "[" * 200_000
+@pytest.mark.parametrize(
+    ("name", "value"), [("rope_theta", 1e-300), ("original_max_position_embeddings", 10**400), ("factor", 1e-300)]
+)
+def test_angles_of_no_model(tmp_path: Path, whole: Directory, name: str, value: float) -> None:
+    """They made NaN of every logit, or an OverflowError of the start."""
+    rope = whole.config["rope_parameters"] | {name: value}
+    path = replace(whole, config=whole.config | {"rope_parameters": rope}).write(tmp_path)
+    with pytest.raises(ModelFileError):
+        LlamaModel(open_checkpoint(path), torch.float32)
 
 
-@pytest.mark.parametrize("content", ["", "{", DEEP, '{"a":' * 200_000, "NaN", "1" * 5_000])
+DEEP = pytest.param("[" * 200_000, id="deep")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        DEEP,
+        pytest.param('{"a":' * 200_000, id="deep-named"),
+        "NaN",
+        pytest.param("1" * 5_000, id="long"),
+    ],
+)
 def test_json_that_no_parser_takes(tmp_path: Path, content: str) -> None:
     """Brackets in brackets were a RecursionError."""
     (path := tmp_path / "config.json").write_text(content)
@@ -297,19 +325,6 @@ def test_indices_of_any_value(tmp_path: Path, index: object, form: Any) -> None:
 
 # What a router opens.
 
-
-def changed(tree: Any, path: list[int], value: object) -> Any:
-    """Return `tree` with what is at `path` (which child, again and again) replaced by `value`."""
-    if not path or not isinstance(tree, dict | list) or not tree:
-        return value
-    if isinstance(tree, list):
-        at = path[0] % len(tree)
-        return [*tree[:at], changed(tree[at], path[1:], value), *tree[at + 1 :]]
-    key = list(tree)[path[0] % len(tree)]
-    return {**tree, key: changed(tree[key], path[1:], value)}
-
-
-places = st.lists(st.integers(0, 300), min_size=1, max_size=4)
 TOKENIZER = json.loads(byte_tokenizer().to_str())
 
 

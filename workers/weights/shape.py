@@ -74,8 +74,8 @@ class ModelShape:
             raise ModelFileError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
             raise ModelFileError(f"head_dim must be even for rotary embedding, is {self.head_dim}")
-        if not (self.norm_eps > 0 and math.isfinite(self.norm_eps)):
-            raise ModelFileError(f"norm_eps must be positive, is {self.norm_eps}")
+        if not 0 < self.norm_eps <= 1:
+            raise ModelFileError(f"norm_eps must be positive and at most 1, is {self.norm_eps}")
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -88,6 +88,10 @@ class ModelShape:
             raise ModelFileError(
                 f"rope high_freq_factor must be greater than low_freq_factor, is {rope.high_frequency_factor} beside "
                 f"{rope.low_frequency_factor}"
+            )
+        if not 0 < rope.original_max_positions < 2**32:
+            raise ModelFileError(
+                f"rope original_max_position_embeddings must be in (0, 2^32), is {rope.original_max_positions}"
             )
         if rope.scaling == "divisors" and len(rope.divisors) != self.head_dim // 2:
             raise ModelFileError(f"rope_freqs must have {self.head_dim // 2} numbers, has {len(rope.divisors)}")
