@@ -70,6 +70,14 @@ class Entries:
             del self._entries[entry.key]
         entry.answer.close()
 
+    def drop(self, entry: Entry) -> None:
+        """End `entry` wherever it is carried: its client goes on without it."""
+        if entry.stream is not None:
+            entry.stream.release(entry)
+        entry.stream = None
+        entry.answer.detach()
+        self.forget(entry)
+
     def admit_later(self, admission: Coroutine[Any, Any, None]) -> None:
         """Run an admission that takes its time; it does not end with the stream."""
         task = asyncio.create_task(admission)

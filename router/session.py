@@ -158,6 +158,9 @@ class Session:
         if len(self._live) >= limit:
             raise OverloadedError(f"a session must have at most {limit} live requests", reason=Reason.SESSION_LIMIT)
         entry = self._entries.find((self._identity.tenant, start.request_id))
+        if entry is not None and start.attach_offsets and not _is_beginning(start, entry.answer):
+            self._entries.drop(entry)
+            entry = None
         if entry is not None and start.attach_offsets:
             self._attach(entry, start)
         elif entry is not None and not entry.is_delivered:
@@ -285,6 +288,13 @@ def _num_received(start: Start, index: int) -> int:
     """Return how many tokens of a choice the client has from before this request."""
     lists = start.request.received_token_ids
     return len(lists[index].ids) if index < len(lists) else 0
+
+
+def _is_beginning(start: Start, answer: Answer) -> bool:
+    """Whether the received tokens that come with an attachment are those of `answer`. If not, the client has gone on
+    with the request at another router meanwhile, which chose other tokens."""
+    lists = start.request.received_token_ids[: answer.num_choices]
+    return all(list(answer.known(i)[: len(each.ids)]) == list(each.ids) for i, each in enumerate(lists))
 
 
 def _has_more_than_received(start: Start) -> bool:

@@ -122,6 +122,19 @@ def test_large_starts_travel_apart_and_no_cancel_overtakes_its_start() -> None:
     assert [[cancel.request_id for cancel in message.cancels] for message in messages] == [[], [], ["c"]]
 
 
+def test_what_came_of_answers_counts_as_what_their_starts_bring() -> None:
+    """Many that had come far made one message together, which no router took."""
+    outbox = Outbox(max_start_bytes=1000)
+    for name in ("a", "b"):
+        exchange = make_exchange(name, window=1000)
+        exchange.start(0.0)
+        exchange.deliver(types_pb2.Delta(token_ids=range(400)))
+        outbox.start(exchange)
+    message, _ = outbox.take(0.0)
+    assert [start.request_id for start in message.starts] == ["a"]
+    assert message.starts[0].request.ByteSize() <= outbox.take(0.0)[1][0].num_bytes
+
+
 def test_waits_double_up_to_a_limit() -> None:
     backoff = Backoff(first_s=0.1, max_s=1.0, random=random.Random(1))
     for failures, whole in ((1, 0.1), (2, 0.2), (3, 0.4), (5, 1.0), (500, 1.0)):

@@ -156,6 +156,35 @@ async def test_an_answer_that_began_goes_on_when_the_router_has_to_give_it_up(
     assert [list(start.attach_offsets) for start in router.starts] == [[], []], "nobody has it any more"
 
 
+async def test_the_best_of_several_goes_on_nowhere_else(client: Client, router: ScriptedRouter) -> None:
+    """Another router would generate others and pick from these; it refused what the client has of the answer."""
+    router.hold(2)
+    received: list[int] = []
+    reading = asyncio.create_task(read(client.generate("p", n=1, best_of=3), received))
+    await until(lambda: len(received) == 2)
+    router.break_sessions()
+    router.forget()
+    with pytest.raises(UnavailableError) as caught:
+        await reading
+    assert caught.value.reason == Reason.SESSION_LOST
+    assert not router.starts[-1].request.received_token_ids
+
+
+async def test_the_best_of_several_that_a_router_gives_up_is_not_tried_again(
+    client: Client, router: ScriptedRouter
+) -> None:
+    router.hold(2)
+    received: list[int] = []
+    reading = asyncio.create_task(read(client.generate("p", n=1, best_of=3, request_id="mine"), received))
+    await until(lambda: len(received) == 2)
+    journal = router.journals.pop("mine")
+    assert journal.connection is not None
+    journal.connection.send("mine", terminal=pb.Terminal(code=14, reason="DRAINING", message="stopping"))
+    with pytest.raises(UnavailableError, match="stopping"):
+        await reading
+    assert len(router.starts) == 1
+
+
 async def test_retries_end_with_the_deadline(client: Client, router: ScriptedRouter) -> None:
     router.refusals = [pb.Terminal(code=14, reason="NO_REPLICA", message="none") for _ in range(10_000)]
     with pytest.raises((UnavailableError, DeadlineExceededError)):

@@ -103,6 +103,31 @@ async def test_a_request_that_the_router_does_not_know_begins_with_what_was_rece
         assert (await session.outcome("b")).reason == "REQUEST_NOT_FOUND"
 
 
+@pytest.mark.parametrize("is_broken", [True, False])
+async def test_an_answer_that_went_on_elsewhere_is_not_mixed_with_this_router_s(rig: Rig, is_broken: bool) -> None:
+    """The client had a token from here and others from another router, which was lost. What had been generated here
+    meanwhile was put behind those. (Also while the old stream does not know yet that it is dead.)"""
+    async with rig.open_session() as old:
+        await old.start("a", text_request())
+        stale = await rig.backend.work()
+        stale.emit("abcdef")
+        await old.text("a", "abcdef")
+        if is_broken:
+            old.call.cancel()
+            await eventually(lambda: rig.server.sessions.num_open == 0)
+        async with rig.open_session() as session:
+            await session.start("a", after(b"axy"), attach_offsets=[3])
+            work = await rig.backend.work(1)
+            assert stale.is_cancelled
+            assert [bytes(each) for each in work.request.received] == [b"axy"]
+            work.emit("z")
+            work.finish()
+            outcome = await session.outcome("a")
+            assert (outcome.code, outcome.text) == (OK, "z")
+            assert old.known("a").num_terminals == 0
+    await rig.assert_nothing_left()
+
+
 ANSWERS = (TOKENS, b"second EN", b"3rd one: of three")
 
 

@@ -24,6 +24,8 @@ from octavo.v1 import types_pb2
 
 _MAX_CHOICES = 1024
 """More than any router gives; a request for more is refused, and nothing is kept for what it asks."""
+_MAX_TOKEN_BYTES = 5
+"""Of a token id, in a message."""
 
 
 class Exchange:
@@ -45,6 +47,7 @@ class Exchange:
         self.traceparent = ""
         self.tracestate = ""
         self.num_bytes = request.ByteSize()
+        """That its request takes in a Start, at most: what came of the answer goes with it."""
         self.is_started = False
         """A Start was handed to a Session, so a router may know of the request."""
         self.cancelled_at: float | None = None
@@ -57,12 +60,11 @@ class Exchange:
         self.finishes: list[Finish | None] = [None] * num_choices
         self._window = window
         self._changed = changed
-        before = [len(each.ids) for each in request.received_token_ids[:num_choices]]
-        self._before = [*before, *[0] * (num_choices - len(before))]
-        """Tokens of each choice that were there before this request; the router counts them too."""
         self._known = [list(each.ids) for each in request.received_token_ids[:num_choices]]
         """All tokens of each choice."""
         self._known += [[] for _ in range(num_choices - len(self._known))]
+        self._before = self._received
+        """Tokens of each choice that were there before this request; the router counts them too."""
         self._buffer: deque[Delta] = deque()
         self._num_buffered = 0
         self._num_ungranted = 0
@@ -87,6 +89,14 @@ class Exchange:
         return all(self.finishes)
 
     @property
+    def can_go_on(self) -> bool:
+        """Whether a router that does not know this answer could give what is missing of it. Of a whole one that is the
+        Terminal, which nobody else has. With best_of the choices were picked from others that never came: nobody else
+        would pick the same."""
+        is_picked = self.request.best_of > len(self.finishes)
+        return not (self.is_whole or (is_picked and self.has_tokens))
+
+    @property
     def num_buffered_tokens(self) -> int:
         return self._num_buffered
 
@@ -94,8 +104,7 @@ class Exchange:
         """Return the Start for the next Session: the first one, or one that goes on where this answer stopped."""
         start = pb.Start(
             request_id=self.request_id,
-            # Of a whole answer only the Terminal is missing, which nobody else has.
-            request=self._rest() if self.has_tokens and not self.is_whole else self.request,
+            request=self._rest() if self.has_tokens and self.can_go_on else self.request,
             traceparent=self.traceparent,
             tracestate=self.tracestate,
             window=self._window - self._num_buffered,
@@ -137,6 +146,7 @@ class Exchange:
             )
         value = Delta.from_wire(delta)
         self._known[index] += value.token_ids
+        self.num_bytes += _MAX_TOKEN_BYTES * num_tokens
         self.finishes[index] = value.finish
         self._buffer.append(value)
         self._num_buffered += num_tokens

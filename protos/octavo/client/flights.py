@@ -3,6 +3,7 @@
     answer not begun     same request id again, on any address, while the deadline and `retry_timeout_s` allow
     answer begun         attach again on the same address, from the token after the last one received; if that does not
                          connect, or the router has ended the request as UNAVAILABLE, go on after that token elsewhere
+                         (but for `best_of`, of which nobody else would pick the same choices)
     neither possible     UnavailableError
 
 Owns each request's timers and span, and ends it in exactly one place (`_end`). All on the event loop's thread.
@@ -138,7 +139,7 @@ class Flights:
         if error.reason == Reason.REQUEST_NOT_FOUND:  # the answer to an attach, after the router forgot the request
             lost = UnavailableError("the router no longer has this request's answer", reason=Reason.SESSION_LOST)
             self._end(exchange, None if exchange.is_whole else lost)
-        elif isinstance(error, UnavailableError) and not exchange.is_whole:
+        elif isinstance(error, UnavailableError) and exchange.can_go_on:
             self._retry_later(self._flights[exchange.request_id], error)
         else:
             self._end(exchange, error)

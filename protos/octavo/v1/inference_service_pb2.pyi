@@ -204,8 +204,8 @@ class Start(google.protobuf.message.Message):
     @property
     def attach_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Set (one number per choice) to attach again to a live request: how many tokens of each choice the client has.
-        The router replays from there. A request that the router does not know starts anew when the client has no more of
-        it than its received_token_ids.
+        The router replays from there. A request that the router does not know, or of which it has other tokens than these
+        received_token_ids, starts anew when the client has no more of it than those.
         """
 
     def __init__(
