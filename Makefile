@@ -30,7 +30,7 @@ bench-peers: setup  ## the same beside llama.cpp and vLLM in P=DIR, held to the 
 	@test -n "$(P)" || { echo "bench-peers: give P=DIR, where load_tests/peers/install.sh put the peers" >&2; exit 2; }
 	@.venv/bin/python -m load_tests.peers.bench "$(P)" $(ARGS)
 
-bench-router: setup  ## the router held to its bars; 20 minutes on a quiet machine; ARGS="--bars speed,latency"
+bench-router: setup  ## the router held to its bars; 25 minutes on a quiet machine; ARGS="--bars speed,latency"
 	@.venv/bin/python -m load_tests.bench_router $(ARGS)
 
 bench-trust: setup  ## isolation, resume, several routers and what trust costs, held to their bars

@@ -26,8 +26,17 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 ENV_PREFIX = "OCTAVO_"
-ENV_CREDENTIALS = frozenset({"OCTAVO_TOKEN", "OCTAVO_CA_FILE", "OCTAVO_CERT_FILE", "OCTAVO_KEY_FILE"})
-"""A client's (cluster/cli_dial.py)."""
+ENV_CREDENTIALS = frozenset(
+    {
+        "OCTAVO_TOKEN",
+        "OCTAVO_CA_FILE",
+        "OCTAVO_CERT_FILE",
+        "OCTAVO_KEY_FILE",
+        "OCTAVO_VICTIM_TOKEN",
+        "OCTAVO_ATTACKER_TOKEN",
+    }
+)
+"""Clients' (cluster/cli_dial.py, cluster/cli_isolation.py)."""
 ENV_RESERVED = ENV_CREDENTIALS | {"OCTAVO_CONFIG", "OCTAVO_CACHE_DIR", "OCTAVO_SECRET_FILE", "OCTAVO_ADDRESS"}
 """Variables that are no configuration keys: those, the file, the node's cache, the node's secret, a client's router."""
 _KUBERNETES_LINK = re.compile(r"OCTAVO_(SERVICE_|PORT$|PORT_)|OCTAVO_\w+_SERVICE_(HOST|PORT)|OCTAVO_\w+_PORT(_|$)")

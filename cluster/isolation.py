@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.client import Client
@@ -53,13 +53,13 @@ async def probe(
     num_tokens: int,
     rng: random.Random,
     model: str = "",
-    progress: Callable[[int], None] = lambda _done: None,
 ) -> Probes:
     """Attack `victim` as `attacker`, with prompts of `num_tokens`. Raises CallError."""
     listed = await victim.list_models()
-    vocab_size = min(each.vocab_size for each in listed if not model or each.name == model)
+    # Of a model that is not served the first call says so.
+    vocab_size = min((each.vocab_size for each in listed if not model or each.name == model), default=1)
     probes = Probes()
-    for done in range(rounds):
+    for _ in range(rounds):
         asked, new = ([rng.randrange(vocab_size) for _ in range(num_tokens)] for _ in range(2))
         await _first_token(victim, asked, model)
         for prompt in rng.sample((asked, new), 2):
@@ -67,7 +67,6 @@ async def probe(
             (probes.asked_s if prompt is asked else probes.new_s).append(first_s)
             if prompt is asked:
                 probes.cached_tokens.append(num_cached)
-        progress(done + 1)
     return probes
 
 

@@ -1,4 +1,4 @@
-"""`make bench-router`: the router held to its bars; about half an hour on a quiet machine."""
+"""`make bench-router`: the router held to its bars; 24 minutes on a quiet machine of two cores."""
 
 from __future__ import annotations
 

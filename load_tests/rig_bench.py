@@ -68,7 +68,8 @@ class Outcome:
         self.is_whole = False
 
     def judged(self) -> list[Bar]:
-        return [*self.bars, judge_terminals(self.runs)]
+        """Return the bars, and that of terminal statuses unless no family that was run counts any."""
+        return [*self.bars, judge_terminals(self.runs)] if any("sent" in run for run in self.runs) else self.bars
 
 
 class Bench:

@@ -19,7 +19,7 @@ from load_tests.memory_watch import MemoryWatch
 
 STOP_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
-"""For what a server started, after its own end."""
+"""For the end of what was killed, and of what a server started, after its own end."""
 POLL_S = 0.1
 OURS = ("OCTAVO_", "OTEL_", "RAY_")
 """Variables of the surrounding shell that a contestant does not see."""
@@ -75,9 +75,14 @@ class ServerProcess:
         raise ServerError(f"not ready after {timeout_s:.0f} s: {self._last_words()}")
 
     def stop(self) -> None:
-        """Send SIGTERM and wait; kill what is left of its processes after that, at once if a signal says to hurry."""
-        family = process_tree.tree(self.pid)
+        """Send SIGTERM and wait; kill what is left of its processes after that, at once if a signal says to hurry.
+
+        A signal may come at any line, and with it an exception: also then the process is killed, and every wait has a
+        limit, since an exception in the middle of `Popen.poll` leaves its lock taken.
+        """
+        family: list[process_tree.Process] = []
         try:
+            family = process_tree.tree(self.pid)
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -86,7 +91,8 @@ class ServerProcess:
             if self._process.poll() is None:
                 family = process_tree.tree(self.pid)
                 self._process.kill()
-                self._process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(END_TIMEOUT_S)
             process_tree.await_end(family, END_TIMEOUT_S)
 
     def _until(self, timeout_s: float) -> Iterator[None]:

@@ -5,10 +5,10 @@ An `Order` says who goes first (`router/order.py`). With it go those that share 
 may go one of the same priority and tenant whose beginning a replica that could take it has already: where caches cannot
 hold all beginnings, those that are there are used before others take their place. Nobody is passed so by more than
 `MAX_PASSES`, nor while a deadline presses. Whose deadline has passed, or cannot be met any more by the speed measured,
-is handed back and never dispatched. A batch goes
-at once while there is credit and nothing was held back; after a lack of credit it goes when its budget is full or its
-oldest request has waited `max_batch_wait_s`. Has no clock (`now` is an argument), no asyncio, no gRPC; does not know
-which replicas exist: placement decides where each group of a batch goes. Hashes no prompt while a single request waits.
+is handed back and never dispatched. A batch goes at once while there is credit and nothing was held back; after a lack
+of credit it goes when its budget is full or its oldest request has waited `max_batch_wait_s`. Has no clock (`now` is an
+argument), no asyncio, no gRPC; does not know which replicas exist: placement decides where each group of a batch goes.
+Hashes no prompt while a single request waits.
 """
 
 from __future__ import annotations
@@ -177,10 +177,13 @@ class Batcher:
         budget = _Budget(min(credit_tokens, self._max_tokens), self._max_tokens, credit_sequences, self._max_requests)
         groups = []
         while budget.has_room and (first := self._next(now, budget)) is not None:
+            passed: list[int] = []
             if at_hand is not None and block_size and len(self._queued) > 1:
-                first = self._cached(first, now, block_size, at_hand) or first
+                first, passed = self._cached_first(first, now, block_size, at_hand)
             if not budget.fits(first.num_tokens):
                 break
+            for key in passed:
+                self._passes[key] = self._passes.get(key, 0) + 1
             groups.append(self._take_group(first, now, budget, block_size))
         if not groups:
             return None
@@ -215,11 +218,14 @@ class Batcher:
             self.remove(queued.key, now)
             self._hopeless.append(queued)
 
-    def _cached(self, first: Queued, now: float, block_size: int, at_hand: Callable[[bytes], bool]) -> Queued | None:
-        """Return who goes instead of `first`, whose turn it is, as more of it is cached; None: nobody."""
+    def _cached_first(
+        self, first: Queued, now: float, block_size: int, at_hand: Callable[[bytes], bool]
+    ) -> tuple[Queued, list[int]]:
+        """Return who goes: `first`, whose turn it is, or instead of it one of which more is cached; and the keys of
+        those that are passed by that."""
         own = self._groups.half(first, block_size)
         if own is None or at_hand(own):
-            return None
+            return first, []
         known, passed = {own: False}, [first.key]
         priority = first.request.priority
         for queued in islice(self._tenants[first.request.tenant].values(), MAX_SEEN):
@@ -233,13 +239,10 @@ class Batcher:
                     break
             passed.append(queued.key)
         else:
-            return None
-        passes = self._passes
-        if any(passes.get(key, 0) >= MAX_PASSES for key in passed) or not self._may_pass(queued, now):
-            return None
-        for key in passed:
-            passes[key] = passes.get(key, 0) + 1
-        return queued
+            return first, []
+        if any(self._passes.get(key, 0) >= MAX_PASSES for key in passed) or not self._may_pass(queued, now):
+            return first, []
+        return queued, passed
 
     def _may_pass(self, queued: Queued, now: float) -> bool:
         return self._end(queued, now) > now and self._order.may_pass(queued, now, self.backlog_s(now))

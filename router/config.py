@@ -24,9 +24,9 @@ class RouterConfig:
     """The metadata key of Generate and Session calls that says who pays. Empty: everybody is one tenant. Whoever can
     reach the port can write it: name one only if a trusted proxy in front sets it and removes what clients wrote."""
     keys_file: str = ""
-    """The file that `octavo keys` writes, at the same place on every node with a router: calls need one of its bearer
-    tokens, and it says which tenants form a group and what their quotas are. Read again when it changes. Empty: no
-    tokens."""
+    """The file that `octavo keys` writes, at the same place on every node with a router: calls without a certificate
+    need one of its bearer tokens, and it says which tenants form a group and what their quotas are. Read again when it
+    changes. Empty: no tokens."""
     tls_cert_file: str = ""
     """The router's certificate chain in PEM, at the same place on every node with a router. Empty: no TLS."""
     tls_key_file: str = ""

@@ -65,7 +65,7 @@ class DispatchSpans:
         return carrier.get("traceparent", self._request.traceparent), carrier.get("tracestate", "")
 
     def requeued(self, reason: str) -> None:
-        """The attempt failed before it had an answer; the request waits again."""
+        """The attempt was lost, and what is left of the answer waits for another one."""
         self._end_dispatch(reason)
         self._queue = self._start_queue(time.time_ns())
 

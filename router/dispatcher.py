@@ -76,13 +76,7 @@ class Dispatcher:
         self._flights = Flights(self._fleet)
         path = config.decision_log
         self._decision_log = DecisionLog(Path(path), identity.router_id) if path else None
-        sender = Sender(
-            self._fleet,
-            self._flights,
-            placement or LeastCost(self._rng),
-            hash_key=identity.keys.prefix_hash,
-            log=self._decision_log,
-        )
+        sender = Sender(self._fleet, self._flights, placement or LeastCost(self._rng), log=self._decision_log)
         self._departures = Departures(config, self._fleet, self._flights, sender, self, clock=clock)
         self._is_draining = False
         self._last_ended = asyncio.Event()

@@ -2,7 +2,7 @@
 
     keys           the bearer token in `authorization` is one of the key file's, which says whose
     certificates   TLS has verified the client's; its one subject alternative name is the tenant
-    both           they must agree
+    both           a certificate is enough; a token that comes with it must be the same tenant's
     tenant header  a trusted proxy in front says it: who can reach the port past it can be anybody
     none of these  everybody is the same tenant and shares its cached prefixes
 
@@ -37,6 +37,8 @@ class Identity(NamedTuple):
     """Keeps the tenant's cached prefixes apart from those of others."""
     key_id: str = ""
     """Of the key that proved it; empty: none did."""
+    group: str = ""
+    """That it shares them with; empty: with nobody."""
 
 
 ANYBODY = Identity()
@@ -95,10 +97,16 @@ class Identities:
             return identity
         return self.of(context.invocation_metadata() or ()) if self._header else ANYBODY
 
-    def recheck(self, identity: Identity) -> None:
-        """Raises UnauthenticatedError if what proved `identity` does not hold any more."""
-        if identity.key_id and self.keys is not None:
+    def current(self, identity: Identity) -> Identity:
+        """Return what a call that began as `identity` is by the keys of now: its tenant may have changed its group.
+        Raises UnauthenticatedError if what proved it does not hold any more."""
+        if self.keys is None:
+            return identity
+        if identity.key_id:
             self.keys.keyring.check(identity.key_id, time.time())
+        if self.terms(identity.tenant).group == identity.group:
+            return identity
+        return self._identity(identity.tenant, identity.key_id)
 
     def terms(self, tenant: str) -> Terms:
         return DEFAULT_TERMS if self.keys is None else self.keys.keyring.terms(tenant)
@@ -134,7 +142,8 @@ class Identities:
         group = self.terms(tenant).group
         # A zero byte cannot be in a name, so no tenant's salt is a group's.
         shared_by = f"group\0{group}" if group else tenant
-        return Identity(tenant, hmac.digest(self._salt_key, shared_by.encode(), "sha256")[:SALT_BYTES], key_id)
+        salt = hmac.digest(self._salt_key, shared_by.encode(), "sha256")[:SALT_BYTES]
+        return Identity(tenant, salt, key_id, group)
 
     def _invalid(self, rule: str, value: str) -> InvalidRequestError:
         violation = Violation(f"metadata[{self._header}]", f"{rule}, is {value}")

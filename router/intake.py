@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -96,7 +97,9 @@ class Intake:
     async def admit(self, answer: Answer, message: GenerateRequest) -> None:
         """Check `message` and submit it; suspends only if `Validator.is_quick` says no."""
         try:
-            self._identities.recheck(answer.envelope.identity)
+            identity = self._identities.current(answer.envelope.identity)
+            if identity is not answer.envelope.identity:
+                answer.envelope = replace(answer.envelope, identity=identity)
             self._refuse_if_hopeless(answer.envelope)
             accepted = await self.validator.accept(message, answer.envelope, traceparent=answer.span.traceparent)
             if not answer.has_failed:
@@ -111,18 +114,15 @@ class Intake:
         """Charge the request to its tenant and hand it to the back."""
         terms, num_tokens = self._identities.terms(request.tenant), max_num_tokens(request)
         charge = self._quotas.charge(request.tenant, terms, num_tokens, time.monotonic())
+        try:
+            cancel = self._backend.submit(request, answer)
+        except BaseException:
+            if charge is not None:
+                self._quotas.refund(charge)
+            raise
         if charge is not None:
             self._charges[answer] = charge
-        try:
-            return self._backend.submit(request, answer)
-        except BaseException:
-            self._settle(answer, 0)
-            raise
-
-    def _settle(self, answer: Answer, num_used: int) -> None:
-        charge = self._charges.pop(answer, None)
-        if charge is not None:
-            self._quotas.settle(charge, num_used)
+        return cancel
 
     def _refuse_if_hopeless(self, envelope: Envelope) -> None:
         if self.is_draining:
@@ -161,7 +161,8 @@ class Intake:
 
     def over(self, answer: Answer) -> None:
         self.num_ended += 1
-        self._settle(answer, answer.num_used)
+        if (charge := self._charges.pop(answer, None)) is not None:
+            self._quotas.settle(charge, answer.num_used)
 
     def closed(self, answer: Answer) -> None:
         self._answers.discard(answer)

@@ -16,7 +16,7 @@ its terms, so that it can be logged and replayed.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
@@ -25,14 +25,13 @@ from router.roster import Roster
 from router.types import Candidate, Decision, Request
 from workers.prefix import PrefixHasher
 
-MAX_CANDIDATES: Final = 8
+MAX_CANDIDATES: Final = 4
 """Of a decision, the cheapest first: what a span and a Terminal may carry."""
-_HASHED_AT_ONCE: Final = 8
 
 
 class PromptHashes:
-    """The block hashes of one request's prompt, and of the received tokens of an only choice, made as far as somebody
-    asks for them; replicas may differ in block size."""
+    """The block hashes of one request's prompt, and of the received tokens of an only choice, made when somebody asks
+    for them; replicas may differ in block size."""
 
     __slots__ = ("_half", "_hashes", "_key", "_known", "_request")
 
@@ -47,10 +46,12 @@ class PromptHashes:
 
     def of(self, block_size: int) -> list[bytes]:
         """Return the hashes of all full blocks."""
-        known = self._hashes.get(block_size)
-        if known is None or len(known) < len(self._known) // block_size:
-            self._hash_more(block_size, len(self._known))
-        return self._hashes[block_size]
+        hashes = self._hashes.get(block_size)
+        if hashes is None:
+            hasher = _hasher(self._key, block_size)
+            root = _root(hasher, self._request.salt, self._request.adapter)
+            hashes = self._hashes[block_size] = hasher.blocks(root, self._known)
+        return hashes
 
     def half(self, block_size: int) -> bytes | None:
         """Return the hash of the block with which the first half of all full blocks ends; None if there is none."""
@@ -58,29 +59,6 @@ class PromptHashes:
             blocks = self.of(block_size)
             self._half = (block_size, blocks[(len(blocks) - 1) // 2] if blocks else None)
         return self._half[1]
-
-    def walk(self, block_size: int) -> Iterator[bytes]:
-        """Yield the hashes of all full blocks, in order; what is not asked for is not made."""
-        number = 0
-        while True:
-            hashes = self._hashes.get(block_size, ())
-            while number < len(hashes):
-                yield hashes[number]
-                number += 1
-            if not self._hash_more(block_size, max(number, _HASHED_AT_ONCE)):
-                return
-
-    def _hash_more(self, block_size: int, num_blocks: int) -> bool:
-        """Hash the next `num_blocks`; return False if there is none left."""
-        hashes = self._hashes.setdefault(block_size, [])
-        start = len(hashes) * block_size
-        tokens = self._known[start : start + num_blocks * block_size]
-        if len(tokens) < block_size:
-            return False
-        hasher = _hasher(self._key, block_size)
-        parent = hashes[-1] if hashes else _root(hasher, self._request.salt, self._request.adapter)
-        hashes += hasher.blocks(parent, tokens)
-        return True
 
 
 # Made once, since they are half the work of hashing a short prompt.

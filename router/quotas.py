@@ -22,7 +22,7 @@ SWEEP_SIZE = 1_024
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a request took; `Quotas.settle` takes it once."""
+    """What a request took; `Quotas.settle` or `Quotas.refund` takes it, once."""
 
     tenant: str
     num_tokens: int
@@ -33,12 +33,9 @@ class Quotas:
         self._tenants: dict[str, _Buckets] = {}
         self._sweep_at = SWEEP_SIZE
 
-    def charge(self, tenant: str, terms: Terms, num_tokens: int, now: float, *, share: float = 1.0) -> Charge | None:
-        """Take a request with at most `num_tokens`, prompt and answer, from the tenant's part; None without a quota.
-
-        `share`: the part of the quota that this router gives out. Raises OverloadedError with the time after which
-        there is enough.
-        """
+    def charge(self, tenant: str, terms: Terms, num_tokens: int, now: float) -> Charge | None:
+        """Take a request with at most `num_tokens`, prompt and answer; None without a quota. Raises OverloadedError
+        with the time after which there is enough."""
         if math.isinf(terms.requests_per_minute) and math.isinf(terms.tokens_per_minute):
             return None
         buckets = self._tenants.get(tenant)
@@ -46,8 +43,8 @@ class Quotas:
             self._sweep(now)
             buckets = self._tenants[tenant] = _Buckets()
         for bucket, amount, per_minute, what in (
-            (buckets.requests, 1.0, terms.requests_per_minute * share, "requests"),
-            (buckets.tokens, float(num_tokens), terms.tokens_per_minute * share, "tokens"),
+            (buckets.requests, 1.0, terms.requests_per_minute, "requests"),
+            (buckets.tokens, float(num_tokens), terms.tokens_per_minute, "tokens"),
         ):
             bucket.refill(per_minute, now)
             if (wait_s := bucket.wait_s(amount)) > 0:
@@ -66,6 +63,13 @@ class Quotas:
         buckets = self._tenants.get(charge.tenant)
         if buckets is not None:
             buckets.tokens.level += charge.num_tokens - num_used
+
+    def refund(self, charge: Charge) -> None:
+        """Give back all that was taken for a request that was not taken on."""
+        buckets = self._tenants.get(charge.tenant)
+        if buckets is not None:
+            buckets.requests.level += 1.0
+            buckets.tokens.level += charge.num_tokens
 
     def __len__(self) -> int:
         return len(self._tenants)

@@ -13,7 +13,7 @@ from router.wire import to_work
 
 
 class Sender:
-    """`hash_key`: of the hashes of blocks. Decisions go to `log`, too."""
+    """Decisions go to `log`, too."""
 
     def __init__(
         self,
@@ -21,26 +21,23 @@ class Sender:
         flights: Flights,
         placement: Placement,
         *,
-        hash_key: bytes,
         log: DecisionLog | None = None,
     ) -> None:
         self._fleet = fleet
         self._flights = flights
         self._placement = placement
-        self._hash_key = hash_key
         self._log = log
 
     def send(self, flight: Flight, batch_id: int, now: float) -> bool:
         """Place and send a request; return False, and no effect, if it has to wait on: the replicas that can do it have
         no credit or are not ready. Raises CapabilityError if no replica can do it."""
-        if flight.hashes is None:
-            flight.hashes = PromptHashes(self._hash_key, flight.request)
-        request = flight.request
-        decision = self._placement.place(request, flight.hashes, self._fleet.roster, attempt=flight.attempt)
+        request, hashes = flight.request, flight.hashes
+        assert hashes is not None, "who waits to be sent has them"
+        decision = self._placement.place(request, hashes, self._fleet.roster, attempt=flight.attempt)
         if decision is not None:
             if self._log is not None:
                 self._log.add(request, decision)
-            self._send(flight, flight.hashes, decision, batch_id, now)
+            self._send(flight, hashes, decision, batch_id, now)
         elif missing := self._fleet.lacks(request.needed_capabilities):
             raise dispatch_errors.capability_error(missing)
         return decision is not None

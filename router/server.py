@@ -49,6 +49,8 @@ FAREWELL_S = 1.0
 """How long the last terminals may take to leave when a router stops."""
 MIN_CLIENT_PING_S = 5.0
 """Clients that ping more often are cut off."""
+NEVER_MS = 2**31 - 1
+"""What gRPC takes for never, and the largest number that it takes."""
 
 
 class RouterServer:
@@ -283,7 +285,7 @@ def _options(config: RouterConfig, so_reuseport: bool) -> list[tuple[str, int]]:
         # gRPC refuses some of those between the two at random, and all that are larger.
         ("grpc.max_metadata_size", config.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", config.max_metadata_bytes),
-        ("grpc.max_connection_age_ms", int(config.max_connection_age_s * 1000)),
+        ("grpc.max_connection_age_ms", int(min(config.max_connection_age_s * 1000, NEVER_MS))),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", max(1_000, keepalive_ms // 2)),
         # A keepalive ping that waits for the answer to one of another kind has that one's limit, else a minute.

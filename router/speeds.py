@@ -2,11 +2,12 @@
 
     time = first token, a line over prompt tokens + (expected answer - 1) x time per token
 
-The expected answer is max_tokens times the share of it that answers of that size used up on average, and a single token
-while none of that size has ended: a request that asks for 1,000 tokens may stop after five, and must not be refused for
-the others. Measured over all replicas together, over their waiting and their batches as they are. Without fresh
-evidence, and while no replica has any work, there is no estimate: nobody is refused by a guess, and a system that was
-slow once finds out that it no longer is. Attempts that ended early count for what they showed.
+The expected answer is max_tokens times the share of it that answers of that size used up on average, without what was
+received before, and a single token while none of that size has ended: a request that asks for 1,000 tokens may stop
+after five, and must not be refused for the others. Measured over all replicas together, over their waiting and their
+batches as they are. Without fresh evidence, and while no replica has any work, there is no estimate: nobody is refused
+by a guess, and a system that was slow once finds out that it no longer is. Attempts that ended early count for what
+they showed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Speeds:
         num_tokens: int,
         is_answered: bool,
     ) -> None:
-        """An attempt ended `elapsed_s` after it was sent, with its first token after `first_token_s`. `num_tokens`: of
-        its answer, on average over choices; `is_answered`: whether that is all of it."""
+        """An attempt ended `elapsed_s` after it was sent, with its first token after `first_token_s`. `num_tokens`:
+        generated in it, on average over choices; `is_answered`: whether the answer is whole now."""
         self.num_sent -= 1
         self._note_deviation(request, num_tokens, elapsed_s, is_answered=is_answered)
         expected_s = self._first.at(request.num_known_tokens)
@@ -63,7 +64,7 @@ class Speeds:
             self._decode_tokens = KEEP * self._decode_tokens + num_tokens - 1
         if is_answered:
             share = self._shares.setdefault(request.max_tokens.bit_length(), _Mean())
-            share.add(min(1.0, num_tokens / request.max_tokens))
+            share.add(min(1.0, (_num_received(request) + num_tokens) / request.max_tokens))
 
     def service_s(self, request: Request, now: float) -> float | None:
         """Return how long the answer to `request` is expected to take if it is sent now; None: nobody knows."""
@@ -82,15 +83,18 @@ class Speeds:
         return LAST_DEVIATIONS * self._deviation_s
 
     def cost(self, request: Request) -> int:
-        """Return prompt and expected answer of all choices, in tokens; with max_tokens while nothing is known."""
+        """Return what is known and what is expected of all choices, in tokens; by max_tokens while nobody knows."""
         expected = self._expected(request)
-        return request.num_known_tokens + request.n * round(request.max_tokens if expected is None else expected)
+        if expected is None:
+            expected = request.max_tokens - _num_received(request)
+        return request.num_known_tokens + request.n * round(expected)
 
     def _expected(self, request: Request) -> float | None:
+        """Return how many tokens are still to come, of each choice; None: nobody knows."""
         share = self._shares.get(request.max_tokens.bit_length())
         if share is None or share.num_seen < MIN_SEEN:
             return None
-        return max(1.0, share.mean * request.max_tokens)
+        return max(1.0, share.mean * request.max_tokens - _num_received(request))
 
     def _predict(self, request: Request, num_tokens: float) -> float:
         first = self._first.at(request.num_known_tokens) or 0.0
@@ -146,3 +150,8 @@ class _Mean:
     def add(self, value: float) -> None:
         self.num_seen += 1
         self.mean += (value - self.mean) * max(1 - KEEP, 1 / self.num_seen)
+
+
+def _num_received(request: Request) -> float:
+    """Tokens of its answer from before this attempt, on average over choices."""
+    return (request.num_known_tokens - len(request.prompt)) / request.n

@@ -92,7 +92,7 @@ class Sink(Protocol):
         """The request was sent to `decision.replica`, `queue_s` after its acceptance."""
 
     def cached(self, num_tokens: int) -> None:
-        """The replica found this many prompt tokens in its cache. Before the first tokens."""
+        """The replica found this many prompt tokens in its cache. Before the first tokens of each attempt."""
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None: ...
 

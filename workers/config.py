@@ -51,8 +51,8 @@ class EngineConfig:
     """Admit a sequence only when the blocks of its prompt and of max_tokens are free, and keep them for it: memory is
     predictable and nothing is ever preempted, but fewer sequences run at once."""
     max_token_age_s: float = 0.016
-    """How long a token may wait for the next ones, so that one message carries them all, while no more than 16 wait;
-    the more do, the shorter. The first and the last of an answer never wait. 0: a message for each step."""
+    """How long a token may wait for the next ones, so that one message carries them all, while no more than 128
+    wait; the more do, the shorter. The first and the last of an answer never wait. 0: a message for each step."""
     fake_step_s: float = 0.0
     """Engine `fake` only: how long a step takes."""
 

@@ -1,9 +1,9 @@
 """Says when tokens leave the engine's thread: the first and the last of an answer at once, others together.
 
 Each message wakes a replica's event loop, a router and a client, which on a small machine take their time from the
-engine's own cores. That is much for one token and little for many, so a few tokens wait for up to `max_age_s`, and many
-for less: `FEW` times as many for a part of it as small. One step that takes longer than the step before it is not
-foreseen. Pure: knows neither clock nor thread.
+engine's own cores. That is much for one token and little for many, so up to `FEW` tokens wait for `max_age_s` at most,
+and k times as many for a k-th part of it. One step that takes longer than the step before it is not foreseen. Pure:
+knows neither clock nor thread.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Every process of a cluster derives the same authority's key, signs a certificate
 who has none of that authority. So both ends are sure of each other before a byte of the protocol is read; the proof in
 Hello comes on top, and says which router it is.
 
-Elliptic curve P-256; the private number is HKDF's output reduced into the curve's order, whose bias for 48 bytes is
-below 2^-128 (FIPS 186-5, A.2.1). The authority's certificate is made anew by everyone: only its name and key count.
+Elliptic curve P-256; the private number is 48 bytes of HMAC-SHA256 under the seed, reduced into the order of the
+curve: a bias below 2^-128 (FIPS 186-5, A.2.1). The authority's certificate is made anew by everyone: only its name and
+key count.
 """
 
 from __future__ import annotations

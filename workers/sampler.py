@@ -32,6 +32,8 @@ Floats = npt.NDArray[np.float32]
 
 NUM_CANDIDATES = 256
 """How many of the largest logits are looked at for top_p before all are sorted."""
+MAX_REPETITION = 1e30
+"""What a repetition penalty of more, or of less than one part in so many, counts as: logits stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,7 @@ def _penalise(logits: Floats, places: Seq[Place]) -> None:
         distinct, inverse = np.unique(tokens, return_inverse=True)
         counts = np.bincount(inverse, weights=in_answer).astype(np.float32)
         values = logits[i, distinct]
-        repetition = np.float32(params.repetition_penalty)
+        repetition = np.float32(min(max(params.repetition_penalty, 1 / MAX_REPETITION), MAX_REPETITION))
         values = np.where(values > 0, values / repetition, values * repetition)
         values -= np.float32(params.frequency_penalty) * counts
         values -= np.float32(params.presence_penalty) * (counts > 0)

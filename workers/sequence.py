@@ -133,14 +133,9 @@ class Sequence:
         return self.num_scheduled > self.num_computed
 
     @property
-    def needs_last_token(self) -> bool:
-        """Whether it cannot be scheduled before the tokens of launched steps are known: a constraint depends on them,
-        and guesses follow them."""
-        return self.num_placeholders > 0 and (self.constraint is not None or self.proposer is not None)
-
-    @property
     def num_to_schedule(self) -> int:
-        """Tokens to compute before the next one can be drawn; 0 while nothing may be drawn."""
+        """Tokens to compute before the next one can be drawn; 0 while nothing may be drawn: the answer has its tokens,
+        or those of launched steps must be known first, which a constraint depends on and guesses follow."""
         # Asked of every sequence in every step: not by way of the other properties.
         if self.num_placeholders and (self.constraint is not None or self.proposer is not None):
             return 0

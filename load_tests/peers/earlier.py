@@ -46,14 +46,14 @@ def read_earlier(path: Path, machine: Mapping[str, Any]) -> Earlier:
     try:
         report = json.loads(path.read_text())
         runs = tuple(_run(each) for each in report["runs"])
-        told, is_smoke = report["machine"], report["is_smoke"]
+        told, is_smoke = dict(report["machine"]), report["is_smoke"]
         earlier = Earlier(
             runs=runs,
             verdicts=report["verdicts"],
             perplexity_increase=report["perplexity_increase"],
             starts=report["starts"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EarlierError(f"{path} is not the report of a bench: {error!r}") from error
     if is_smoke:
         raise EarlierError(f"{path} is of a smoke run")

@@ -14,6 +14,7 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.grpc_environment import process_environment
 from load_tests.rigs.router_rig import ROOT
 
 READY_S = 30.0
@@ -37,6 +38,7 @@ class ClientProcess:
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,
             limit=_MAX_LINE,
+            env=process_environment(),
         )
         try:
             async with asyncio.timeout(READY_S):

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
-import grpc
 import grpc.aio
 from google.protobuf.message import Message
 from grpc_health.v1.health_pb2 import HealthCheckRequest
@@ -24,7 +23,7 @@ from octavo.v1.model_service_pb2 import DetokenizeRequest, ListModelsRequest, To
 from octavo.v1.status_service_pb2 import GetStatusRequest
 from octavo.v1.types_pb2 import Prompt, TokenIds
 
-from load_tests.rigs.fuzz_tally import FuzzTally, status_of
+from load_tests.rigs.fuzz_tally import FuzzTally, name_of, status_of
 from load_tests.rigs.message_mutator import Mutator, parsed
 from load_tests.rigs.router_model import VOCAB_SIZE
 from router import status
@@ -55,7 +54,6 @@ MANGLED: Final = 0.03
 """Of the messages of a stream so many may be none at all, which ends it."""
 GOOD_S: Final = 30.0
 OPTIONS: Final = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-_CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 @asynccontextmanager
@@ -179,7 +177,7 @@ class PublicAttack:
             while (data := await call.read()) is not grpc.aio.EOF:
                 for event in pb.SessionResponse.FromString(data).events:
                     if event.HasField("terminal"):
-                        code = _CODES.get(event.terminal.code, "UNKNOWN")
+                        code = name_of(event.terminal.code)
                         self._tally.ended("Terminal", code, sent[-8:], event.terminal.message)
 
     async def _end(self, target: str, call: Any, messages: Sequence[bytes]) -> None:

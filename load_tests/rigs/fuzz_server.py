@@ -21,6 +21,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,8 @@ ROOT: Final = Path(__file__).parents[2]
 REPLICA: Final = "good"
 NUM_BLOCKS: Final = 256
 STOP_S: Final = 10.0
+ANSWER_S: Final = 60.0
+"""Who says nothing for so long is as good as gone, and is ended: a loop that turns no more would hold up all."""
 
 
 class FuzzedServer:
@@ -99,7 +102,7 @@ class FuzzedServer:
         return self._process is not None and self._process.poll() is None
 
     async def tell(self) -> dict[str, Any]:
-        """Return what it tells of itself. Raises RuntimeError if it is gone."""
+        """Return what it tells of itself. Raises RuntimeError if it is gone, or silent for `ANSWER_S`."""
         return await asyncio.to_thread(self._ask, {"tell": True})
 
     async def set_replicas(self, others: dict[str, str]) -> None:
@@ -114,9 +117,14 @@ class FuzzedServer:
         with suppress(BrokenPipeError):
             process.stdin.write(json.dumps(question) + "\n")
             process.stdin.flush()
-        line = process.stdout.readline()
+        end = threading.Timer(ANSWER_S, process.kill)
+        end.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            end.cancel()
         if not line:
-            raise RuntimeError("the fuzzed process is gone; it says above why")
+            raise RuntimeError(f"the fuzzed process is gone, it says above why; or it said nothing for {ANSWER_S:g} s")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -172,7 +180,6 @@ class _Fuzzed:
             },
             "integrity": self._integrity(),
             "errors": self._errors.texts,
-            "num_errors": self._errors.number,
             "failure": repr(self._thread.failure) if self._thread.failure else "",
             "memory_mib": process_tree.pss_bytes(os.getpid()) / 2**20,
         }

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import grpc
+
 FAILURES: Final = frozenset({"INTERNAL", "UNKNOWN"})
 MAX_FAILURES: Final = 20
 MAX_HEX: Final = 6_000
@@ -22,6 +24,12 @@ the other end's handler is in that one's log."""
 MAX_ERRORS: Final = 20
 NOT_OURS: Final = "grpc._common"
 """Logs each message of a peer that is none, which is what is sent here."""
+_CODES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def name_of(code: int) -> str:
+    """Return the name of a google.rpc.Code."""
+    return _CODES.get(code, "UNKNOWN")
 
 
 async def status_of(call: Any) -> tuple[str, str]:
@@ -74,13 +82,11 @@ class LoggedErrors(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
-        self.number = 0
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == NOT_OURS:
             return
-        self.number += 1
         if len(self.texts) < MAX_ERRORS:
             self.texts.append(f"{record.name}: {logging.Formatter().format(record)}"[-3_000:])
 

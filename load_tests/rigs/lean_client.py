@@ -9,7 +9,7 @@
 All messages of one turn are sent as one, of an answer only token ids and ends are looked at, and Generate goes over an
 HTTP/2 of our own (`lean_http2.py`). It still counts every terminal by its request. Rates and ages are those between
 warm-up and end, so that neither the first tokens nor the last ones, when streams have ended, count. Nobody starts it
-but `LeanCrew`.
+but `lean_crew.load`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 from octavo.client import Client
 from octavo.v1.status_service_pb2 import GetStatusResponse, ReplicaStatus
 
-from load_tests.rigs.replica_scaler import Scaler
+from load_tests.rigs.attached_process import AttachedProcess
 from load_tests.rigs.resume_crowd import Crowd
 from load_tests.rigs.resume_stream import Stream
 
@@ -36,7 +36,7 @@ POLL_S = 0.05
 class Scene:
     client: Client
     crowd: Crowd
-    scaler: Scaler | None = None
+    scaler: AttachedProcess | None = None
 
 
 Fault = Callable[[Scene], Awaitable[dict[str, Any]]]
@@ -79,7 +79,7 @@ async def freeze(scene: Scene) -> dict[str, Any]:
 async def drain(scene: Scene) -> dict[str, Any]:
     """Have Serve stop one of the replicas gracefully, and start another when it is gone."""
     assert scene.scaler is not None
-    await asyncio.to_thread(scene.scaler.scale, REPLICAS - 1)
+    await asyncio.to_thread(scene.scaler.ask, REPLICAS - 1)
     async with asyncio.timeout(GONE_S):
         while not _has_leaver((await scene.client.status()).replicas):  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(POLL_S)
@@ -90,7 +90,7 @@ async def drain(scene: Scene) -> dict[str, Any]:
     still = [stream for stream in running if stream.is_open]
     for stream in still:
         stream.set_mark()
-    await asyncio.to_thread(scene.scaler.scale, REPLICAS)
+    await asyncio.to_thread(scene.scaler.ask, REPLICAS)
     return {"drain_s": round(drain_s, 2), "running_at_end": len(still)}
 
 

@@ -8,8 +8,6 @@ Made on the spot in a folder of its own, which is gone when it is left. The auth
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import tempfile
 import time
 from pathlib import Path
@@ -17,15 +15,12 @@ from types import TracebackType
 from typing import Final, Self
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
+from load_tests.rigs.certificates import Authority
 from router import key_file
 from router.keyring import Keyring
 
 TENANT: Final = "rig"
-_DAY: Final = datetime.timedelta(days=1)
 
 
 class RigTrust:
@@ -50,19 +45,13 @@ class RigTrust:
 
     def __enter__(self) -> Self:
         folder = Path(self._folder.name)
-        names = {"ca_file": "ca.crt", "cert_file": "router.crt", "key_file": "router.key", "keys_file": "keys.json"}
-        paths = {name: folder / file for name, file in names.items()}
-        authority, certificate, key = make_certificates()
-        paths["ca_file"].write_bytes(authority)
-        paths["cert_file"].write_bytes(certificate)
-        paths["key_file"].write_bytes(key)
-        key_file.change(paths["keys_file"], self._with_key)
-        self.ca_file = str(paths["ca_file"])
-        self.router = {
-            "tls_cert_file": str(paths["cert_file"]),
-            "tls_key_file": str(paths["key_file"]),
-            "keys_file": str(paths["keys_file"]),
-        }
+        authority = Authority()
+        certificate, key = authority.server().write(folder, "router")
+        ca, keys = folder / "ca.crt", folder / "keys.json"
+        ca.write_bytes(authority.certificate)
+        key_file.change(keys, self._with_key)
+        self.ca_file = str(ca)
+        self.router = {"tls_cert_file": certificate, "tls_key_file": key, "keys_file": str(keys)}
         return self
 
     def __exit__(
@@ -73,36 +62,3 @@ class RigTrust:
     def _with_key(self, keyring: Keyring) -> Keyring:
         keyring, _, self.token = keyring.with_key(TENANT, time.time())
         return keyring
-
-
-def make_certificates() -> tuple[bytes, bytes, bytes]:
-    """Return, in PEM, an authority's certificate, one that it signed for 127.0.0.1, and that one's key."""
-    signer, own = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    issuer, subject = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("rig", "router"))
-    authority = (
-        _builder(issuer, issuer, signer)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(signer, hashes.SHA256())
-    )
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        _builder(subject, issuer, own)
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(signer, hashes.SHA256())
-    )
-    key = own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    pem = serialization.Encoding.PEM
-    return authority.public_bytes(pem), certificate.public_bytes(pem), key
-
-
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _DAY)
-        .not_valid_after(now + _DAY)
-    )

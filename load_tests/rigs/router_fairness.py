@@ -16,6 +16,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -76,8 +78,7 @@ async def _phase(
     modest = reports[0]
     notes.add(
         what,
-        **{key: sum(report[key] for report in reports) for key in ("sent", "ended", "extra", "ok")},
-        errors={reason: number for report in reports for reason, number in report["errors"].items()},
+        **summed(reports),
         modest_sent=modest["sent"],
         modest_ok=modest["ok"],
         answers_per_s=sum(report["ok"] for report in reports) / took_s,
@@ -87,6 +88,15 @@ async def _phase(
         idle_s=await idle_after(rig.address),
     )
     return modest
+
+
+def summed(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what several clients counted together."""
+    errors = Counter[str]()
+    for report in reports:
+        errors.update(report["errors"])
+    counts = {key: sum(report[key] for report in reports) for key in ("sent", "ended", "extra", "ok")}
+    return {**counts, "errors": dict(errors)}
 
 
 def _times(phases: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from octavo.client import Client
 
 from load_tests.bars import Bar, at_least, at_most
 from load_tests.notes import Notes, ratio
+from load_tests.rigs.attached_process import AttachedProcess, attached
 from load_tests.rigs.bar_command import Settings, main
-from load_tests.rigs.router_rig import ROOT
 from load_tests.server import ServerProcess
 
 REPLICAS, PREFIXES, PREFIX_TOKENS, OWN_TOKENS, OUTPUT = 2, 4, 256, 16, 4
@@ -31,23 +29,6 @@ WAITS_S = (0.5, 1.0, 1.5, 1.9)
 MAX_NOTICE_S, MIN_SHARE = 2.0, 0.95
 START_S = 900.0
 """The model may have to be fetched and packed first."""
-
-
-class Emptier:
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        assert self._hear() == "attached"
-
-    def empty(self, pid: int) -> int:
-        """Return how many blocks the replica has forgotten."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{pid}\n")
-        self._process.stdin.flush()
-        return int(self._hear())
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
 
 
 async def measure(settings: Settings, notes: Notes) -> None:
@@ -59,34 +40,12 @@ async def measure(settings: Settings, notes: Notes) -> None:
             ready = json.loads(process.await_line("{", START_S))
             async with Client(ready["address"]) as client:
                 await _share(client, settings, notes)
-                with _emptier(ready["ray_address"], variables) as emptier:
+                with attached("load_tests.rigs.cache_emptier", ready["ray_address"], variables) as emptier:
                     for _ in settings.rounds(2):
                         for wait_s in WAITS_S:
                             await _forget(client, emptier, wait_s, notes)
         finally:
             process.stop()
-
-
-@contextmanager
-def _emptier(address: str, variables: dict[str, str]) -> Iterator[Emptier]:
-    set_to = [f"{name}={value}" for name, value in variables.items()]
-    process = subprocess.Popen(
-        ["env", *set_to, sys.executable, "-m", "load_tests.rigs.cache_emptier", address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    try:
-        yield Emptier(process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(20.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 async def _share(client: Client, settings: Settings, notes: Notes) -> None:
@@ -117,7 +76,7 @@ async def _share(client: Client, settings: Settings, notes: Notes) -> None:
     )
 
 
-async def _forget(client: Client, emptier: Emptier, wait_s: float, notes: Notes) -> None:
+async def _forget(client: Client, emptier: AttachedProcess, wait_s: float, notes: Notes) -> None:
     rng = random.Random()
     prefix = _tokens(rng, PREFIX_TOKENS)
 
@@ -127,7 +86,7 @@ async def _forget(client: Client, emptier: Emptier, wait_s: float, notes: Notes)
     await ask()
     cached, _, replica = await ask()
     pids = {each.id: each.pid for each in (await client.status()).replicas}
-    forgotten = await asyncio.to_thread(emptier.empty, pids[replica])
+    forgotten = await asyncio.to_thread(emptier.ask, pids[replica])
     await asyncio.sleep(wait_s)
     found, expected, asked = await ask()
     notes.add(

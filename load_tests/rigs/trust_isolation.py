@@ -40,6 +40,7 @@ PROMPT_TOKENS = 128
 FORGED = ("tenant", "x-tenant", "x-tenant-id", "octavo-tenant", "x-octavo-tenant", "x-forwarded-user", "cache-salt")
 START_S = 900.0
 """The model may have to be fetched and packed first."""
+KNOCK_S = 10.0
 
 
 async def measure(settings: Settings, notes: Notes) -> None:
@@ -86,7 +87,7 @@ async def _attack(address: str, tokens: Mapping[str, str], settings: Settings, n
     notes.add("forged", **_figures(probes))
     notes.add("nobody", code=await _code_of_a_stranger(address))
     for replica in status.replicas:
-        notes.add("back door", code=await _knock(replica.address), learnt=None)
+        notes.add("back door", code=await knock(replica.address))
 
 
 def _figures(probes: Probes) -> dict[str, float]:
@@ -109,16 +110,15 @@ async def _code_of_a_stranger(address: str) -> str:
     return "OK"
 
 
-async def _knock(address: str) -> str:
-    """Dial a data port without the secret; return how that ends."""
+async def knock(address: str) -> str:
+    """Dial a data port without the secret; return how that ends: OK if it says more than its question."""
     async with grpc.aio.insecure_channel(address) as channel:
-        call = DataPlaneServiceStub(channel).Attach()
+        call = DataPlaneServiceStub(channel).Attach(timeout=KNOCK_S)
         try:
             await call.read()
             hello = pb.Hello(protocol=PROTOCOL, router_id="stranger", router_epoch=1, proof=bytes(32))
             await call.write(pb.AttachRequest(hello=hello, credit=pb.Credit(step_batches=100)))
-            answer = await call.read()
-            if isinstance(answer, pb.AttachResponse) and answer.HasField("hello_ack"):
+            if await call.read() is not grpc.aio.EOF:
                 return "OK"
         except grpc.aio.AioRpcError:
             pass
@@ -126,7 +126,7 @@ async def _knock(address: str) -> str:
 
 
 def judge(notes: Notes) -> list[Bar]:
-    """Return the bars; AUCs are over all repetitions' rounds of one run."""
+    """Return the bars; an AUC is that of all rounds together."""
     bars = []
     for what, limit, check in (("within", MIN_SEEING_AUC, at_least), ("across", MAX_ISOLATED_AUC, at_most)):
         detail = (

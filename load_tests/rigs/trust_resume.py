@@ -38,8 +38,8 @@ from octavo.client import Client, Finish, FinishReason
 from load_tests.bars import Bar, at_least, at_most
 from load_tests.notes import Notes
 from load_tests.rigs import resume_faults as faults
+from load_tests.rigs.attached_process import AttachedProcess, attached
 from load_tests.rigs.bar_command import Settings, main
-from load_tests.rigs.replica_scaler import Scaler, scaler
 from load_tests.rigs.resume_asks import KINDS, Ask, fake_asks, oracle_asks, until_stop, with_stops
 from load_tests.rigs.resume_crowd import Crowd
 from load_tests.rigs.resume_stream import Answer, Stream, compared
@@ -80,8 +80,8 @@ class Cluster:
 
 async def measure(settings: Settings, notes: Notes) -> None:
     async with serving((), REAL) as cluster:
-        with scaler(cluster.ray_address, ENVIRONMENT) as scale:
-            await _texts(cluster, scale, settings, notes)
+        with attached("load_tests.rigs.replica_scaler", cluster.ray_address, ENVIRONMENT) as scaler:
+            await _texts(cluster, scaler, settings, notes)
     async with serving(("--model", "fake", "--engine", "fake"), FAKE) as cluster:
         for number in settings.rounds():
             for what, fault in GAPS.items():
@@ -95,14 +95,14 @@ async def serving(options: Sequence[str], variables: Mapping[str, str]) -> Async
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
         process = ServerProcess((*command, *options), variables, Path(folder) / "log")
         try:
-            ready = json.loads(process.await_line("{", START_S))
+            ready = json.loads(await asyncio.to_thread(process.await_line, "{", START_S))
             async with Client(ready["address"]) as client, grpc.aio.insecure_channel(ready["address"]) as channel:
                 yield Cluster(client, channel, ready["ray_address"])
         finally:
-            process.stop()
+            await asyncio.to_thread(process.stop)
 
 
-async def _texts(cluster: Cluster, scale: Scaler, settings: Settings, notes: Notes) -> None:
+async def _texts(cluster: Cluster, scaler: AttachedProcess, settings: Settings, notes: Notes) -> None:
     number, at_once, lengths = (
         (QUICK_REQUESTS, QUICK_AT_ONCE, QUICK_LENGTHS) if settings.is_quick else (REQUESTS, AT_ONCE, LENGTHS)
     )
@@ -113,7 +113,7 @@ async def _texts(cluster: Cluster, scale: Scaler, settings: Settings, notes: Not
 
     async def run(what: str, asks: Sequence[Ask], fault: faults.Fault) -> tuple[list[Stream], dict[str, Any]]:
         rng = random.Random(what)
-        return await _run(cluster, asks, rng, fault, at_once=at_once, is_due=is_due, scale=scale)
+        return await _run(cluster, asks, rng, fault, at_once=at_once, is_due=is_due, scaler=scaler)
 
     first, figures = await run(ANSWERS, asks, faults.none)
     expected = [stream.answer for stream in first]
@@ -163,7 +163,7 @@ async def _run(
     *,
     at_once: int,
     is_due: Callable[[Crowd], bool],
-    scale: Scaler | None = None,
+    scaler: AttachedProcess | None = None,
 ) -> tuple[list[Stream], dict[str, Any]]:
     """Ask all in random order, with a fault when it is due; wait until all have ended and two replicas are ready.
 
@@ -177,7 +177,7 @@ async def _run(
         tasks.create_task(crowd.run())
         if fault is not faults.none:
             await crowd.until(lambda: is_due(crowd), DUE_S)
-        figures = await fault(faults.Scene(cluster.client, crowd, scale))
+        figures = await fault(faults.Scene(cluster.client, crowd, scaler))
     figures["wall_s"] = round(time.monotonic() - began, 1)
     await faults.await_ready(cluster.client)
     figures["until_ready_s"] = round(time.monotonic() - began - figures["wall_s"], 1)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from octavo.client import NotFoundError
 
 from cluster.cli_dial import dial
 from cluster.isolation import probe, roc_auc
@@ -59,6 +60,8 @@ async def test_only_who_is_of_the_tenant_finds_its_prompts(tmp_path: Path) -> No
         ):
             within = await probe(victim, victim, rounds=5, num_tokens=32, rng=random.Random(1))
             across = await probe(victim, attacker, rounds=5, num_tokens=32, rng=random.Random(2))
+            with pytest.raises(NotFoundError, match="must be one of the served models"):
+                await probe(victim, attacker, rounds=1, num_tokens=32, rng=random.Random(3), model="none")
         await server.stop()
     assert min(within.cached_tokens) >= 24
     assert across.cached_tokens == [0] * 5

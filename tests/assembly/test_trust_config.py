@@ -79,6 +79,7 @@ def test_files_that_routers_could_not_read_are_told_before_anything_starts(tmp_p
 
 def test_credentials_are_no_configuration_and_go_to_no_replica(path: Path) -> None:
     own = {"OCTAVO_TOKEN": "t", "OCTAVO_CA_FILE": "a", "OCTAVO_CERT_FILE": "c", "OCTAVO_KEY_FILE": "k"}
+    own |= {"OCTAVO_VICTIM_TOKEN": "v", "OCTAVO_ATTACKER_TOKEN": "a"}
     load(None, own, {})
     assert not own.keys() & forwarded({**own, "OCTAVO_CACHE_DIR": "d"}).keys()
 

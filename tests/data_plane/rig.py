@@ -111,6 +111,7 @@ class RecordingSink:
         """Choices that the test has cancelled."""
         self.error: OctavoError | None = None
         self.num_ends = 0
+        self.ended_at = 0.0
         self.done = asyncio.Event()
         self.on_tokens: Callable[[], None] = lambda: None
 
@@ -151,6 +152,7 @@ class RecordingSink:
     def ended(self, error: OctavoError | None) -> None:
         self.num_ends += 1
         assert self.num_ends == 1
+        self.ended_at = time.monotonic()
         assert error is not None or self.finishes or self.not_wanted
         self.error = error
         self.done.set()

@@ -11,11 +11,12 @@ from octavo.names import Reason
 
 from router.types import Cancel, Decision
 from tests.data_plane.rig import RecordingSink, Replica, assert_idle, make_dispatcher, make_prompt, make_request, until
-from workers.errors import OverloadedError
+from workers.errors import DeadlineError, OverloadedError
 
 
-async def test_overload_is_told_at_once_and_what_is_computed_is_in_time() -> None:
-    """Ten times what the replica can do. Each request has one end, and few of those sent are too late."""
+async def test_overload_is_told_at_once_and_each_request_has_one_end() -> None:
+    """Ten times what the replica can do. How few of those sent are too late is held where no clock depends on how fast
+    this machine is just now: in `test_queue_under_load.py`."""
     rng = random.Random(1)
     replica = await Replica("one", max_num_sequences=4, fake_step_s=0.005).start()
     dispatcher = make_dispatcher()
@@ -35,12 +36,12 @@ async def test_overload_is_told_at_once_and_what_is_computed_is_in_time() -> Non
         await asyncio.sleep(0.001)
     for sink in sinks:
         await sink.wait()
-    sent = [sink for sink in sinks if sink.decisions]
-    answered = [sink for sink in sent if sink.error is None]
-    assert len(sinks) + len(refused) == 400
+    answered = [sink for sink in sinks if sink.error is None]
+    late = [sink for sink in sinks if isinstance(sink.error, DeadlineError)]
+    assert len(answered) + len(late) + len(refused) == 400
+    assert all(sink.decisions for sink in answered)
     assert refused, "nobody was told at once"
     assert all(error.reason == Reason.DEADLINE_TOO_SHORT and error.retry_after_s for error in refused)
-    assert len(answered) >= 0.7 * len(sent)
     await assert_idle(dispatcher, replica)
     await dispatcher.stop()
     await replica.stop()
@@ -65,14 +66,15 @@ async def test_without_batching_nothing_is_foreseen() -> None:
     dispatcher.update_replicas([replica.address])
     order: list[int] = []
     sinks = [InOrder(number, order) for number in range(60)]
-    for sink in sinks:
-        request = make_request([1, 2, 3], 10, timeout_s=0.3, has_own_deadline=True, priority=random.randrange(3))
+    for number, sink in enumerate(sinks):
+        # All of them take 1.5 s at least, and the first two have all the time they may need.
+        timeout_s = 0.3 if number >= 2 else 30.0
+        request = make_request([1, 2, 3], 10, timeout_s=timeout_s, has_own_deadline=True, priority=random.randrange(3))
         dispatcher.submit(request, sink)
     for sink in sinks:
         await sink.wait()
     ends = Counter("ok" if sink.error is None else sink.error.reason for sink in sinks)
-    assert ends["ok"] > 0
-    assert set(ends) <= {"ok", Reason.DEADLINE_PASSED}
+    assert ends.keys() == {"ok", Reason.DEADLINE_PASSED}
     assert order == sorted(order), "first come, first served"
     await assert_idle(dispatcher, replica)
     await dispatcher.stop()

@@ -52,6 +52,35 @@ async def test_what_a_killed_replica_had_begun_goes_on_elsewhere() -> None:
     await other.stop()
 
 
+async def test_a_replica_whose_engine_breaks_loses_what_it_has_and_gets_nothing_more() -> None:
+    """It answered all that came with INTERNAL, at once, and so had the least load of all until it was replaced."""
+    broken, other = Replica("broken", fake_step_s=0.005), Replica("other")
+
+    def fail() -> bool:
+        raise RuntimeError("broken by the test")
+
+    async with cluster(broken) as dispatcher:
+        requests = [make_request(range(i, i + 20), 200) for i in range(3)]
+        sinks = [RecordingSink() for _ in requests]
+        for request, sink in zip(requests, sinks, strict=True):
+            dispatcher.submit(request, sink)
+        await until(lambda: all(sink.token_ids for sink in sinks))
+        broken.engine.step = fail  # type: ignore[method-assign]
+        await until(lambda: dispatcher.replicas()[0].state == "draining")
+        await other.start()
+        dispatcher.update_replicas([broken.address, other.address])
+        for request, sink in zip(requests, sinks, strict=True):
+            assert_answers(await sink.wait(), request)
+            assert sink.decisions[-1].replica == "other"
+        late, sink = make_request(range(20)), RecordingSink()
+        dispatcher.submit(late, sink)
+        assert_answers(await sink.wait(), late)
+        assert [decision.replica for decision in sink.decisions] == ["other"]
+        assert broken.thread.is_alive
+        dispatcher.update_replicas([other.address])
+    await other.stop()
+
+
 async def test_all_choices_go_on_where_each_of_them_was() -> None:
     lost, other = Replica("lost", fake_step_s=0.003), Replica("other")
     async with cluster(lost) as dispatcher:
@@ -136,7 +165,7 @@ async def test_a_frozen_replica_is_left_and_what_it_says_when_it_thaws_reaches_n
 
 async def test_progress_is_what_keeps_a_request_that_loses_replica_after_replica() -> None:
     async with cluster() as dispatcher:
-        request, sink = make_request(range(20), 120), RecordingSink()
+        request, sink = make_request(range(20), 600), RecordingSink()
         dispatcher.submit(request, sink)
         for number in range(6):
             replica = await Replica(f"replica-{number}", fake_step_s=0.002).start()

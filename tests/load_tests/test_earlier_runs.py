@@ -71,6 +71,8 @@ def test_leaves_out_who_is_measured_anew(tmp_path: Path) -> None:
         ({"machine": {**MACHINE, "instructions": ["avx512f"]}}, "another machine: instructions"),
         ({"runs": [{"contestant": "a"}]}, "not the report"),
         ({"runs": None}, "not the report"),
+        ({"runs": ["a"]}, "not the report"),
+        ({"machine": None}, "not the report"),
     ],
 )
 def test_refuses_what_cannot_be_compared(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:

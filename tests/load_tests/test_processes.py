@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from load_tests import machine, process_tree
 from load_tests.processor_time import ProcessorTime
-from load_tests.server import ServerError, watched
+from load_tests.server import ServerError, ServerProcess, watched
 
 PARENT = """
 import subprocess, sys, time
@@ -84,6 +86,35 @@ def test_the_machine_is_described() -> None:
     assert machine.busy_cores(0.05) >= 0
 
 
+def test_a_signal_at_the_beginning_of_the_end_leaves_no_server_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one came while the processes were looked for, and nobody ended them."""
+    server = ServerProcess([sys.executable, "-c", "import time; time.sleep(600)"], {}, tmp_path / "log")
+
+    def interrupted(pid: int) -> list[process_tree.Process]:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process_tree, "tree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop()
+    assert process_tree.tree(server.pid) == []
+
+
+def test_a_poll_that_was_interrupted_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception between taking the lock of a Popen and the `try` after it leaves it taken: the end was waited for
+    without a limit, and by nobody else."""
+    monkeypatch.setattr("load_tests.server.STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("load_tests.server.END_TIMEOUT_S", 1.0)
+    server = ServerProcess([sys.executable, "-c", "import time; time.sleep(600)"], {}, tmp_path / "log")
+    lock = server._process._waitpid_lock  # type: ignore[attr-defined]
+    with lock:
+        server.stop()
+    assert process_tree.tree(server.pid) == []
+    assert server._process.wait() < 0
+
+
 MAIN = """
 import importlib, sys
 sys.executable, module = sys.argv[1:3]
@@ -92,9 +123,31 @@ importlib.import_module(module).main()
 """
 STUBBORN = """#!/bin/sh
 trap '' TERM
+sleep 0.2
 echo $$ >"$(dirname "$0")/pid"
 exec sleep 60
 """
+"""Says who it is when whoever started it knows of it, too: between the two a signal leaves it behind."""
+
+
+@contextmanager
+def running(folder: Path, code: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program for the scope. If it has not ended by then, it says where it was, and is ended with its server."""
+    log = folder / "stderr"
+    with log.open("wb") as said:
+        command = [sys.executable, "-X", "faulthandler", "-c", code, *arguments]
+        program = subprocess.Popen(command, stderr=said)
+    try:
+        yield program
+    finally:
+        for number in (signal.SIGABRT, signal.SIGKILL):
+            if program.poll() is None:
+                program.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    program.wait(10)
+        if (folder / "pid").exists():
+            process_tree.await_end(process_tree.tree(int((folder / "pid").read_text() or 0)), 0.0)
+        sys.stdout.write(log.read_text(errors="replace"))
 
 
 @pytest.mark.parametrize("module", ["load_tests.bench", "load_tests.startup"])
@@ -103,20 +156,18 @@ def test_a_bench_that_is_told_to_end_leaves_no_server_behind(tmp_path: Path, mod
     for name in ("python", "octavo"):
         (tmp_path / name).write_text(STUBBORN)
         (tmp_path / name).chmod(0o755)
-    command = [sys.executable, "-c", MAIN, str(tmp_path / "python"), module, "--model", "default"]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as bench:
-        server = _pid_in(tmp_path / "pid")
+    with running(tmp_path, MAIN, str(tmp_path / "python"), module, "--model", "default") as bench:
+        server = _pid_in(tmp_path / "pid", bench)
         bench.terminate()
         time.sleep(0.2)
         bench.send_signal(signal.SIGINT)  # a second signal says that there is no time to wait for it
         assert bench.wait(30) != 0
-    assert process_tree.tree(server) == []
+        assert process_tree.tree(server) == []
 
 
 ASK = """
 import sys
 from load_tests.peers.bench import output_of
-from load_tests.processor_time import ProcessorTime
 from load_tests.server import end_on_sigterm
 sys.executable = sys.argv[1]
 end_on_sigterm()
@@ -124,6 +175,7 @@ output_of("startup")
 """
 ORDERLY = """#!/bin/sh
 trap 'sleep 1; touch "$(dirname "$0")/ended"; exit 0' TERM
+sleep 0.2
 echo $$ >"$(dirname "$0")/pid"
 while :; do sleep 0.1; done
 """
@@ -133,16 +185,17 @@ def test_a_program_of_a_bench_gets_the_time_to_end_its_own_servers(tmp_path: Pat
     """One that is killed leaves them behind."""
     (tmp_path / "python").write_text(ORDERLY)
     (tmp_path / "python").chmod(0o755)
-    command = [sys.executable, "-c", ASK, str(tmp_path / "python")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as bench:
-        program = _pid_in(tmp_path / "pid")
+    with running(tmp_path, ASK, str(tmp_path / "python")) as bench:
+        program = _pid_in(tmp_path / "pid", bench)
         bench.terminate()
         assert bench.wait(30) == 128 + signal.SIGTERM
-    assert (tmp_path / "ended").exists()
-    assert process_tree.tree(program) == []
+        assert (tmp_path / "ended").exists()
+        assert process_tree.tree(program) == []
 
 
-def _pid_in(path: Path) -> int:
+def _pid_in(path: Path, program: subprocess.Popen[bytes]) -> int:
+    """Return what the server of `program` has written there."""
     while not path.exists() or not path.read_text():
+        assert program.poll() is None, "it ended before it had started a server"
         time.sleep(0.05)
     return int(path.read_text())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from load_tests.rigs import (
     router_with_model,
 )
 from load_tests.rigs.bar_command import Settings
-from load_tests.rigs.lean_client import DRAIN_S, LeanClient
-from load_tests.rigs.lean_crew import age_ms, merged
+from load_tests.rigs.lean_client import DRAIN_S, LeanClient, LeanCounts
+from load_tests.rigs.lean_crew import age_ms, counts_of
 from load_tests.rigs.router_rig import ROOT
 
 JUDGES = {
@@ -230,6 +231,19 @@ def test_fairness_is_beside_a_run_without_the_greedy_one() -> None:
     assert bars["fairness: requests of the four that failed"].ok
 
 
+def test_failures_of_several_clients_are_added_up() -> None:
+    """Those of the greedy one took the place of the others'."""
+    one = {"sent": 5, "ended": 5, "extra": 0, "ok": 2, "errors": {"QUEUE_FULL": 2, "DEADLINE_PASSED": 1}}
+    other = {"sent": 9, "ended": 9, "extra": 1, "ok": 2, "errors": {"QUEUE_FULL": 7}}
+    assert router_fairness.summed([one, other]) == {
+        "sent": 14,
+        "ended": 14,
+        "extra": 1,
+        "ok": 4,
+        "errors": {"QUEUE_FULL": 9, "DEADLINE_PASSED": 1},
+    }
+
+
 def test_the_best_share_computes_each_prefix_once() -> None:
     assert router_prefixes.best_share(10 * 528) == 2 * 512 / (10 * 528)
     assert router_prefixes.best_share(0) is None
@@ -255,12 +269,10 @@ def test_ages_are_counted_by_token() -> None:
     assert age_ms({}, 0.5) is None
 
 
-def test_counts_of_processes_are_one() -> None:
-    one = {"sent": 2, "ended": 2, "ok": 2, "extra": 0, "tokens": 8, "tokens_timed": 4, "ok_timed": 1, "messages": 3}
-    one |= {"errors": {"X": 1}, "ages": {"5": 2}, "timed_s": 1.0, "cpu_s": 0.5}
-    whole = merged([one, one])
-    assert (whole.sent, whole.tokens, whole.cpu_s, whole.timed_s) == (4, 16, 1.0, 1.0)
-    assert (whole.errors["X"], whole.ages[5]) == (2, 4)
+def test_counts_are_those_that_a_client_wrote() -> None:
+    counted = LeanCounts(sent=2, tokens=8, cpu_s=0.5, errors=Counter(X=1), ages=Counter({5: 2}))
+    line = json.dumps({"event": "done", **{name: getattr(counted, name) for name in counted.__slots__}})
+    assert counts_of(json.loads(line)) == counted
 
 
 def test_a_rig_that_wrote_nothing_misses_and_spoils_the_whole() -> None:
@@ -278,7 +290,7 @@ def test_the_bench_runs_a_rig_and_writes_its_bars(tmp_path: Path) -> None:
     command = [*BENCH, "--bars", "index", "--results", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50, check=False)
     bars = json.loads((tmp_path / "router.json").read_text())
-    assert [set(bar) for bar in bars] == [{"bar", "value", "limit", "ok", "detail"}] * 4
+    assert [set(bar) for bar in bars] == [{"bar", "value", "limit", "ok", "detail"}] * 3
     assert bars[1]["value"] > 0
     assert "index: memory, MB" in (tmp_path / "router.txt").read_text()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,8 +14,11 @@ from octavo.v1 import inference_service_pb2 as pb
 
 from load_tests.bars import Bar
 from load_tests.notes import Notes
+from load_tests.rigs import fuzz_server
+from load_tests.rigs.fuzz_direct import BATCH, Direct
 from load_tests.rigs.fuzz_samples import NUMBERS, TEXTS, of_kind
-from load_tests.rigs.fuzz_tally import MAX_FAILURES, FuzzTally, what_is_left, worst_growth
+from load_tests.rigs.fuzz_server import FuzzedServer
+from load_tests.rigs.fuzz_tally import MAX_FAILURES, MAX_HEX, FuzzTally, name_of, what_is_left, worst_growth
 from load_tests.rigs.message_mutator import Mutator, parsed
 from load_tests.rigs.trust_fuzz import DIRECT, SOCKETS, judge
 
@@ -137,3 +141,36 @@ def test_what_is_left_is_said_in_words() -> None:
 )
 def test_growth_is_the_worst_of_all_processes(memories: Sequence[Sequence[float]], growth: float | None) -> None:
     assert worst_growth(memories) == growth
+
+
+async def test_a_session_that_raises_is_kept_with_its_own_messages() -> None:
+    """It was kept with those of the last one."""
+    direct, held = Direct(1, BATCH), list[Sequence[bytes]]()
+
+    async def broken(messages: Sequence[bytes]) -> None:
+        held.append(messages)
+        if len(held) == 1:
+            raise ValueError("broken")
+
+    direct._front.hold_session = broken  # type: ignore[method-assign]
+    await direct._batch()
+    await direct._settle()
+    [failure] = direct.tally.failures
+    assert len(held) > 1
+    assert (failure["target"], failure["what"]) == ("Session", "raised")
+    assert failure["hex"] == " ".join(message.hex() for message in held[0])[-MAX_HEX:]
+
+
+async def test_a_process_that_says_nothing_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose loop turned no more was waited for without a limit."""
+    with FuzzedServer() as server:
+        assert (await server.tell())["integrity"] == ""
+        assert server._process is not None
+        server._process.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(fuzz_server, "ANSWER_S", 0.2)
+        with pytest.raises(RuntimeError, match=r"said nothing for 0\.2 s"):
+            await server.tell()
+
+
+def test_codes_have_names() -> None:
+    assert [name_of(code) for code in (0, 13, 99)] == ["OK", "INTERNAL", "UNKNOWN"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from octavo.client import Delta, Finish, FinishReason
 
 from load_tests.bars import Bar
 from load_tests.notes import Notes
+from load_tests.rigs import trust_resume
 from load_tests.rigs.resume_asks import CALLS, KINDS, Ask, fake_asks, middle, oracle_asks, until_stop, with_stops
 from load_tests.rigs.resume_stream import Answer, Stream, compared
 from load_tests.rigs.trust_resume import (
@@ -25,6 +28,7 @@ from load_tests.rigs.trust_resume import (
     percentile,
     stopped,
 )
+from load_tests.server import ServerError
 
 LENGTH = Finish(FinishReason.LENGTH)
 
@@ -211,3 +215,26 @@ def test_a_kind_that_was_never_cut_misses_a_bar() -> None:
     for what in FAULTS:
         runs[what]["cut_in_stop"] = 0
     assert not judged(runs)["resume: kinds of answers that were cut"].ok
+
+
+class NeverReady:
+    """A server that starts for ever, as when a model is fetched; `stop` ends it."""
+
+    def __init__(self, *_: object) -> None:
+        self._is_over = threading.Event()
+
+    def await_line(self, start: str, timeout_s: float) -> str:
+        self._is_over.wait(5.0)
+        raise ServerError("it has ended")
+
+    def stop(self) -> None:
+        self._is_over.set()
+
+
+async def test_who_is_told_to_end_does_not_wait_for_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop stood still until the cluster was ready. The bench ends a rig that does not stop in time, and then
+    nobody ended its cluster."""
+    monkeypatch.setattr(trust_resume, "ServerProcess", NeverReady)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1), trust_resume.serving((), {}):
+            pass

@@ -298,9 +298,13 @@ async def read_generate(call: Any, *, received: Sequence[int] = ()) -> Outcome:
     return outcome
 
 
+LATE = "Deadline Exceeded"
+"""gRPC's own words: if a call's deadline passes while its status arrives, it says these with the router's trailers."""
+
+
 def _read_details(outcome: Outcome, error: grpc.aio.AioRpcError) -> None:
     packed = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-    if packed is None:
+    if packed is None or LATE in (error.details() or ""):
         return
     assert isinstance(packed, bytes)
     status = status_pb2.Status.FromString(packed)

@@ -18,6 +18,7 @@ from router import key_file
 from router.key_file import KeyFile
 from router.keyring import Keyring, Terms
 from tests.router.rig import Outcome, Rig, answering, eventually, running, text_request
+from workers.errors import OverloadedError
 
 WAYS = pytest.mark.parametrize("way", ["generate", "session"])
 
@@ -50,8 +51,10 @@ def keys_of(rig: Rig) -> KeyFile:
 
 
 def refresh(rig: Rig) -> None:
-    """Do now what is done once a second."""
-    assert keys_of(rig).refresh()
+    """Do now what is done once a second, and may just have been done."""
+    keys = keys_of(rig)
+    keys.refresh()
+    assert keys.keyring == key_file.read(keys._path)
 
 
 async def send(rig: Rig, way: str, *authorizations: str) -> Outcome:
@@ -175,6 +178,25 @@ async def test_only_tenants_of_one_group_share_a_salt(path: Path) -> None:
         assert len({salts["a"], salts["c"], salts["g"]}) == 3, "a tenant with a group's name is not in it"
 
 
+async def test_a_session_that_is_open_when_a_tenant_leaves_its_group_shares_no_longer(path: Path) -> None:
+    """It shared what it cached for as long as it lived."""
+    _, token = new_key(path, "a")
+    set_terms(path, "a", Terms(group="g"))
+    async with running(keys_file=str(path)) as rig:
+        rig.backend.script = answering("ok")
+        metadata = [("authorization", f"Bearer {token}")]
+        async with rig.open_session(metadata=metadata) as session:
+            for request_id in ("before", "within", "after"):
+                if request_id == "after":
+                    set_terms(path, "a", Terms())
+                    refresh(rig)
+                await session.start(request_id, text_request())
+                assert (await session.outcome(request_id)).code is grpc.StatusCode.OK
+        assert (await send(rig, "generate", f"Bearer {token}")).code is grpc.StatusCode.OK
+        before, within, after, anew = (work.request.salt for work in rig.backend.works)
+        assert before == within != after == anew
+
+
 @WAYS
 async def test_a_quota_is_told_with_the_time_to_come_again(path: Path, way: str) -> None:
     _, token = new_key(path, "acme")
@@ -185,6 +207,21 @@ async def test_a_quota_is_told_with_the_time_to_come_again(path: Path, way: str)
         outcome = await send(rig, way, f"Bearer {token}")
         assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUOTA_EXCEEDED)
         assert outcome.retry_after_s == pytest.approx(30, abs=2)
+        await rig.assert_nothing_left()
+
+
+async def test_a_request_that_finds_the_queue_full_costs_nothing(path: Path) -> None:
+    """Each took one of the requests of a minute, so that who tried again had none left when there was room."""
+    _, token = new_key(path, "acme")
+    set_terms(path, "acme", Terms(requests_per_minute=2, tokens_per_minute=1_000))
+    async with running(keys_file=str(path)) as rig:
+        rig.backend.refusal = OverloadedError("the queue is full")
+        for _ in range(3):
+            outcome = await send(rig, "generate", f"Bearer {token}")
+            assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL)
+        rig.backend.refusal = None
+        for _ in range(2):
+            assert (await send(rig, "generate", f"Bearer {token}")).code is grpc.StatusCode.OK
         await rig.assert_nothing_left()
 
 

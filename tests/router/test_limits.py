@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import grpc
 import pytest
 from octavo.client import Client
 from octavo.names import Reason
 
-from tests.router.rig import answering, running, text_request
+from tests.router.rig import answering, eventually, running, text_request
 
 
 async def test_a_session_of_age_is_told_to_go_and_loses_nothing() -> None:
@@ -32,7 +33,14 @@ async def test_the_client_library_changes_connections_and_nobody_notices() -> No
         begun = asyncio.get_running_loop().time()
         while asyncio.get_running_loop().time() < begun + 1.0:
             assert (await client.complete("hi", timeout=10)).text == "ok"
-        assert rig.server.sessions.num_open <= 2, "the old ones have ended"
+        await eventually(lambda: rig.server.sessions.num_open <= 1)
+
+
+async def test_connections_may_last_for_ever() -> None:
+    """gRPC takes no more milliseconds than 24 days have: the server could not be made."""
+    async with running(max_connection_age_s=math.inf) as rig:
+        rig.backend.script = answering("ok")
+        assert (await rig.session(text_request())).text == "ok"
 
 
 async def test_more_calls_than_a_connection_may_have_wait_for_each_other() -> None:

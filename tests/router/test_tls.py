@@ -15,12 +15,12 @@ from octavo.client import Client
 from octavo.client.errors import CallError
 from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 
+from load_tests.rigs.certificates import Authority, Certified
 from router import key_file
 from router.config import RouterConfig
 from router.keyring import Keyring
 from router.server import RouterServer
 from router.tls import CertificateSource
-from tests.router.certificates import Authority, Certified
 from tests.router.rig import FakeBackend, Outcome, Rig, answering, read_generate, running, served_model, text_request
 from workers.errors import ConfigError
 

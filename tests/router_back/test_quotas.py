@@ -49,6 +49,17 @@ def test_what_was_not_used_is_given_back() -> None:
     quotas.charge("a", terms, 70, 0.0)
 
 
+def test_what_was_taken_for_a_request_that_was_not_taken_on_is_given_back() -> None:
+    quotas, terms = Quotas(), Terms(requests_per_minute=1, tokens_per_minute=100)
+    for _ in range(3):
+        charge = quotas.charge("a", terms, 100, 0.0)
+        assert charge is not None
+        quotas.refund(charge)
+    quotas.charge("a", terms, 100, 0.0)
+    with pytest.raises(OverloadedError):
+        quotas.charge("a", terms, 1, 0.0)
+
+
 def test_given_back_tokens_do_not_exceed_a_minute() -> None:
     quotas, terms = Quotas(), Terms(tokens_per_minute=100)
     charge = quotas.charge("a", terms, 100, 0.0)
@@ -65,14 +76,6 @@ def test_a_request_larger_than_the_quota_is_taken_on_when_nothing_is_owed_and_pa
     with pytest.raises(OverloadedError) as refused:
         quotas.charge("a", terms, 1, 0.0)
     assert refused.value.retry_after_s == pytest.approx(121.0)
-
-
-def test_a_router_gives_out_its_share() -> None:
-    quotas, terms = Quotas(), Terms(requests_per_minute=4)
-    quotas.charge("a", terms, 1, 0.0, share=0.5)
-    quotas.charge("a", terms, 1, 0.0, share=0.5)
-    with pytest.raises(OverloadedError, match="2 requests a minute"):
-        quotas.charge("a", terms, 1, 0.0, share=0.5)
 
 
 def test_a_new_quota_holds_from_the_next_request_on() -> None:

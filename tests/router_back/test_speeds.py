@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from router.drain import STALL_S, Drain
@@ -36,6 +38,20 @@ def test_the_expected_answer_is_what_answers_of_that_size_used() -> None:
     speeds.num_sent = 1
     long = speeds.service_s(request("a", 0.0, num_tokens=50, max_tokens=1_000), 1.0)
     assert long == pytest.approx(0.1, rel=0.02), "and none is refused for what it may not need"
+
+
+def test_what_was_received_before_is_of_the_answer_and_does_not_come_again() -> None:
+    """An answer that went on elsewhere counted as a short one, and was expected from its beginning."""
+    speeds = Speeds()
+    fresh = request("a", 0.0, num_tokens=30, max_tokens=20)
+    resumed = replace(fresh, received=[list(range(8))])
+    assert speeds.cost(fresh) == speeds.cost(resumed) == 50, "while nobody knows"
+    teach(speeds)
+    assert speeds.cost(fresh) == speeds.cost(resumed) == 41
+    for _ in range(40):
+        speeds.num_sent += 1
+        speeds.over(resumed, 0.0, elapsed_s=0.12, first_token_s=0.1, num_tokens=3, is_answered=True)
+    assert speeds.cost(fresh) == 41
 
 
 def test_without_fresh_evidence_nobody_knows() -> None:

@@ -156,6 +156,16 @@ def test_penalties_are_vllms() -> None:
     assert logits.tolist() == [[0.5, 2.0 / 2 - 2 * 0.5 - 0.25, -6.0, 4.0, 0.5]]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("penalty", "token"), [(1e-45, 0), (3e38, 1)])
+def test_a_repetition_penalty_of_any_size_leaves_numbers(penalty: float, token: int, temperature: float) -> None:
+    """The least made a logit infinite: its request failed with INTERNAL, and all of its step was computed twice."""
+    logits = floats([[1.0, 90.0, -3.0]])
+    repeated = sequence((0, 2), temperature=temperature, repetition_penalty=penalty)
+    assert draw(logits, [repeated], [2]) == [token]
+    assert np.isfinite(logits).all()
+
+
 def test_bias_comes_before_penalties() -> None:
     logits = floats([[1.0, 0.0]])
     biased = sequence((0,), temperature=0.0, logit_bias={0: 3.0, 1: -1.0}, repetition_penalty=2.0)

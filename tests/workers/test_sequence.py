@@ -63,7 +63,7 @@ def test_guesses_follow_a_chunk_that_samples_and_no_constraint() -> None:
 def test_who_guesses_waits_for_the_last_token() -> None:
     sequence = Sequence(work(1, [1], 9), proposer=PromptLookup(1))
     sequence.schedule(1)
-    assert (sequence.needs_last_token, sequence.num_to_schedule) == (True, 0)
+    assert sequence.num_to_schedule == 0
 
 
 def test_what_a_runner_and_the_tables_read_of_a_work() -> None:
@@ -92,7 +92,7 @@ def test_nothing_is_scheduled_beyond_max_tokens_nor_before_a_constraint_knows() 
     free, bound = Sequence(work(1, [1, 2], 9)), Sequence(work(1, [1, 2], 9), constraint=Recorder())
     for sequence in (free, bound):
         sequence.schedule(2)
-    assert (free.num_to_schedule, bound.num_to_schedule, bound.needs_last_token) == (1, 0, True)
+    assert (free.num_to_schedule, bound.num_to_schedule) == (1, 0)
     bound.commit(2, samples=True)
     bound.append(5)
     assert bound.num_to_schedule == 1

@@ -1,4 +1,4 @@
-"""An authority and certificates for tests, made on the spot."""
+"""An authority, and certificates that it signs, made on the spot: for rigs and tests."""
 
 from __future__ import annotations
 
