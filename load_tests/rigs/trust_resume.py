@@ -1,6 +1,6 @@
 """Answers whose replica is killed, frozen or drained in their middle: what their clients read, and how long they wait.
 
-Real model: `octavo serve`, two replicas of one thread in fp32, 200 requests, 32 at once: the oracle's prompts, greedy
+Real model: `octavo serve`, two replicas of one thread in fp32, 200 requests, 64 at once: the oracle's prompts, greedy
 and seeded, with penalties and stop strings, half over Session and half over Generate. Asked undisturbed, again in
 another order (where stop strings come in, which are taken from the first answers), and once for each fault. Judged:
 every answer's text, token ids and finish are those of the undisturbed run; enough answers of every kind were cut in
@@ -47,12 +47,12 @@ from load_tests.rigs.router_rig import ROOT
 from load_tests.server import ServerProcess
 
 ORACLE = ROOT / "tests" / "oracle" / "answers.json"
-REQUESTS, AT_ONCE, LENGTHS = 200, 32, (24, 48)
+REQUESTS, AT_ONCE, LENGTHS = 200, 64, (24, 48)
 QUICK_REQUESTS, QUICK_AT_ONCE, QUICK_LENGTHS = 24, 12, (12, 16)
 STREAMS, STEP_S, FAKE_TOKENS = 64, 0.02, 450
 MAX_DEAD_S, MAX_SILENT_S = 2.0, 5.0
 MIN_CUT = 8
-"""Answers that a fault must cut for its run to say something: half of what a replica answers at once."""
+"""Answers that a fault must cut for its run to say something: a quarter of what a replica answers at once."""
 START_S = 900.0
 """The model may have to be fetched and packed first."""
 DUE_S = 120.0
