@@ -14,9 +14,8 @@ from tests.data_plane.rig import RecordingSink, Replica, assert_idle, make_dispa
 from workers.errors import DeadlineError, OverloadedError
 
 
-async def test_overload_is_told_at_once_and_each_request_has_one_end() -> None:
-    """Ten times what the replica can do. How few of those sent are too late is held where no clock depends on how fast
-    this machine is just now: in `test_queue_under_load.py`."""
+async def test_overload_is_told_at_once_and_what_is_computed_is_in_time() -> None:
+    """Ten times what the replica can do. Each request has one end, and few of those sent are too late."""
     rng = random.Random(1)
     replica = await Replica("one", max_num_sequences=4, fake_step_s=0.005).start()
     dispatcher = make_dispatcher()
@@ -40,6 +39,7 @@ async def test_overload_is_told_at_once_and_each_request_has_one_end() -> None:
     late = [sink for sink in sinks if isinstance(sink.error, DeadlineError)]
     assert len(answered) + len(late) + len(refused) == 400
     assert all(sink.decisions for sink in answered)
+    assert len(answered) >= 0.7 * sum(bool(sink.decisions) for sink in sinks)
     assert refused, "nobody was told at once"
     assert all(error.reason == Reason.DEADLINE_TOO_SHORT and error.retry_after_s for error in refused)
     await assert_idle(dispatcher, replica)
