@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from load_tests.rigs.router_rig import ROOT
 
@@ -47,9 +47,12 @@ def attached(module: str, ray_address: str, variables: Mapping[str, str]) -> Ite
         yield AttachedProcess(process)
     finally:
         assert process.stdin is not None
-        process.stdin.close()
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):  # it ended before it read all
+            process.stdin.close()
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        process.stdout.close()
