@@ -152,6 +152,8 @@ class ReplicaState:
             for delta in batch.deltas:
                 self.unexpect(delta.work_id)
         if not batch.HasField("load"):
+            if batch.HasField("kv_events"):
+                self._changed()
             return False
         self.load = from_load(batch.load, batch.step)
         while self._sent and self._sent[0][0] <= batch.last_batch_id:

@@ -66,6 +66,15 @@ def test_a_message_without_load_changes_no_account() -> None:
     assert state.resident == {block(2)}
 
 
+def test_a_cache_that_fills_up_counts_without_a_new_load() -> None:
+    roster = Roster()
+    state = make_state(roster, credit_tokens=100)
+    state.update(pb.StepBatch(kv_events=events(stored=range(3, 9))))
+    roster.check_integrity()
+    state.update(pb.StepBatch(kv_events=events(cleared=True)))
+    roster.check_integrity()
+
+
 def test_events_apply_removed_then_stored_and_cleared_first() -> None:
     state = make_state()
     state.update(pb.StepBatch(kv_events=pb.KvEvents(removed=block(1) + block(3), stored=block(3))))
