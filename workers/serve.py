@@ -27,7 +27,8 @@ from workers.types import Boot
 
 LOOPBACK = "127.0.0.1"
 STOP_MARGIN_S = 3.0
-"""Of the time that Serve gives for a graceful stop, what is kept for closing after the drain."""
+"""Of the time that Serve gives for a graceful stop, twice this is kept: for handing over what the drain has not seen
+end, and for closing."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Worker:
         secret: Callable[[], bytes],
         graceful_shutdown_timeout_s: float,
     ) -> None:
-        self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - STOP_MARGIN_S)
+        self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - 2 * STOP_MARGIN_S)
         self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         files = await asyncio.to_thread(boot.model_files, model)

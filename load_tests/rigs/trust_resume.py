@@ -5,8 +5,7 @@ and seeded, with penalties and stop strings, half over Session and half over Gen
 another order (where stop strings come in, which are taken from the first answers), and once for each fault. Judged:
 every answer's text, token ids and finish are those of the undisturbed run; enough answers of every kind were cut in
 their middle for that to say something; greedy ones are the reference's. Requests whose answers rounding could change
-are not asked (`resume_margin.py`). A drain is given about 3 s: some end where they are and
-the rest goes over; where all have ended within it, as on a quick machine, the drain has shown nothing, and misses.
+are not asked (`resume_margin.py`). A drain is given 0.1 s, so that what runs has to go over.
 
 Fake engine at 50 tokens/s: 64 streams, a kill -9 and a freeze, several rounds. The gap of a stream is the longest time
 between two arrivals of its tokens; judged is the 99th percentile over the streams that another replica went on with. A
