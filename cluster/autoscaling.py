@@ -1,15 +1,28 @@
-"""How many replicas a model shall have: what is configured."""
+"""How many replicas a model shall have: what is configured, and what follows from it and from demand.
+
+`desired_replicas` is pure: demand, configuration, state and time in, a decision with its reason and the next state out.
+It adds as soon as demand has exceeded what there is, with a tolerance, for `upscale_delay_s`, and takes away only what
+the most demand of the last `downscale_delay_s` could do without, and would leave so much room that nothing is to be
+added again. Light to import, for the actor that decides and for commands; knows no Ray, no router and no clock.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from workers.errors import ConfigError
 
 DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MAX_REPLICAS: Final = 1024
+TOLERANCE: Final = 0.1
+"""By this part demand may exceed the places there are before a replica is added, and must stay below what is left
+before one is taken away."""
+STEP_INTERVAL_S: Final = 1.0
+"""Between decisions whose steps are limited."""
 _ENTRY: Final = re.compile(r"([a-z]{3})(?:-([a-z]{3}))? (\d\d):(\d\d)-(\d\d):(\d\d) (\d+)")
 
 
@@ -37,6 +50,15 @@ class ScheduledMinimum:
             raise ValueError(text)
         days = frozenset((begin + i) % 7 for i in range((end - begin) % 7 + 1))
         return cls(days, begin_minute, end_minute, int(count))
+
+    def holds(self, at: datetime) -> bool:
+        """Say whether it is that time."""
+        minute = 60 * at.hour + at.minute
+        if self.begin_minute < self.end_minute:
+            return at.weekday() in self.days and self.begin_minute <= minute < self.end_minute
+        if minute >= self.begin_minute:
+            return at.weekday() in self.days
+        return minute < self.end_minute and (at - timedelta(days=1)).weekday() in self.days
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +88,23 @@ class ScalingConfig:
     def is_elastic(self) -> bool:
         """Whether load decides how many replicas there are."""
         return self.max_replicas > 0
+
+    def of_replicas(self, num_replicas: int, max_num_sequences: int) -> ScalingConfig:
+        """Return the same with every 0 that stands for something else replaced."""
+        filled = replace(self, target_sequences=self.target_sequences or float(max_num_sequences))
+        return filled if self.is_elastic else filled.fixed(num_replicas)
+
+    def fixed(self, num_replicas: int) -> ScalingConfig:
+        """Return the same for exactly so many replicas, whatever happens."""
+        return replace(self, min_replicas=num_replicas, max_replicas=num_replicas, schedule=())
+
+    def minimum(self, now: float) -> int:
+        """Return how many there must be at `now`, seconds since 1970."""
+        if not self.schedule:
+            return self.min_replicas
+        at = datetime.fromtimestamp(now, UTC)
+        scheduled = (entry for entry in map(ScheduledMinimum.parse, self.schedule) if entry.holds(at))
+        return max(self.min_replicas, max((entry.num_replicas for entry in scheduled), default=0))
 
     def check(self) -> None:
         """Raises ConfigError with the rule and the value."""
@@ -100,3 +139,129 @@ def _check_entry(entry: str, max_replicas: int) -> None:
         ) from None
     if minimum.num_replicas > max_replicas:
         raise ConfigError(f"scaling.schedule must ask for at most scaling.max_replicas ({max_replicas}), has {entry!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What is asked of one model, by all routers."""
+
+    sequences: float
+    """Places that there should be."""
+    is_idle: bool
+    """Nothing runs, waits, or has come since the demand before."""
+    cause: str = ""
+    """What it follows from, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalerState:
+    """What `desired_replicas` remembers of one model. Times in seconds, on one clock."""
+
+    target: int
+    heard_since: float | None = None
+    """Since when demand has been known without a gap."""
+    peaks: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    """Times and demands of the last `downscale_delay_s`, each the most from then on: times rise, demands fall."""
+    above_since: float | None = None
+    """Since when more is needed than there is."""
+    least_above: float = 0.0
+    """The least demand since then."""
+    idle_since: float | None = None
+    stepped_at: float = -math.inf
+    """When the target was last changed by demand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    target: int
+    reason: str
+    state: ScalerState
+
+
+def desired_replicas(demand: Demand | None, config: ScalingConfig, state: ScalerState, now: float) -> Decision:
+    """Return how many replicas there shall be at `now`, seconds since 1970 on a clock that never goes back.
+
+    `demand`: None if it is not known, and then the number is held, within its bounds. `config` is of
+    `ScalingConfig.of_replicas`. The state that is returned belongs into the next call.
+    """
+    low = config.minimum(now)
+    high = max(config.max_replicas, low)
+    state = _heard(state, demand, config, now)
+    if state.target < low or state.target > high:
+        target = min(max(state.target, low), high)
+        word = "minimum" if target == low else "maximum"
+        return _decided(target, f"the {word} is {target}" if low < high else f"{target} are asked for", state, now)
+    if demand is None:
+        return Decision(state.target, "held: no router has said anything lately", state)
+    more = min(_raised(demand, config, state, now), high)
+    if more > state.target:
+        return _decided(more, _why(demand, config, more), state, now)
+    fewer = max(_lowered(config, state, now), low)
+    if fewer < state.target:
+        peak = f"{state.peaks[0][1]:.1f} sequences were the most in {config.downscale_delay_s:g} s"
+        return _decided(fewer, peak if fewer else f"no request in {config.zero_delay_s:g} s", state, now)
+    return Decision(state.target, _why(demand, config, state.target), state)
+
+
+def _heard(state: ScalerState, demand: Demand | None, config: ScalingConfig, now: float) -> ScalerState:
+    """Return the state that knows of `demand`."""
+    if demand is None:
+        return replace(state, heard_since=None, above_since=None, idle_since=None)
+    peaks = [peak for peak in state.peaks if peak[0] > now - config.downscale_delay_s and peak[1] > demand.sequences]
+    is_above = _needed(demand.sequences, config) > state.target
+    least = min(state.least_above, demand.sequences) if state.above_since is not None else demand.sequences
+    return replace(
+        state,
+        heard_since=now if state.heard_since is None else state.heard_since,
+        peaks=(*peaks, (now, demand.sequences)),
+        above_since=(now if state.above_since is None else state.above_since) if is_above else None,
+        least_above=least if is_above else 0.0,
+        idle_since=(now if state.idle_since is None else state.idle_since) if demand.is_idle else None,
+    )
+
+
+def _raised(demand: Demand, config: ScalingConfig, state: ScalerState, now: float) -> int:
+    """Return the number that demand asks for by now, if it is more than there is."""
+    if not state.target:
+        # Whoever waits now waits for a start, so nobody waits for a second look.
+        needed = _needed(demand.sequences, config) or int(not demand.is_idle)
+    elif state.above_since is not None and now - state.above_since >= config.upscale_delay_s:
+        needed = _needed(state.least_above, config)
+    else:
+        return state.target
+    if not config.max_step_up:
+        return needed
+    if now - state.stepped_at < STEP_INTERVAL_S:
+        return state.target
+    return min(needed, state.target + config.max_step_up)
+
+
+def _lowered(config: ScalingConfig, state: ScalerState, now: float) -> int:
+    """Return the number that would have done for long enough, if it is less than there is."""
+    if state.target <= 1:
+        is_useless = state.idle_since is not None and now - state.idle_since >= config.zero_delay_s
+        return 0 if is_useless else state.target
+    if state.heard_since is None or now - state.heard_since < config.downscale_delay_s:
+        return state.target
+    needed = max(math.ceil(state.peaks[0][1] / (config.target_sequences * (1 - TOLERANCE))), 1)
+    if not config.max_step_down:
+        return needed
+    if now - state.stepped_at < STEP_INTERVAL_S:
+        return state.target
+    return max(needed, state.target - config.max_step_down)
+
+
+def _needed(sequences: float, config: ScalingConfig) -> int:
+    """Return the fewest replicas that `sequences` do not exceed beyond the tolerance."""
+    return math.ceil(sequences / (config.target_sequences * (1 + TOLERANCE)))
+
+
+def _decided(target: int, reason: str, state: ScalerState, now: float) -> Decision:
+    """What demand was before says nothing of whether the new number is too small."""
+    return Decision(target, reason, replace(state, target=target, stepped_at=now, above_since=None, least_above=0.0))
+
+
+def _why(demand: Demand, config: ScalingConfig, target: int) -> str:
+    places = f"{config.target_sequences:g} a replica"
+    cause = f" ({demand.cause})" if demand.cause else ""
+    return f"{demand.sequences:.1f} sequences, {places}{cause}" if demand.sequences or target else "no request"
