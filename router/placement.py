@@ -9,8 +9,9 @@ on another replica at the same time costs double, as half of that is wasted. So 
 together until the rest of what is owed there is twice the prefix.
 
 Replicas without credit are not asked, unless all that they lack it for is such a shared prefix. Ties go to the affinity
-key's favourite, or to chance: a fixed tie-break would send everything to one replica. The decision is a value with all
-its terms, so that it can be logged and replayed.
+key's favourite, or to chance, within this router's own part of the replicas if some of it are among them: a fixed
+tie-break would send everything to one replica, and several routers that do not know yet of each other's work would meet
+on some. The decision is a value with all its terms, so that it can be logged and replayed.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class LeastCost:
         if is_tie and request.affinity_key:
             slot = roster.circle.favourite(request.affinity_key, ties)
         else:
-            slot = _draw(self._rng, ties) if is_tie else ties.bit_length() - 1
+            slot = _draw(self._rng, ties & roster.own or ties) if is_tie else ties.bit_length() - 1
         candidates = _listed(slot, levels, dict(sharing), roster)
         return Decision(
             replica=candidates[0].replica,

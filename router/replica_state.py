@@ -156,6 +156,7 @@ class ReplicaState:
                 self._changed()
             return False
         self.load = from_load(batch.load, batch.step)
+        self._roster.stand(self.load.router_rank, self.load.num_routers)
         while self._sent and self._sent[0][0] <= batch.last_batch_id:
             _, num_tokens, num_choices = self._sent.popleft()
             self._sent_tokens -= num_tokens

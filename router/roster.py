@@ -24,6 +24,8 @@ _EIGHTHS: Final = 8
 another. So prefixes spread over caches that have room, also while nothing queues that could spread them. In steps, so
 that replicas of about the same fill are equal."""
 Key = TypeVar("Key")
+MAX_STANDINGS: Final = 16
+"""Of which this router's part of the replicas is remembered: for a while replicas may differ in which routers they see."""
 _FEW: Final = 32
 """So few replicas are looked at one by one; of more, the loads in their order."""
 
@@ -105,6 +107,9 @@ class Roster:
         self._by_size: dict[int, int] = {}
         """Slots by block size."""
         self._by_capabilities: dict[frozenset[str], int] = {}
+        self._standing = (0, 1)
+        self._parts: dict[tuple[int, int], int] = {}
+        """Slots of the replicas that would be this router's own, by its standing."""
 
     def __getitem__(self, slot: int) -> Placeable:
         return self._places[slot].replica
@@ -124,6 +129,7 @@ class Roster:
         self._by_size[replica.block_size] = self._by_size.get(replica.block_size, 0) | bit
         self._by_capabilities[replica.capabilities] = self._by_capabilities.get(replica.capabilities, 0) | bit
         self.circle.join(slot, replica.replica)
+        self._parts.clear()
         self.changed(slot)
         return slot
 
@@ -138,6 +144,7 @@ class Roster:
         _drop(self._by_size, place.replica.block_size, slot)
         _drop(self._by_capabilities, place.replica.capabilities, slot)
         del self._places[slot]
+        self._parts.clear()
         self._free.append(slot)
 
     def changed(self, slot: int) -> None:
@@ -156,6 +163,23 @@ class Roster:
         self._count_sequences(place, max(replica.credit_sequences, 0) if credit else 0)
         if load != place.load or credit != place.credit_tokens:
             self._move(slot, place, load, credit)
+
+    def stand(self, rank: int, num_routers: int) -> None:
+        """This router is the one of `rank` among so many that share the replicas."""
+        self._standing = rank, num_routers
+
+    @property
+    def own(self) -> int:
+        """This router's equal part of the replicas, no two routers' the same: where it goes first if all cost the same,
+        for until they hear of it, others would choose the same ones."""
+        part = self._parts.get(self._standing)
+        if part is None:
+            if len(self._parts) == MAX_STANDINGS:
+                self._parts.clear()
+            rank, num_routers = self._standing
+            slots = sorted(self._places, key=lambda slot: self._places[slot].replica.replica)
+            part = self._parts[self._standing] = sum(1 << slot for slot in slots[rank::num_routers])
+        return part
 
     def able_to(self, needed: frozenset[str]) -> int:
         """Return the slots of the replicas that may be sent work and have all `needed` capabilities."""

@@ -114,4 +114,6 @@ def from_load(message: pb.Load, num_steps: int = 0) -> Load:
         num_steps=num_steps,
         num_drafted_tokens=message.num_drafted_tokens,
         num_accepted_tokens=message.num_accepted_tokens,
+        num_routers=max(message.num_routers, 1),
+        router_rank=message.router_rank,
     )

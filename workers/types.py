@@ -174,20 +174,26 @@ class Load:
     num_drafted_tokens: int = 0
     num_accepted_tokens: int = 0
     """Of those drafted."""
+    num_routers: int = 1
+    """Routers that are attached to the replica, and how many of them come before the one that is told this."""
+    router_rank: int = 0
     num_taken: int | None = field(default=None, compare=False)
     """How many works it has counted so far, in the order in which they were submitted; None if that is not known."""
     resident: Resident | None = field(default=None, compare=False)
     """What can be found in the cache, by the engine's own books; None if it keeps none that can be compared."""
 
-    def part_of(self, num_routers: int) -> Load:
-        """Return the same with the credit of one of so many: at least a place, if there is one."""
-        if num_routers <= 1 or self.credit_tokens <= 0:
+    def part_of(self, num_busy: int, *, num_routers: int, router_rank: int) -> Load:
+        """Return the same for one of so many routers, with the credit of one of `num_busy` that have works here: at
+        least a place, if there is one."""
+        if num_routers <= 1:
             return self
-        places = self.credit_sequences
+        places, parts = self.credit_sequences, max(num_busy, 1)
         return replace(
             self,
-            credit_tokens=-(-self.credit_tokens // num_routers),
-            credit_sequences=None if places is None else -(-places // num_routers),
+            credit_tokens=-(-self.credit_tokens // parts),
+            credit_sequences=None if places is None else -(-places // parts),
+            num_routers=num_routers,
+            router_rank=router_rank,
         )
 
 

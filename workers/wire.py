@@ -133,6 +133,8 @@ def fill_load(message: pb.Load, load: Load) -> None:
     message.num_computed_tokens = load.num_computed_tokens
     message.num_drafted_tokens = load.num_drafted_tokens
     message.num_accepted_tokens = load.num_accepted_tokens
+    message.num_routers = load.num_routers
+    message.router_rank = load.router_rank
     if load.credit_sequences is not None:
         message.credit_sequences = load.credit_sequences
 

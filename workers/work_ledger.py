@@ -49,6 +49,7 @@ class WorkLedger:
         self._engine = engine
         self._replica_id = replica_id
         self._routers: dict[str, AttachedRouter] = {}
+        """By owner, and in that order."""
         self._works: dict[WorkId, _LiveWork] = {}
         self._num_choices = 0
         """Of these works, those that have not ended."""
@@ -76,7 +77,8 @@ class WorkLedger:
         outbox = Outbox(
             max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident, in_columns=in_columns
         )
-        router = self._routers[owner] = AttachedRouter(owner, outbox, on_news)
+        router = AttachedRouter(owner, outbox, on_news)
+        self._routers = dict(sorted((self._routers | {owner: router}).items()))
         return router
 
     def detach(self, router: AttachedRouter) -> None:
@@ -142,10 +144,12 @@ class WorkLedger:
         self._deliver(deltas)
         num_busy = sum(1 for router in self._routers.values() if router.num_works)
         num_counted = self._num_submitted if load.num_taken is None else load.num_taken
-        for router in self._routers.values():
+        num_routers = len(self._routers)
+        for rank, router in enumerate(self._routers.values()):
             router.outbox.add_kv_events(events)
             # Each gets a part of what is free: if all took the whole, all of them would wait here, out of order.
-            part = load.part_of(num_busy + (not router.num_works))
+            parts = num_busy + (not router.num_works)
+            part = load.part_of(parts, num_routers=num_routers, router_rank=rank)
             router.outbox.report(part, router.last_counted_batch(load), of_engine)
             # Until they hear of a new work, all others take this replica for the idlest and send it theirs as well.
             is_news = 0 < router.news_of <= num_counted

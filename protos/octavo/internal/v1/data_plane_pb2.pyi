@@ -757,6 +757,8 @@ class Load(google.protobuf.message.Message):
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     CREDIT_SEQUENCES_FIELD_NUMBER: builtins.int
+    NUM_ROUTERS_FIELD_NUMBER: builtins.int
+    ROUTER_RANK_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_blocks: builtins.int
@@ -774,6 +776,9 @@ class Load(google.protobuf.message.Message):
     num_accepted_tokens: builtins.int
     credit_sequences: builtins.int
     """How many new sequences it can take on beside credit_tokens, those that will run when others end included; not set: any."""
+    num_routers: builtins.int
+    """Routers that are attached there, and how many of them come before this one in the order of their ids."""
+    router_rank: builtins.int
     def __init__(
         self,
         *,
@@ -790,9 +795,11 @@ class Load(google.protobuf.message.Message):
         num_drafted_tokens: builtins.int = ...,
         num_accepted_tokens: builtins.int = ...,
         credit_sequences: builtins.int | None = ...,
+        num_routers: builtins.int = ...,
+        router_rank: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences", "credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences", "credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_routers", b"num_routers", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "router_rank", b"router_rank"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_credit_sequences", b"_credit_sequences"]) -> typing.Literal["credit_sequences"] | None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load
