@@ -3,9 +3,10 @@
 Paced: 64 streams, tokens made at a little more than the rate of the bar, each saying when it was made; what counts is
 how old tokens are when the client has them, and how many it has a second. A system that cannot keep up with what it is
 offered has tokens of any age, which says nothing of it: then the rate is stepped down and up to the largest at which
-tokens are young enough, and that rate is the bar's figure. One-token requests: 64 at a time, as many as are answered.
-Router, replica and client (`lean_client.py`) are processes of their own on the same cores; what each one takes is
-noted. Detokenisation, accounts and two stop strings are on, as for any request.
+tokens are young enough, and that rate is the bar's figure. One-token requests: 64 at a time, as many as are answered,
+by an engine with the steps of the paced run at the bar's rate (2 and 4.8 ms). Router, replica and client
+(`lean_client.py`) are processes of their own on the same cores; what each one takes is noted. Detokenisation, accounts
+and two stop strings are on, as for any request.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ async def _paced(settings: Settings, notes: Notes, call: str) -> None:
 
 async def _at(settings: Settings, call: str, rate: float, seconds: float) -> dict[str, Any]:
     config = RigConfig(
-        step_s=STREAMS / (MARGIN[call] * rate),
+        step_s=step_s(call, rate),
         num_sequences=STREAMS,
         num_blocks=16_384,
         chunk_tokens=512,
@@ -84,6 +85,11 @@ async def _at(settings: Settings, call: str, rate: float, seconds: float) -> dic
         paced = LeanLoad(call=call, output=output_at(rate), duration_s=seconds, is_staggered=True)
         counts, cpu_s = await load(rig, paced)
         return {"offered_per_s": rate, **summary(counts, cpu_s)}
+
+
+def step_s(call: str, rate: float) -> float:
+    """Return how long a step takes of an engine that makes a little more than `rate` tokens a second."""
+    return STREAMS / (MARGIN[call] * rate)
 
 
 def output_at(rate: float) -> int:
@@ -96,7 +102,10 @@ def _is_in_time(run: dict[str, Any]) -> bool:
 
 
 async def _one_token(settings: Settings, notes: Notes, call: str) -> None:
-    with RouterRig(RigConfig(step_s=0.001, num_sequences=STREAMS, chunk_tokens=1_024, num_blocks=16_384)) as rig:
+    config = RigConfig(
+        step_s=step_s(call, TOKENS_PER_S[call]), num_sequences=STREAMS, chunk_tokens=1_024, num_blocks=16_384
+    )
+    with RouterRig(config) as rig:
         small = LeanLoad(
             call=call, output=1, prompt=16, duration_s=settings.seconds(5.0), warm_up_s=0.5, tells_time=False
         )
