@@ -2,8 +2,8 @@
 
     router --RouterReport, every REPORT_PERIOD_S--> SignalLine --> Outlook --> router
 
-Standard library only, for the actor and Serve's controller read it as well. Counters (`num_*_total`, `running_s_total`)
-only grow while a router lives (`epoch`), so that a lost report loses nothing; everything else is how it is now.
+Standard library only, for the actor and Serve's controller read it as well. Counters (`num_*_total`) only grow while a
+router lives (`epoch`), so that a lost report loses nothing; everything else is how it is now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class ModelSignal:
     """Sequences that wait for a replica."""
     queued_tokens: int = 0
     num_running: int = 0
-    """Sequences that a replica has."""
+    """Sequences of this router that a replica has."""
+    num_aboard: int = 0
+    """Sequences that replicas have, of all routers, by what they report."""
     owed_prefill_tokens: int = 0
     """Prompt tokens that its replicas have yet to compute, for all routers."""
     oldest_wait_s: float = 0.0
@@ -35,8 +37,6 @@ class ModelSignal:
     too near, and those whose time ran out while they waited."""
     num_ended_total: int = 0
     """Sequences that have left a replica, however they ended."""
-    running_s_total: float = 0.0
-    """What all sequences together have spent at replicas, those that run now included."""
     num_ready: int = 0
     """Replicas that may be sent work."""
 
@@ -67,6 +67,8 @@ class RouterReport:
     num_sessions: int = 0
     models: Mapping[str, ModelSignal] = field(default_factory=dict)
     """By the name that requests call them."""
+    overrides: Mapping[str, int] = field(default_factory=dict)
+    """What operators have asked for, as this router heard last: an actor that has just restarted knows no other way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

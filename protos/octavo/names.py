@@ -35,6 +35,7 @@ class Reason:
     QUOTA_EXCEEDED = "QUOTA_EXCEEDED"  # the tenant has had its requests or tokens of this minute
     # UNAVAILABLE
     NO_REPLICA = "NO_REPLICA"
+    MODEL_FAILED = "MODEL_FAILED"  # this model cannot be served, though others are
     REPLICA_LOST = "REPLICA_LOST"
     DRAINING = "DRAINING"
     SESSION_LOST = "SESSION_LOST"
@@ -65,6 +66,12 @@ class Span:
     DECODE = "octavo.decode"
     BATCH = "octavo.batch"
     STEP = "octavo.step"
+    SCALE = "octavo.scale"
+
+
+class Metric:
+    REPLICAS_TARGET = "octavo.replicas.target"
+    SCALE_DECISIONS = "octavo.scale.decisions"
 
 
 class Attribute:
@@ -94,6 +101,11 @@ class Attribute:
     BATCH_TOKENS = "octavo.batch.tokens"
     NUM_PREEMPTIONS = "octavo.num_preemptions"
     STEP = "octavo.step"
+    REPLICAS_BEFORE = "octavo.replicas.before"
+    REPLICAS_TARGET = "octavo.replicas.target"
+    SCALE_REASON = "octavo.scale.reason"
+    SCALE_DEMAND = "octavo.scale.demand"
+    SCALE_DIRECTION = "octavo.scale.direction"
 
 
 class Metadata:

@@ -1,0 +1,149 @@
+"""What routers' reports say of one model, added up: how many places for sequences there should be. Pure.
+
+Those that run need their places. Of those that wait, as many count as what comes keeps busy beyond these (arrivals x
+time at a replica, by Little's law), and the backlog over the time in which it may drain. So a backlog that grows while
+replicas start does not ask for ever more of them. One that stays although they are there counts in full, and so does
+all that waits while nobody knows how long answers take. What was turned away would have run: it counts as having come,
+and as waiting.
+
+Replicas say what they have to every router, so the most that one of them says is what runs; what waits is each router's
+own. `now` is in seconds, on one clock for all calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final, NamedTuple
+
+from cluster.autoscaling import Demand
+from router.signal import REPORT_PERIOD_S, ModelSignal
+
+FRESH_S: Final = 3 * REPORT_PERIOD_S
+"""A router that has been silent for longer may be dead, and its clients may wait elsewhere already."""
+KEEP_S: Final = 2.0
+"""Older reports say nothing."""
+MIN_WINDOW_S: Final = 0.5
+MAX_WINDOW_S: Final = 5.0
+"""Arrivals are counted since the backlog began, within these."""
+SERVICE_WINDOW_S: Final = 20.0
+"""Of time in which something ran; what an answer took before that counts little."""
+MIN_DRAIN_S: Final = 10.0
+DRAIN_STARTS: Final = 6.0
+"""A backlog may take so many times as long to drain as a replica takes to start: by then all are there, and a load of
+five replicas that came at once to none has asked for six at most."""
+IDLE_S: Final = 1.0
+"""Since the last arrival."""
+_MIN_ENDED: Final = 0.05
+
+
+class _Part(NamedTuple):
+    """What one router said last."""
+
+    epoch: int
+    at: float
+    signal: ModelSignal
+
+
+class _Count(NamedTuple):
+    at: float
+    arrived: int
+    turned_away: int
+
+
+class DemandMeter:
+    """Of one model."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, _Part] = {}
+        self._arrived = self._turned_away = 0
+        """Since this meter was made, by all routers."""
+        self._counts: deque[_Count] = deque()
+        """Of the last `MAX_WINDOW_S`, and one from before."""
+        self._last_arrival_at = -math.inf
+        self._running_s = self._ended = 0.0
+        """Sequence-seconds at replicas, and sequences that ended; both fade alike."""
+        self._measured_at: float | None = None
+        self._num_running = 0
+        self._queued_since: float | None = None
+        self._num_ready = 0
+        self._settled_since = -math.inf
+        """Since when as many replicas as now are ready."""
+
+    def add(self, router_id: str, epoch: int, signal: ModelSignal, now: float) -> None:
+        """Take in what a router has just said."""
+        before = self._parts.get(router_id)
+        self._parts[router_id] = _Part(epoch, now, signal)
+        if before is None or before.epoch != epoch:
+            return  # its counters began before this meter did
+        old = before.signal
+        if (num_arrived := signal.num_arrived_total - old.num_arrived_total) > 0:
+            self._arrived += num_arrived
+            self._last_arrival_at = now
+        self._turned_away += max(signal.num_turned_away_total - old.num_turned_away_total, 0)
+        self._ended += max(signal.num_ended_total - old.num_ended_total, 0)
+
+    @property
+    def service_s(self) -> float | None:
+        """How long a sequence is at a replica, on average; None while nobody knows."""
+        return self._running_s / self._ended if self._ended >= _MIN_ENDED else None
+
+    def measure(self, now: float, start_s: float | None) -> Demand | None:
+        """Return what is asked for by now, where a replica takes `start_s` to start; None if no router says."""
+        self._parts = {name: part for name, part in self._parts.items() if now - part.at <= KEEP_S}
+        if not self._parts:
+            self._measured_at = self._queued_since = None
+            return None
+        fresh = [part.signal for part in self._parts.values() if now - part.at <= FRESH_S]
+        signals = fresh or [part.signal for part in self._parts.values()]
+        num_running = max(signal.num_aboard for signal in signals)
+        num_queued = sum(signal.num_queued for signal in signals)
+        self._see(now, num_running, num_queued, max(signal.num_ready for signal in signals))
+        arrivals, refusals = self._rates(now)
+        service_s = self.service_s
+        unserved = num_queued + refusals * max(service_s or 1.0, MIN_WINDOW_S)
+        sequences = num_running + unserved
+        if service_s is not None and unserved:
+            drain_s = max(MIN_DRAIN_S, DRAIN_STARTS * (start_s or 0.0))
+            standing_s = now - max(self._queued_since or now, self._settled_since)
+            if standing_s <= drain_s:
+                sequences = min(sequences, arrivals * service_s + num_queued * service_s / drain_s)
+        return Demand(
+            sequences=max(sequences, num_running),
+            is_idle=not num_running and not num_queued and now - self._last_arrival_at > IDLE_S,
+            cause=_cause(num_running, num_queued, refusals),
+        )
+
+    def _see(self, now: float, num_running: int, num_queued: int, num_ready: int) -> None:
+        """Let the time since the last measurement pass."""
+        if self._measured_at is not None:
+            passed = now - self._measured_at
+            if self._num_running:
+                fade = math.exp(-passed / SERVICE_WINDOW_S)
+                self._running_s = self._running_s * fade + self._num_running * passed
+                self._ended *= fade
+        self._measured_at, self._num_running = now, num_running
+        if not num_queued:
+            self._queued_since = None
+        elif self._queued_since is None:
+            self._queued_since = now
+        if num_ready != self._num_ready:
+            self._num_ready, self._settled_since = num_ready, now
+
+    def _rates(self, now: float) -> tuple[float, float]:
+        """Return arrivals and refusals in a second, lately."""
+        self._counts.append(_Count(now, self._arrived, self._turned_away))
+        while len(self._counts) > 1 and self._counts[1].at <= now - MAX_WINDOW_S:
+            self._counts.popleft()
+        since = now if self._queued_since is None else self._queued_since
+        window_s = min(max(now - since, MIN_WINDOW_S), MAX_WINDOW_S)
+        first = next((count for count in reversed(self._counts) if count.at <= now - window_s), self._counts[0])
+        window_s = max(now - first.at, MIN_WINDOW_S)
+        return (self._arrived - first.arrived) / window_s, (self._turned_away - first.turned_away) / window_s
+
+
+def _cause(num_running: int, num_queued: int, refusals: float) -> str:
+    parts = [f"{num_running} running", f"{num_queued} waiting"]
+    if refusals:
+        parts.append(f"{refusals:.1f} a second turned away")
+    return ", ".join(parts)

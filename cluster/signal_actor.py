@@ -1,0 +1,95 @@
+"""The process of `octavo-signal`: a `SignalBoard` behind a Ray actor, and a span and metrics for each change.
+
+Everything runs on the actor's one event loop and answers at once. A change of a target is a span `octavo.scale` of its
+own trace, a count and a gauge, with the reason, and a line of the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, Final
+
+from octavo.names import Attribute, Metric, Span
+from opentelemetry import metrics, trace
+
+from cluster.autoscaling import ScalingConfig
+from cluster.signal_board import SignalBoard, StartProgress, TargetChange
+from router.signal import Outlook, RouterReport
+from workers.types import Boot
+
+NODES_PERIOD_S: Final = 1.0
+"""How old a count of the nodes may be."""
+
+_log = logging.getLogger(__name__)
+
+
+class SignalActor:
+    """The actor's class."""
+
+    def __init__(self, boot: Boot) -> None:
+        self._stop_process = boot.start_process("signal")
+        self._epoch = time.time() - time.monotonic()
+        self._board = SignalBoard(self._now())
+        meter = metrics.get_meter("octavo.cluster")
+        self._target = meter.create_gauge(Metric.REPLICAS_TARGET, "{replica}", "replicas that there shall be")
+        self._changes = meter.create_counter(Metric.SCALE_DECISIONS, "{decision}", "changes of the number of replicas")
+        self._tracer = trace.get_tracer("octavo.cluster")
+        self._num_nodes: int | None = None
+        self._counted_at = float("-inf")
+
+    async def report(self, report: RouterReport) -> Outlook:
+        return self._board.report(report, self._now())
+
+    async def desired(self, model: str, scaling: dict[str, Any], current: int, target: int) -> int:
+        """Return how many replicas of `model` there shall be. `scaling`: a `ScalingConfig` as a dict."""
+        config = ScalingConfig(**{**scaling, "schedule": tuple(scaling["schedule"])})
+        desired, change = self._board.desired(model, config, self._now(), current=current, target=target)
+        if change is not None:
+            self._tell(change)
+        return desired
+
+    async def num_nodes(self) -> int | None:
+        """Return how many nodes there are; None while that is not known."""
+        if time.monotonic() - self._counted_at >= NODES_PERIOD_S:
+            self._counted_at = time.monotonic()
+            self._num_nodes = await asyncio.to_thread(_count_nodes)
+        return self._num_nodes
+
+    async def progress(self, progress: StartProgress) -> None:
+        self._board.progress(progress, self._now())
+
+    async def scale(self, model: str, num_replicas: int | None) -> None:
+        self._board.scale(model, num_replicas)
+        _log.info(
+            "an operator asks for %s replicas of %s", "any number of" if num_replicas is None else num_replicas, model
+        )
+
+    async def view(self) -> Outlook:
+        return self._board.outlook(self._now())
+
+    def _now(self) -> float:
+        """Return seconds since 1970 by a clock that does not jump when the system's is set."""
+        return self._epoch + time.monotonic()
+
+    def _tell(self, change: TargetChange) -> None:
+        attributes = {
+            Attribute.REQUEST_MODEL: change.model,
+            Attribute.REPLICAS_BEFORE: change.before,
+            Attribute.REPLICAS_TARGET: change.after,
+            Attribute.SCALE_REASON: change.reason,
+            Attribute.SCALE_DEMAND: change.demand,
+        }
+        self._tracer.start_span(Span.SCALE, attributes=attributes).end()
+        model = {Attribute.REQUEST_MODEL: change.model}
+        self._target.set(change.after, model)
+        direction = "up" if change.after > change.before else "down"
+        self._changes.add(1, {**model, Attribute.SCALE_DIRECTION: direction})
+        _log.info("%s: %d replicas, were %d: %s", change.model, change.after, change.before, change.reason)
+
+
+def _count_nodes() -> int:
+    import ray
+
+    return sum(1 for node in ray.nodes() if node["Alive"])
