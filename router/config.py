@@ -34,6 +34,9 @@ class RouterConfig:
     tls_client_ca_file: str = ""
     """Certificates in PEM of who may sign clients' certificates, which every client must have then; the one subject
     alternative name of a client's is its tenant. Empty: clients need none."""
+    health_port: int = 0
+    """Where routers answer `grpc.health.v1` without TLS, and nothing else, beside the public port: for Kubernetes'
+    probes, which speak none. On serve.host. Routers of one node share it. 0: none."""
     decision_log: str = ""
     """A file to which every placement decision goes as a line of JSON (router/decision_log.py says what is in it), with
     PATH.1 at most 128 MiB. Routers of one node may share it. Empty: none."""
@@ -79,9 +82,11 @@ class RouterConfig:
         """Raises ConfigError with the rule and the value."""
         _check_header(self.tenant_header)
         _check_trust(self)
+        if not 0 <= self.health_port <= 65535:
+            raise ConfigError(f"router.health_port must be in [0, 65535], is {self.health_port!r}")
         for name in self.__slots__:
             value = getattr(self, name)
-            if not isinstance(value, bool | str) and not value > 0:
+            if not isinstance(value, bool | str) and not value > 0 and name != "health_port":
                 raise ConfigError(f"router.{name} must be > 0, is {value!r}")
 
 

@@ -20,6 +20,7 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from router import garbage, membership
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
+from router.health_port import HealthPort
 from router.hello import RouterIdentity
 from router.model import ModelSource, ServedModel
 from router.server import RouterServer
@@ -98,7 +99,12 @@ class Router:
         host, port = listen
         # The public port is the same for all routers of a node; the other one leads to this router alone.
         self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
+        self._health_port: HealthPort | None = None
+        if config.health_port:
+            self._health_port = HealthPort(self._server.health_servicer, host.strip("[]"), config.health_port)
         await self._server.start()
+        if self._health_port is not None:
+            await self._health_port.start()
         garbage.settle()
         self._drained: asyncio.Task[bool] | None = None
 
@@ -140,6 +146,8 @@ class Router:
             return
         await self.drain()
         await self._server.stop()
+        if self._health_port is not None:
+            await self._health_port.stop()
         await self._dispatcher.stop()
         await asyncio.to_thread(self._stop_process)
 

@@ -32,7 +32,7 @@ from router.config import RouterConfig
 from router.identity import Identities
 from router.intake import Intake
 from router.key_file import KeyFile
-from router.model import ServedModel
+from router.model import Models
 from router.servicer import InferenceServicer
 from router.services import ModelServicer, StatusServicer
 from router.sessions import Sessions
@@ -54,7 +54,8 @@ NEVER_MS = 2**31 - 1
 
 
 class RouterServer:
-    """Make it on the event loop that it shall run on. `models` may not be changed afterwards.
+    """Make it on the event loop that it shall run on. Of `models` none may come or go afterwards; one that is unserved
+    may become served.
 
     `so_reuseport`: whether other routers of this machine may listen on the same port; then a port that is in use by
     one of them goes unnoticed. `salt_key`: `ClusterKeys.tenant_salt`, needed if tenants are told apart.
@@ -65,7 +66,7 @@ class RouterServer:
     def __init__(
         self,
         config: RouterConfig,
-        models: Mapping[str, ServedModel],
+        models: Models,
         backend: Backend,
         *,
         router_id: str,
@@ -100,6 +101,11 @@ class RouterServer:
     def intake(self) -> Intake:
         """Where requests come in; knows how many were accepted and have ended."""
         return self._intake
+
+    @property
+    def health_servicer(self) -> health.aio.HealthServicer:
+        """What the server says of itself."""
+        return self._health
 
     @property
     def keys(self) -> KeyFile | None:
