@@ -25,7 +25,7 @@ another. So prefixes spread over caches that have room, also while nothing queue
 that replicas of about the same fill are equal."""
 Key = TypeVar("Key")
 MAX_STANDINGS: Final = 16
-"""Of which this router's part of the replicas is remembered: for a while replicas may differ in which routers they see."""
+"""Of so many its part of the replicas is remembered: for a while replicas may differ in which routers they see."""
 _FEW: Final = 32
 """So few replicas are looked at one by one; of more, the loads in their order."""
 
