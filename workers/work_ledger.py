@@ -36,6 +36,8 @@ MAX_HELD_CHOICES = 16_384
 """That a replica takes on at once. Routers that keep to its credit send a few dozen more than it computes."""
 MAX_UNTOLD_CHOICES = 2 * MAX_HELD_CHOICES
 """All that are held may have news at once. What is turned down beyond that comes from no router of ours."""
+PROMPT_BLOCKS = 8
+"""So many blocks that come or go in one step are those of a prompt; answers fill one now and then."""
 
 
 class BadDispatchError(Exception):
@@ -71,7 +73,7 @@ class WorkLedger:
 
     def attach(self, owner: str, on_news: Callable[[bool], None], *, in_columns: bool = False) -> AttachedRouter:
         """Keep books for a router from now on. `on_news` is called when its outbox has something new; with True when
-        there are tokens or a load with works of other routers, with False when it can wait for company. `in_columns`:
+        there are tokens, or works or a prompt of other routers, with False when it can wait for company. `in_columns`:
         see `Outbox`."""
         assert owner not in self._routers
         outbox = Outbox(
@@ -145,17 +147,19 @@ class WorkLedger:
         num_busy = sum(1 for router in self._routers.values() if router.num_works)
         num_counted = self._num_submitted if load.num_taken is None else load.num_taken
         num_routers = len(self._routers)
+        has_prompt = num_routers > 1 and len(events) >= PROMPT_BLOCKS
         for rank, router in enumerate(self._routers.values()):
             router.outbox.add_kv_events(events)
             # Each gets a part of what is free: if all took the whole, all of them would wait here, out of order.
             parts = num_busy + (not router.num_works)
             part = load.part_of(parts, num_routers=num_routers, router_rank=rank)
             router.outbox.report(part, router.last_counted_batch(load), of_engine)
-            # Until they hear of a new work, all others take this replica for the idlest and send it theirs as well.
+            # Until they hear of a new work, all others take this replica for the idlest and send it theirs as well;
+            # until they hear of a prompt in its cache, they have others compute the same one.
             is_news = 0 < router.news_of <= num_counted
             if is_news:
                 router.news_of = 0
-            router.on_news(router.outbox.has_deltas or is_news)
+            router.on_news(router.outbox.has_deltas or is_news or has_prompt)
 
     def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
         if not work.is_aborted:

@@ -13,9 +13,9 @@ from workers.types import WorkId
 from workers.work_ledger import AttachedRouter, WorkLedger
 
 
-def make_ledger(*, in_columns: bool = False) -> tuple[FakeEngine, WorkLedger, AttachedRouter]:
+def make_ledger(*, in_columns: bool = False, chunk_tokens: int = 8) -> tuple[FakeEngine, WorkLedger, AttachedRouter]:
     engine = FakeEngine(
-        EngineConfig(engine="fake", block_size=4, num_blocks=64, chunk_tokens=8),
+        EngineConfig(engine="fake", block_size=4, num_blocks=64, chunk_tokens=chunk_tokens),
         manifest=fake_manifest(vocab_size=VOCAB),
         hash_key=KEYS.prefix_hash,
     )
@@ -25,8 +25,8 @@ def make_ledger(*, in_columns: bool = False) -> tuple[FakeEngine, WorkLedger, At
     return engine, ledger, router
 
 
-def send(ledger: WorkLedger, router: AttachedRouter, number: int, **fields: int) -> None:
-    request = make_request(range(number, number + 30), **fields)  # type: ignore[arg-type]
+def send(ledger: WorkLedger, router: AttachedRouter, number: int, *, num_tokens: int = 30, **fields: int) -> None:
+    request = make_request(range(number, number + num_tokens), **fields)  # type: ignore[arg-type]
     work = to_work(request, work_id=number, attempt=1, now=request.accepted_at, traceparent="", tracestate="")
     ledger.submit(router, pb.Dispatch(batch_id=number, work=[work]), request.accepted_at)
 
@@ -60,6 +60,19 @@ def test_every_router_is_told_its_place_among_all() -> None:
     assert [(load.num_routers, load.router_rank) for load in loads] == [(3, 0), (3, 1), (3, 2)]
     ledger.detach(second)
     assert report(ledger, last).load.router_rank == 1
+
+
+@pytest.mark.parametrize(("chunk_tokens", "is_urgent"), [(32, True), (8, False)])
+def test_other_routers_hear_at_once_of_a_prompt_in_the_cache(chunk_tokens: int, is_urgent: bool) -> None:
+    engine, ledger, router = make_ledger(chunk_tokens=chunk_tokens)
+    heard: list[bool] = []
+    ledger.attach("other/1/2", heard.append)
+    send(ledger, router, 1, num_tokens=40)
+    ledger.collect()  # the load with the work
+    heard.clear()
+    engine.step()
+    ledger.collect()
+    assert heard == [is_urgent]
 
 
 def test_a_report_says_what_the_engine_has_by_its_own_books() -> None:
