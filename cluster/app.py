@@ -1,15 +1,21 @@
-"""Binds Router and Worker into one Ray Serve application and says what each of them may use.
+"""Binds Router and one Worker for each model into one Ray Serve application and says what each of them may use.
 
 `build` is for a process that has a `ClusterConfig`; `app` is the builder that ``serve deploy`` imports, whose `args`
-are the configuration file's keys. Nothing here starts anything but the actor with the cluster's secret.
+are the configuration file's keys. Nothing here starts anything but the actors with the cluster's secret and its signal.
+
+A deployment's version is a digest of what its processes are given: an application that is built again replaces the
+processes of what has changed, and no others.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,7 +23,8 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from cluster.boot import ClusterBoot, forwarded
-from cluster.config import ClusterConfig, load
+from cluster.config import ClusterConfig, ModelConfig, load
+from cluster.policy import model_scaling, router_scaling
 from cluster.secret import SecretSource, ensure_secret
 from router.model import ModelSource
 from router.serve import Router
@@ -28,6 +35,8 @@ WORKER = "Worker"
 MAX_ONGOING_REQUESTS = 1_000
 """Only Serve's control calls count against it."""
 MAX_START_ATTEMPTS = 3
+SURGE_PERCENT = 25
+"""Of its processes that a changed deployment starts before it stops as many old ones; one at least."""
 
 
 def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ: Mapping[str, str] | None) -> Any:
@@ -36,51 +45,9 @@ def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ:
     `environ` is what routers and replicas get variables from; None if Ray itself was started with them. Ray starts a
     process that is to have variables of its own twice, for the first one sets them: 0.8 s more on a small machine.
     """
-    boot = ClusterBoot(config.log)
-    environment = {} if environ is None else {"runtime_env": {"env_vars": forwarded(environ)}}
-    stop_s = graceful_shutdown_timeout_s(config)
-    common = {
-        "max_ongoing_requests": MAX_ONGOING_REQUESTS,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": stop_s,
-        "health_check_period_s": config.replicas.health_check_period_s,
-        "health_check_timeout_s": config.replicas.health_check_timeout_s,
-        "max_constructor_retry_count": MAX_START_ATTEMPTS,
-    }
-    resources: dict[str, Any] = {"num_cpus": config.num_cpus(cores), "resources": dict(config.resources.custom)}
-    if config.resources.memory_bytes:
-        resources["memory"] = config.resources.memory_bytes
-    worker = serve.deployment(
-        name=WORKER,
-        num_replicas=config.replicas.num_replicas,
-        ray_actor_options=resources | environment,
-        request_router_config=RequestRouterConfig(
-            request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": WORKER}
-        ),
-        **common,
-    )(Worker)
-    router = serve.deployment(
-        name=ROUTER, num_replicas=config.serve.num_routers, ray_actor_options={"num_cpus": 0} | environment, **common
-    )(Router)
-    workers = worker.bind(
-        boot=boot,
-        config=dataclasses.replace(
-            config.engine, threads=config.threads(cores), replicas_per_node=config.replicas_per_node()
-        ),
-        model=config.model,
-        secret=secret,
-        graceful_shutdown_timeout_s=stop_s,
-    )
-    return router.bind(
-        boot=boot,
-        config=config.router,
-        model=ModelSource(name=config.model, max_model_len=config.engine.max_model_len),
-        listen=(config.serve.host, config.serve.port),
-        secret=secret,
-        group=WORKER,
-        workers=workers,
-        version=importlib.metadata.version("octavo"),
-    )
+    parts = _Parts(config, cores, secret, {} if environ is None else {"env_vars": forwarded(environ)})
+    workers = {worker_name(config, name): parts.worker(name, model) for name, model in config.deployments().items()}
+    return parts.router(workers)
 
 
 def app(args: dict[str, Any]) -> Any:
@@ -92,6 +59,11 @@ def app(args: dict[str, Any]) -> Any:
     return build(config, cores=cores_of_node(), secret=ensure_secret(), environ=os.environ)
 
 
+def worker_name(config: ClusterConfig, model: str) -> str:
+    """Return the name of the Serve deployment whose replicas compute `model`, one of ``config.deployments()``."""
+    return f"{WORKER}-{model}" if config.models else WORKER
+
+
 def graceful_shutdown_timeout_s(config: ClusterConfig) -> float:
     """Return how long Serve waits for a router or replica that it stops: the drain, and what comes after it."""
     return config.router.drain_grace_s + 2 * STOP_MARGIN_S
@@ -101,3 +73,117 @@ def cores_of_node() -> float:
     """Return the CPUs of the smallest node of the connected Ray that has any."""
     cores = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     return min((count for count in cores if count > 0), default=float(os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Makes the deployments of one application."""
+
+    config: ClusterConfig
+    cores: float
+    secret: SecretSource
+    runtime_env: dict[str, Any]
+
+    def worker(self, name: str, model: ModelConfig) -> Any:
+        """Return the bound deployment of the replicas of `model`."""
+        resources: dict[str, Any] = {
+            "num_cpus": self.config.num_cpus(model, self.cores),
+            "resources": dict(model.resources.custom),
+        }
+        if model.resources.memory_bytes:
+            resources["memory"] = model.resources.memory_bytes
+        group = worker_name(self.config, name)
+        deployment = serve.deployment(
+            name=group,
+            ray_actor_options=self._actor_options(resources),
+            autoscaling_config=model_scaling(
+                name,
+                model.scaling,
+                num_replicas=model.initial_replicas,
+                max_num_sequences=model.engine.max_num_sequences,
+            ),
+            request_router_config=RequestRouterConfig(
+                request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": group}
+            ),
+            health_check_period_s=model.replicas.health_check_period_s,
+            health_check_timeout_s=model.replicas.health_check_timeout_s,
+            **self._common(),
+        )(Worker)
+        return _bound(
+            deployment,
+            boot=ClusterBoot(self.config.log),
+            config=self.config.engine_config(model, self.cores),
+            model=model.model,
+            secret=self.secret,
+            graceful_shutdown_timeout_s=graceful_shutdown_timeout_s(self.config),
+        )
+
+    def router(self, workers: Mapping[str, Any]) -> Any:
+        """Return the bound deployment of the routers. `workers`: bound deployments by their names."""
+        config = self.config
+        num_routers: dict[str, Any] = {"num_replicas": config.serve.num_routers}
+        if not config.serve.num_routers:
+            # Two on a node: one that starts and the one that it replaces.
+            num_routers = {"autoscaling_config": router_scaling(), "max_replicas_per_node": 2}
+        deployment = serve.deployment(
+            name=ROUTER,
+            ray_actor_options=self._actor_options({"num_cpus": 0}),
+            health_check_period_s=config.replicas.health_check_period_s,
+            health_check_timeout_s=config.replicas.health_check_timeout_s,
+            **num_routers,
+            **self._common(),
+        )(Router)
+        models = tuple(
+            ModelSource(
+                name=name,
+                files=model.model,
+                group=worker_name(config, name),
+                max_model_len=model.engine.max_model_len,
+            )
+            for name, model in config.deployments().items()
+        )
+        return _bound(
+            deployment,
+            boot=ClusterBoot(config.log),
+            config=config.router,
+            models=models,
+            listen=(config.serve.host, config.serve.port),
+            secret=self.secret,
+            workers=dict(workers),
+            version=_installed(),
+        )
+
+    def _actor_options(self, resources: dict[str, Any]) -> dict[str, Any]:
+        return resources | ({"runtime_env": self.runtime_env} if self.runtime_env else {})
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "max_ongoing_requests": MAX_ONGOING_REQUESTS,
+            "max_surge_percent": SURGE_PERCENT,
+            "rolling_update_percentage": 1.0,
+            "graceful_shutdown_wait_loop_s": 0.2,
+            "graceful_shutdown_timeout_s": graceful_shutdown_timeout_s(self.config),
+            "max_constructor_retry_count": MAX_START_ATTEMPTS,
+        }
+
+
+def _bound(deployment: Any, **given: Any) -> Any:
+    """Bind `deployment` to what its processes are `given`, of which it gets its version. Serve compares the options
+    of its actors by itself, and gives a deployment without a version a random one: all would start anew each time."""
+    digest = hashlib.sha256(
+        json.dumps([_installed(), given], sort_keys=True, default=_plain).encode(), usedforsecurity=False
+    )
+    # Not public: the way that Serve itself uses to set it.
+    return deployment.options(version=digest.hexdigest()[:16], _internal=True).bind(**given)
+
+
+def _plain(value: object) -> object:
+    """Return what of `value` counts in a version. Of other deployments their names: they have versions of their own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return {type(value).__qualname__: fields}
+    return type(value).__qualname__ if isinstance(value, serve.Application) else repr(value)
+
+
+def _installed() -> str:
+    return importlib.metadata.version("octavo")

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster import telemetry
-from cluster.config import ENV_CREDENTIALS, LogConfig
+from cluster.config_sections import LogConfig
 from cluster.grpc_environment import grpc_environment
+from cluster.secret import SECRET_FILE
 from workers.types import ModelFiles
 
-FORWARDED = ("OTEL_", "OCTAVO_", "RAY_SERVE_")
-"""Beginnings of the variables that replicas and routers get from the process that builds the application."""
+FORWARDED = ("OTEL_", "RAY_SERVE_", "OCTAVO_CACHE_DIR", SECRET_FILE)
+"""Beginnings of the variables that replicas and routers get from the process that builds the application: those that
+they read. Others would make them other processes, which start anew when the application is built from another shell."""
 ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """One event loop a process: a second grpc.aio loop costs threads, hand-overs and log noise."""
 
@@ -37,9 +39,6 @@ class ClusterBoot:
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that routers and replicas are started with; credentials of whoever types commands are not
-    theirs."""
+    """Return the variables that routers and replicas are started with."""
     own = ONE_LOOP | grpc_environment(environ)
-    return own | {
-        name: value for name, value in environ.items() if name.startswith(FORWARDED) and name not in ENV_CREDENTIALS
-    }
+    return own | {name: value for name, value in environ.items() if name.startswith(FORWARDED)}

@@ -15,7 +15,7 @@ import torch
 from cluster import capacity, machine
 from cluster.capacity import ROWS, Demand, Prediction, Speed, WeightFormat
 from cluster.capacity_setup import ON_DEVICES, Setup, on_device, on_this_machine
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, ModelConfig
 from cluster.devices import Device
 from cluster.machine import StepRun
 from workers import memory
@@ -110,24 +110,31 @@ class CapacityPlan:
 
 
 def make_plan(
-    config: ClusterConfig, files: ModelFiles, *, device: Device | None, context: int | None, note: Callable[[str], None]
+    config: ClusterConfig,
+    model: ModelConfig,
+    files: ModelFiles,
+    *,
+    device: Device | None,
+    context: int | None,
+    note: Callable[[str], None],
 ) -> CapacityPlan:
-    """Return the plan of a model on `device` or, with None, on this machine, where measuring takes a minute at most.
+    """Return the plan of `model`, whose `files` these are, on `device` or, with None, on this machine, where measuring
+    takes a minute at most and other models of `config` take their part of cores and memory.
 
     Raises ConfigError and ModelFileError with the rule and the value.
     """
     manifest, checkpoint = read_manifest(files.manifest), open_checkpoint(files.weights)
-    max_model_len = choose_max_model_len(config.engine, manifest, checkpoint.shape)
+    max_model_len = choose_max_model_len(model.engine, manifest, checkpoint.shape)
     if context is None:
         context = min(USUAL_CONTEXT, max_model_len - 1)
     if not 0 <= context < max_model_len:
         raise ConfigError(f"--context must be in [0, {max_model_len - 1}] for {manifest.name}, is {context}")
-    setup = (on_device if device else on_this_machine)(config.engine, checkpoint)
+    setup = (on_device if device else on_this_machine)(model.engine, checkpoint)
     demands = {weights: capacity.demand(checkpoint.shape, weights, setup.cache) for weights in setup.formats}
     own, free_bytes = demands[setup.configured], int(device.memory_gb * 1e9) if device else memory.free_memory()
-    engine = replace(config.engine, replicas_per_node=1 if device else config.replicas_per_node())
+    engine = replace(model.engine, replicas_per_node=1 if device else config.replicas_per_node(model))
     room = _room(engine, setup, own, max_model_len=max_model_len, free_bytes=free_bytes)
-    threads = config.threads(float(os.cpu_count() or 1))
+    threads = config.threads(model, float(os.cpu_count() or 1))
     means = _promised(device) if device else _measured(setup, threads, free_bytes, note)
     measure: Measure = _no_steps
     if setup.native is not None:

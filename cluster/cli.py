@@ -21,9 +21,10 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_demo, cli_isolation, cli_keys, cli_models, cli_plan, telemetry
-from cluster.config import ClusterConfig, LogConfig, load
-from workers.errors import OctavoError, StartupError
+from cluster import cli_client, cli_demo, cli_isolation, cli_keys, cli_models, cli_operate, cli_plan, telemetry
+from cluster.config import ClusterConfig, load
+from cluster.config_sections import LogConfig
+from workers.errors import ConfigError, OctavoError, StartupError
 
 app = typer.Typer(
     name="octavo",
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(cli_client.app)
 app.add_typer(cli_demo.app)
 app.add_typer(cli_isolation.app)
+app.add_typer(cli_operate.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_keys.app, name="keys")
@@ -102,7 +104,7 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
     which go within about a minute. Its temporary directory stays.
 
     When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "routers", "pid", "ray_address",
-    "models", "replicas", "version"}.
+    "models", "failures", "replicas", "version"}; "failures" says why other models cannot be served.
 
     Examples: `octavo serve`, `octavo serve --model ./model.gguf --replicas 2 --port 0`,
     `octavo serve --config cluster.toml --ray-address auto`.
@@ -153,7 +155,12 @@ def main() -> NoReturn:
 
 
 def _load(path: Path | None, options: Mapping[str, Any]) -> ClusterConfig:
-    return load(path, os.environ, _given(options))
+    given = _given(options)
+    config = load(path, os.environ, given)
+    if config.models and "model" in given:
+        names = ", ".join(config.models)
+        raise ConfigError(f"--model must not be given where models have tables ({names}), is {given['model']!r}")
+    return config
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from octavo.client import (
 
 from cluster.cli_answer import answer_record, error_record, printable, report
 from cluster.cli_dial import dial
-from cluster.config import ServeConfig
+from cluster.config_sections import ServeConfig
 
 _REACH_S = 3.0
 """How long an interactive command looks for a router."""
@@ -135,25 +135,33 @@ def chat(  # a parameter for each option
 @app.command(epilog=_EXIT_CODES)
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds from one look of --watch to the next.", min=0.1)] = 1.0,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Show what the cluster is doing: the router's queue, and each replica with its load, cache, kernels and dtype.
+    """Show what the cluster is doing: models with their replicas and why there are so many, routers with their queues,
+    and each replica with its load, cache, kernels and dtype.
+
+    With --watch and --json, one JSON object a line.
 
     Examples:
 
-    - `octavo status`
+    - `octavo status --watch`
     - `octavo status --json --address 10.0.0.5:50051`
     """
+    from rich.console import Console
+
     from cluster.cli_status import status_record, status_view
+    from cluster.cli_watch import watch as keep_watching
 
     async def ask() -> int:
         async with dial(_targets(address)) as client:
+            if watch:
+                return await keep_watching(client.status, period_s=interval, as_json=as_json, console=Console())
             answer = await client.status()
         if as_json:
             typer.echo(json.dumps(status_record(answer)))
         else:
-            from rich.console import Console
-
             Console().print(status_view(answer))
         return 0
 

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workers.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from cluster.capacity_plan import CapacityPlan, StepTime, WeightsPlan
+    from cluster.config import ClusterConfig, ModelConfig
 
 app = typer.Typer()
 
 
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Option(help="What to plan for, as for `octavo serve`.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="What to plan for, as for `octavo serve`, or the name of a model that has a table."),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="a100, h100, h200, l4, l40s, rtx4090, ...: its data sheet instead of this machine."),
@@ -41,6 +47,8 @@ def plan(
     Of this machine, bandwidth, compute and steps are measured, with the threads and the kernels that the engine uses
     and weights that are made up; of a device they are its data sheet's (dense bf16), which nothing reaches in full.
 
+    Of a configuration with several models each is planned for, with what the others leave it.
+
     Examples: `octavo plan`, `octavo plan --model ./model.gguf --context 1024`,
     `octavo plan --model Qwen/Qwen2.5-0.5B-Instruct --device l4 --json`.
 
@@ -54,18 +62,35 @@ def plan(
     from cluster.models import fetch_model
 
     found = None if device is None else find_device(device)
-    effective = load(config, os.environ, {} if model is None else {"model": model})
-    files = fetch_model(effective.model, progress=TerminalProgress())
+    effective, models = _chosen(load(config, os.environ, {}), model)
+    files = [fetch_model(each.model, progress=TerminalProgress()) for each in models]
 
     from cluster.capacity_plan import make_plan
 
-    made = make_plan(
-        effective, files, device=found, context=context, note=lambda text: typer.echo(f"octavo: {text}", err=True)
-    )
+    def note(text: str) -> None:
+        typer.echo(f"octavo: {text}", err=True)
+
+    plans = [
+        make_plan(effective, each, of_it, device=found, context=context, note=note)
+        for each, of_it in zip(models, files, strict=True)
+    ]
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(made), indent=2))
+        records = [dataclasses.asdict(made) for made in plans]
+        typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=2))
     else:
-        Console().print(plan_view(made), soft_wrap=True)
+        for made in plans:
+            Console().print(plan_view(made), soft_wrap=True)
+
+
+def _chosen(config: ClusterConfig, model: str | None) -> tuple[ClusterConfig, list[ModelConfig]]:
+    """Return what to plan for: `model`, if it is given, else all that `config` has. Raises ConfigError."""
+    if model is not None and not config.models:
+        config = dataclasses.replace(config, model=model)
+        config.check()
+    elif model is not None and model not in config.models:
+        raise ConfigError(f"--model must be one of {', '.join(config.models)}, which have tables, is {model!r}")
+    chosen = config.deployments()
+    return config, [chosen[model]] if config.models and model is not None else list(chosen.values())
 
 
 def plan_view(made: CapacityPlan) -> RenderableType:

@@ -15,18 +15,24 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from cluster.boot import ClusterBoot, forwarded
-from cluster.config import ClusterConfig, is_loopback
+from cluster.config import ClusterConfig
+from cluster.config_sections import is_loopback
 from router.config import RouterConfig
 from router.key_file import read
 from router.tls import CertificateSource
-from workers.errors import PortInUseError
+from workers.errors import ModelFileError, PortInUseError, StartupError
+from workers.types import Boot
+
+if TYPE_CHECKING:
+    from cluster.deployment import RouterView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,8 @@ class Ready:
     pid: int
     ray_address: str
     models: list[str]
+    failures: dict[str, str]
+    """Why other models cannot be served, by their names."""
     replicas: list[dict[str, str | int]]
     """Of each its "id" and "pid"."""
     version: str
@@ -99,41 +107,66 @@ def run(
         port = cluster.enter_context(reserved_port(config))
         if not config.ray.address:
             check_trust(config.router)
-            ClusterBoot(config.log).model_files(config.model)
+            fetch_models(config, ClusterBoot(config.log), note)
         # Imports of Ray come late: a wrong option must not wait for them, and a Ray of our own is told first, by its
         # environment, that it is to stay on loopback.
         from cluster.ray_connection import connected
 
         note("starting Ray" if not config.ray.address else f"attaching to the Ray at {config.ray.address}")
-        ray_address = cluster.enter_context(connected(config.ray, note, forwarded(os.environ)))
+        connection = cluster.enter_context(connected(config.ray, note, forwarded(os.environ)))
         stop.install()
-        from cluster.deployment import Deployment
+        from cluster.deployment import Deployment, start_serve
+        from cluster.serve_view import look
 
         config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=port))
-        deployment = Deployment(config)
+        deployment = Deployment(config, connection.variables)
         cluster.callback(lambda: deployment.remove(is_hurried=lambda: stop.is_hurried))
-        note(f"deploying {config.replicas.num_replicas} replicas of {config.model}")
+        for name, model in config.deployments().items():
+            note(f"deploying {model.initial_replicas} replicas of {name}")
+        start_serve()
+        if look(config.serve.app) is not None:
+            raise StartupError(
+                f"that Ray runs an application {config.serve.app} already: change it with `octavo apply`, or name"
+                " another with --app"
+            )
         deployment.deploy()
         routers = deployment.await_ready()
-        router = routers[0]
-        for replica in router.replicas:
+        for replica in routers[0].replicas:
             if replica["memory"]:
                 note(f"replica {replica['id']}: {replica['memory']}")
         stop.is_serving = True
-        announce(
-            Ready(
-                address=router.address,
-                routers=[each.own_address for each in routers],
-                pid=os.getpid(),
-                ray_address=ray_address,
-                models=router.models,
-                replicas=[{"id": replica["id"], "pid": replica["pid"]} for replica in router.replicas],
-                version=version(),
-            )
-        )
+        announce(_ready(routers, deployment.failures(), connection.address))
         stop.wait()
         note("draining; once more to hurry")
     stop.ignore()
+
+
+def _ready(routers: Sequence[RouterView], failures: Mapping[str, str], ray_address: str) -> Ready:
+    router = routers[0]
+    failures = {**failures, **router.failures}
+    return Ready(
+        address=router.address,
+        routers=[each.own_address for each in routers],
+        pid=os.getpid(),
+        ray_address=ray_address,
+        models=[name for name in router.models if name not in failures],
+        failures=failures,
+        replicas=[{"id": replica["id"], "pid": replica["pid"]} for replica in router.replicas],
+        version=version(),
+    )
+
+
+def fetch_models(config: ClusterConfig, boot: Boot, note: Callable[[str], None]) -> None:
+    """Have all models in this node's cache. Some may fail, of which `note` is told; raises ModelFileError if all do."""
+    num_left = len(config.deployments())
+    for name, model in config.deployments().items():
+        try:
+            boot.model_files(model.model)
+        except ModelFileError as error:
+            num_left -= 1
+            if not num_left:
+                raise
+            note(f"model {name} cannot be served: {error}")
 
 
 def check_trust(config: RouterConfig) -> None:

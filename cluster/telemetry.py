@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
-from cluster.config import LogConfig
+from cluster.config_sections import LogConfig
 from workers.errors import ConfigError
 
 STOP_TIMEOUT_S = 2.0

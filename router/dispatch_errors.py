@@ -68,6 +68,12 @@ def no_replica_error(wait_s: float) -> UnavailableError:
     return UnavailableError(f"no replica was ready within {wait_s:g} s", reason=Reason.NO_REPLICA)
 
 
+def model_error(name: str, failure: str, *, retry_after_s: float) -> UnavailableError:
+    return UnavailableError(
+        f"model {name} cannot be served: {failure}", reason=Reason.MODEL_FAILED, retry_after_s=retry_after_s
+    )
+
+
 def lost_error(message: str) -> UnavailableError:
     return UnavailableError(message, reason=Reason.REPLICA_LOST)
 

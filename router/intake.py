@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from router import status
 from router.answer import Answer
 from router.config import RouterConfig
 from router.identity import Identities
-from router.model import ServedModel
+from router.model import Models
 from router.quotas import Charge, Quotas
 from router.span import RequestSpan
 from router.stream_writer import StreamWriter, slow_consumer
@@ -40,7 +40,7 @@ class Intake:
     def __init__(
         self,
         config: RouterConfig,
-        models: Mapping[str, ServedModel],
+        models: Models,
         backend: Backend,
         *,
         router_id: str,

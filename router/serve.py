@@ -9,8 +9,9 @@ Serve's thread and the event loop; requests never go through a Serve handle.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -18,6 +19,8 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from router import garbage, membership
+from router.backends import Backends
+from router.catalogue import Catalogue
 from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.health_port import HealthPort
@@ -54,9 +57,8 @@ class MembershipRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # ray h
 class Router:
     """The user class of the deployment.
 
-    `workers` is the handle of the deployment whose replicas do the work, `group` the name under which they are
-    published; `listen` is the public host and port, 0 for any; `secret` says the cluster's secret, blocks, and is
-    called once.
+    `workers` are the handles of the deployments whose replicas do the work, by the names of their groups; `listen` is
+    the public host and port, 0 for any; `secret` says the cluster's secret, blocks, and is called once.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -64,37 +66,32 @@ class Router:
         *,
         boot: Boot,
         config: RouterConfig,
-        model: ModelSource,
+        models: tuple[ModelSource, ...],
         listen: tuple[str, int],
         secret: Callable[[], bytes],
-        group: str,
-        workers: DeploymentHandle,
+        workers: Mapping[str, DeploymentHandle],
         version: str,
     ) -> None:
         self._config = config
+        self._workers = workers
         self._stop_process = await asyncio.to_thread(boot.start_process, "router")
         self._router_id = serve.get_replica_context().replica_id.unique_id
-        files = await asyncio.to_thread(boot.model_files, model.name)
-        served = await asyncio.to_thread(ServedModel.from_files, files, max_model_len=model.max_model_len)
-        identity = RouterIdentity(
+        self._identity = RouterIdentity(
             router_id=self._router_id,
             epoch=time.time_ns(),
             keys=ClusterKeys.derive(await asyncio.to_thread(secret)),
-            model_fingerprint=served.manifest.model_fingerprint,
-            tokenizer_fingerprint=served.manifest.tokenizer_fingerprint,
         )
-        self._models = {served.manifest.name: served}
-        self._dispatcher = Dispatcher(config, identity)
-        self._dispatcher.start()
-        self._watch(group, workers)
+        self._backends = Backends()
+        self._catalogue = Catalogue(models, boot.model_files, self._serve_model)
+        await self._catalogue.load()
         self._server = RouterServer(
             config,
-            self._models,
-            self._dispatcher,
+            self._catalogue.models,
+            self._backends,
             router_id=self._router_id,
             version=version,
             so_reuseport=True,
-            salt_key=identity.keys.tenant_salt,
+            salt_key=self._identity.keys.tenant_salt,
         )
         host, port = listen
         # The public port is the same for all routers of a node; the other one leads to this router alone.
@@ -117,17 +114,19 @@ class Router:
         replicas = [
             {
                 "id": view.replica_id,
+                "model": view.model,
                 "pid": view.pid,
                 "state": view.state,
                 "detail": view.detail,
                 "memory": view.memory,
             }
-            for view in self._dispatcher.replicas()
+            for view in self._backends.replicas()
         ]
         return {
             "address": self._address,
             "own_address": self._own_address,
-            "models": list(self._models),
+            "models": [name for name in self._catalogue.models if name not in self._catalogue.failures],
+            "failures": self._catalogue.failures,
             "replicas": replicas,
         }
 
@@ -145,18 +144,27 @@ class Router:
         if not hasattr(self, "_drained"):
             return
         await self.drain()
+        await self._catalogue.stop()
         await self._server.stop()
         if self._health_port is not None:
             await self._health_port.stop()
-        await self._dispatcher.stop()
+        await self._backends.stop()
         await asyncio.to_thread(self._stop_process)
 
-    def _watch(self, group: str, workers: DeploymentHandle) -> None:
-        """Hear of all replicas from now on, before the first request."""
+    def _serve_model(self, source: ModelSource, model: ServedModel) -> None:
+        """Take requests for `model` on, and hear of its replicas from now on."""
+        identity = dataclasses.replace(
+            self._identity,
+            model_fingerprint=model.manifest.model_fingerprint,
+            tokenizer_fingerprint=model.manifest.tokenizer_fingerprint,
+        )
+        dispatcher = Dispatcher(self._config, identity)
+        dispatcher.start()
+        self._backends.add(source.name, dispatcher)
         loop = asyncio.get_running_loop()
-        membership.watch(group, lambda set_: loop.call_soon_threadsafe(self._dispatcher.update_replicas, set_))
+        membership.watch(source.group, lambda set_: loop.call_soon_threadsafe(dispatcher.update_replicas, set_))
         # A handle listens to the controller from its first use on, and this is one.
-        workers.options(method_name="check_health")
+        self._workers[source.group].options(method_name="check_health")
 
 
 def _address(replica: RunningReplica) -> ReplicaAddress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -15,7 +15,7 @@ from octavo.v1.status_service_pb2_grpc import StatusServiceServicer
 
 from router import status
 from router.intake import Intake
-from router.model import ServedModel
+from router.model import Models, ServedModel
 from router.prompt import prompt_ids
 from router.sessions import Sessions
 from router.types import Backend, ReplicaView
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class ModelServicer(ModelServiceServicer):
-    def __init__(self, models: Mapping[str, ServedModel], backend: Backend, validator: Validator) -> None:
+    def __init__(self, models: Models, backend: Backend, validator: Validator) -> None:
         self._models = models
         self._backend = backend
         self._validator = validator
@@ -38,7 +38,11 @@ class ModelServicer(ModelServiceServicer):
     ) -> models_pb.ListModelsResponse:
         replicas = self._backend.replicas()
         return models_pb.ListModelsResponse(
-            models=[_model(name, model, _capabilities(model, replicas)) for name, model in self._models.items()]
+            models=[
+                _model(name, model, _capabilities(name, replicas))
+                for name, model in self._models.items()
+                if isinstance(model, ServedModel)
+            ]
         )
 
     async def Tokenize(  # noqa: N802
@@ -110,9 +114,9 @@ async def _answered(answer: Awaitable[T], context: grpc.aio.ServicerContext[Any,
         await status.abort(context, status.unexpected(error))
 
 
-def _capabilities(model: ServedModel, replicas: Sequence[ReplicaView]) -> frozenset[str]:
-    """Return what some connected replica of `model` can do; without one, what every engine can."""
-    known = [view.capabilities for view in replicas if view.state == "ready" and view.model == model.manifest.name]
+def _capabilities(name: str, replicas: Sequence[ReplicaView]) -> frozenset[str]:
+    """Return what some connected replica of model `name` can do; without one, what every engine can."""
+    known = [view.capabilities for view in replicas if view.state == "ready" and view.model == name]
     return frozenset({CAPABILITY_GENERATE}).union(*known)
 
 

@@ -7,7 +7,7 @@ neither calls nor Sessions; what came beside the message is in its `Envelope`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ from octavo.v1.types_pb2 import TRUNCATE_NONE, TRUNCATE_UNSPECIFIED
 
 from router.choice import Choice
 from router.config import RouterConfig
+from router.dispatch_errors import model_error
 from router.identity import ANYBODY, Identity
-from router.model import ServedModel
+from router.model import Models, ServedModel, UnservedModel
 from router.prompt import is_quick, prompt_ids
 from router.received import MAX_INLINE_RECEIVED, check_received, new_choices, num_received
 from router.sampling import check_sampling, make_sampling
@@ -63,7 +64,7 @@ class Accepted(NamedTuple):
 class Validator:
     """Checks requests for the models that one router serves."""
 
-    def __init__(self, config: RouterConfig, models: Mapping[str, ServedModel]) -> None:
+    def __init__(self, config: RouterConfig, models: Models) -> None:
         self._config = config
         self._models = models
 
@@ -116,10 +117,13 @@ class Validator:
         return Accepted(request, choices, num_choices, message.HasField("logprobs"))
 
     def model(self, name: str) -> tuple[str, ServedModel]:
-        """Return a served model. Raises NotFoundError, or NotServedError for an adapter."""
+        """Return a served model and its name, which may be left out where there is one. Raises NotFoundError,
+        NotServedError for an adapter, or UnavailableError for a model that cannot be served."""
         if not name and len(self._models) == 1:
-            return next(iter(self._models.items()))
+            (name,) = self._models
         model = self._models.get(name)
+        if isinstance(model, UnservedModel):
+            raise model_error(name, model.failure, retry_after_s=model.retry_after_s)
         if model is not None:
             return name, model
         base, _, adapter = name.rpartition(":")

@@ -34,15 +34,16 @@ class EngineConfig:
     """Of the memory that is free on a node once the model is loaded, for all replicas there together: each replica
     measures for itself, and divides by `replicas_per_node`."""
     replicas_per_node: int = 0
-    """How many replicas share a node's memory; 0: replicas.max_replicas, as if there were one node. The replacement
-    of a draining replica is not counted: what the fraction leaves is for it, too."""
+    """How many replicas share a node's memory; 0: all that a node must have room for (replicas.max_replicas),
+    of all models, as if there were one node. The replacement of a draining replica is not counted: what the fraction
+    leaves is for it, too."""
     max_model_len: int = 0
     """The most tokens of prompt and answer together, for routers and replicas alike; 0: what the model's files say."""
     max_num_sequences: int = 64
     chunk_tokens: int = 256
     """The token budget of a step: decodes first, prefill chunks fill the rest."""
     threads: int = 0
-    """Of one replica; 0: cores of the node // replicas, at least 1."""
+    """Of one replica; 0: cores of the node // replicas of all models, at least 1."""
     prefix_cache: bool = True
     lookup_tokens: int = 0
     """Prompt lookup: how many tokens at most are guessed per sequence and step, and verified in it. Answers stay the

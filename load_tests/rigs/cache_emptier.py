@@ -15,7 +15,7 @@ import sys
 import threading
 from typing import Any
 
-from cluster.config import RayConfig
+from cluster.config_sections import RayConfig
 from cluster.ray_connection import connected
 
 REPLICAS = "SERVE_REPLICA::"

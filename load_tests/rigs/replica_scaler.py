@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from cluster.config import RayConfig, ServeConfig
+from cluster.config_sections import RayConfig, ServeConfig
 from cluster.ray_connection import connected
 
 

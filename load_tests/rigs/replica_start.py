@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RayConfig
+from cluster.config_sections import RayConfig
 from cluster.models import fetch_model
 from cluster.ray_connection import connected
 from workers.config import DTYPES, KERNELS, WEIGHTS, EngineConfig

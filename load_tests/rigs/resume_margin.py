@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.boot import ClusterBoot
-from cluster.config import LogConfig
+from cluster.config_sections import LogConfig
 from load_tests.rigs.resume_asks import Ask, oracle_asks
 from load_tests.rigs.trust_resume import LENGTHS, ORACLE
 from workers import sampler

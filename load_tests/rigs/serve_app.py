@@ -21,7 +21,7 @@ import grpc.aio
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2
 
-from cluster.config import RayConfig
+from cluster.config_sections import RayConfig
 from cluster.ray_connection import connected
 
 MAX_ONGOING = 256

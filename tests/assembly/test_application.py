@@ -18,35 +18,85 @@ import json, sys
 from cluster import app
 from cluster.config import from_tree
 
-def asked(environ):
-    router = app.build(from_tree({}), cores=2, secret=bytes, environ=environ)._bound_deployment
-    return [each.ray_actor_options for each in (router, router.init_kwargs["workers"]._bound_deployment)]
+def asked(tree, environ):
+    router = app.build(from_tree(tree), cores=8, secret=bytes, environ=environ)._bound_deployment
+    workers = [each._bound_deployment for each in router.init_kwargs["workers"].values()]
+    return {
+        each.name: {
+            "options": each.ray_actor_options,
+            "version": each.version,
+            "scaling": each._deployment_config.autoscaling_config.policy.policy_kwargs if each is not router else {},
+            "threads": each.init_kwargs["config"].threads if each is not router else 0,
+        }
+        for each in (router, *workers)
+    }
 
-print(json.dumps([asked({"OCTAVO_CACHE_DIR": "there", "HOME": "here"}), asked(None)]))
+print(json.dumps([asked(tree, environ) for tree, environ in json.load(sys.stdin)]))
 """
 """In a process of its own: Serve warns while it is imported."""
 
+TWO = {"a": {"replicas": {"num_replicas": 2}}, "b": {"model": "fake", "scaling": {"max_replicas": 4}}}
+OTHER_A = {**TWO, "a": {"replicas": {"num_replicas": 2}, "engine": {"max_num_sequences": 3}}}
+OTHER_B = {**TWO, "b": {"model": "fake", "scaling": {"max_replicas": 4, "downscale_delay_s": 7}}}
+LOUD = {"level": "debug"}
+ASKED: list[tuple[dict[str, Any], dict[str, str] | None]] = [
+    ({}, {"OCTAVO_CACHE_DIR": "there", "HOME": "here"}),
+    ({}, None),
+    ({"models": TWO}, None),
+    ({"models": TWO}, None),
+    ({"models": OTHER_A}, None),
+    ({"models": OTHER_B}, None),
+    ({"models": TWO, "log": LOUD}, None),
+]
+
+Asked = list[dict[str, dict[str, Any]]]
+
 
 @pytest.fixture(scope="module")
-def asked() -> list[list[dict[str, Any]]]:
-    """Of a Ray of others and of one of our own: the options of the router's actor and of a replica's."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=50, stdout=subprocess.PIPE, text=True)
-    found: list[list[dict[str, Any]]] = json.loads(done.stdout)
+def asked() -> Asked:
+    """What Serve is asked for by each of `ASKED`, by the names of the deployments."""
+    command, given = [sys.executable, "-c", PROGRAM], json.dumps(ASKED)
+    done = subprocess.run(command, check=True, timeout=50, input=given, stdout=subprocess.PIPE, text=True)
+    found: Asked = json.loads(done.stdout)
     return found
 
 
-def test_a_ray_of_others_is_told_the_variables(asked: list[list[dict[str, Any]]]) -> None:
-    for options in asked[0]:
-        variables = options["runtime_env"]["env_vars"]
+def test_a_ray_of_others_is_told_the_variables(asked: Asked) -> None:
+    for deployment in asked[0].values():
+        variables = deployment["options"]["runtime_env"]["env_vars"]
         assert variables["OCTAVO_CACHE_DIR"] == "there"
         assert "HOME" not in variables
         assert ONE_LOOP.items() <= variables.items()
 
 
-def test_a_ray_of_our_own_starts_no_process_twice(asked: list[list[dict[str, Any]]]) -> None:
+def test_a_ray_of_our_own_starts_no_process_twice(asked: Asked) -> None:
     """Ray starts a process that is to have variables of its own, or anything else of a runtime environment, from one
     that sets them up first and imports Ray for that: most of a second of a replica's start."""
-    assert not any(options.get("runtime_env") for options in asked[1])
+    assert not any(deployment["options"].get("runtime_env") for deployment in asked[1].values())
+
+
+def test_every_model_has_a_deployment_and_all_share_a_node(asked: Asked) -> None:
+    assert list(asked[1]) == ["Router", "Worker"]
+    several = asked[2]
+    assert list(several) == ["Router", "Worker-a", "Worker-b"]
+    assert {several[name]["options"]["num_cpus"] for name in ("Worker-a", "Worker-b")} == {8 / (2 + 4 + 1)}
+    assert {several[name]["threads"] for name in ("Worker-a", "Worker-b")} == {8 // (2 + 4)}
+    bounds = {name: several[name]["scaling"] for name in ("Worker-a", "Worker-b")}
+    assert [bounds["Worker-a"]["scaling"][key] for key in ("min_replicas", "max_replicas")] == [2, 2]
+    assert [bounds["Worker-b"]["scaling"][key] for key in ("min_replicas", "max_replicas")] == [1, 4]
+    assert bounds["Worker-b"]["model"] == "b"
+
+
+def test_only_what_changed_gets_another_version(asked: Asked) -> None:
+    """Serve would give each deployment a random one: everything would start anew whenever an application is applied."""
+
+    def changed(before: int, after: int) -> set[str]:
+        return {name for name in asked[after] if asked[before][name]["version"] != asked[after][name]["version"]}
+
+    assert changed(2, 3) == set()
+    assert changed(2, 4) == {"Worker-a"}
+    assert changed(2, 5) == set()  # bounds are for Serve, not for processes
+    assert changed(2, 6) == {"Router", "Worker-a", "Worker-b"}
 
 
 def test_variables_are_lent_to_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

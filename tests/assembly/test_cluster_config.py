@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ClusterConfig, EngineConfig, ReplicasConfig, ResourcesConfig, from_tree, load
+from cluster.config import ClusterConfig, from_tree, load
+from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 
@@ -94,12 +95,14 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_replacement_of_a_draining_replica_fits_beside_all_others() -> None:
-    config = ClusterConfig(replicas=ReplicasConfig(num_replicas=2, max_replicas=3))
-    assert config.num_cpus(8) == 2.0
-    assert config.threads(8) == 4
-    assert config.threads(1) == 1
-    assert config.replicas_per_node() == 3
-    own = ClusterConfig(resources=ResourcesConfig(num_cpus=1.5), engine=EngineConfig(threads=3, replicas_per_node=4))
-    assert own.num_cpus(8) == 1.5
-    assert own.threads(8) == 3
-    assert own.replicas_per_node() == 4
+    config = from_tree({"replicas": {"num_replicas": 2, "max_replicas": 3}})
+    (model,) = config.deployments().values()
+    assert config.num_cpus(model, 8) == 2.0
+    assert config.threads(model, 8) == 4
+    assert config.threads(model, 1) == 1
+    assert config.replicas_per_node(model) == 3
+    own = from_tree({"resources": {"num_cpus": 1.5}, "engine": {"threads": 3, "replicas_per_node": 4}})
+    (model,) = own.deployments().values()
+    assert own.num_cpus(model, 8) == 1.5
+    assert own.threads(model, 8) == 3
+    assert own.replicas_per_node(model) == 4

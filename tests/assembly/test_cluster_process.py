@@ -14,7 +14,7 @@ import pytest
 
 from cluster import telemetry
 from cluster.boot import ClusterBoot
-from cluster.config import LogConfig
+from cluster.config_sections import LogConfig
 from cluster.model_cache import ModelCache
 from cluster.model_fake import VOCAB_SIZE, fake_files
 from cluster.processes import await_end, descendants
