@@ -1,6 +1,6 @@
 # The interface of this repository. Each target works on a fresh clone: it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust protos baseline
+.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust bench-elastic protos baseline
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
@@ -35,6 +35,9 @@ bench-router: setup  ## the router held to its bars; 25 minutes on a quiet machi
 
 bench-trust: setup  ## isolation, resume, several routers and what trust costs, held to their bars
 	@.venv/bin/python -m load_tests.bench_trust $(ARGS)
+
+bench-elastic: setup  ## scaling with load and nodes, changes under load, an idle cluster, held to their bars
+	@.venv/bin/python -m load_tests.bench_elastic $(ARGS)
 
 protos:  ## rewrite the generated stubs from the .proto files
 	@bash scripts/protos.sh

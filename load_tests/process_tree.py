@@ -58,6 +58,11 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S if fields else 0.0
 
 
+def started_s_ago(process: Process) -> float:
+    """Return how long ago a process began."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - process.began / _TICKS_PER_S
+
+
 def thread_times_s(pid: int) -> dict[int, float]:
     """Return the processor time so far of each thread of a process, by its number; nothing if it has ended."""
     times = {}
