@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from octavo.v1 import status_service_pb2 as pb
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+Status = TypeVar("Status", pb.RouterStatus, pb.ReplicaStatus)
 
 _STATE_STYLES = {"serving": "green", "ready": "green", "connecting": "yellow", "draining": "yellow", "refused": "red"}
 
@@ -21,7 +25,41 @@ def status_record(status: pb.GetStatusResponse) -> dict[str, Any]:
     }
 
 
-def status_view(status: pb.GetStatusResponse) -> RenderableType:
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What counters have gained from one status to the next, by the id of a router or a replica."""
+
+    ended: Mapping[str, float] = field(default_factory=dict)
+    """Requests a second."""
+    cached: Mapping[str, float] = field(default_factory=dict)
+    """The part of the prompt tokens that were found in the cache, where there were prompts."""
+
+    @classmethod
+    def between(cls, before: pb.GetStatusResponse, after: pb.GetStatusResponse, seconds: float) -> Rates:
+        ended = {
+            now.id: (now.num_ended_total - then.num_ended_total) / seconds
+            for then, now in _pairs([before.router], [after.router])
+            if seconds > 0
+        }
+        cached = {
+            now.id: (now.prefix_cache_hits - then.prefix_cache_hits)
+            / (now.prefix_cache_queries - then.prefix_cache_queries)
+            for then, now in _pairs(before.replicas, after.replicas)
+            if now.epoch == then.epoch and now.prefix_cache_queries > then.prefix_cache_queries
+        }
+        return cls(ended, cached)
+
+
+NO_RATES = Rates()
+
+
+def _pairs(before: Iterable[Status], after: Iterable[Status]) -> Iterator[tuple[Status, Status]]:
+    """Yield what is in both, by its id."""
+    then = {each.id: each for each in before}
+    return ((then[each.id], each) for each in after if each.id in then)
+
+
+def status_view(status: pb.GetStatusResponse, rates: Rates = NO_RATES) -> RenderableType:
     router = status.router
     line = Text.assemble(
         ("octavo ", "bold"),
@@ -34,10 +72,10 @@ def status_view(status: pb.GetStatusResponse) -> RenderableType:
     )
     if not status.replicas:
         return Group(line, Text("no replica", style="yellow"))
-    return Group(line, _replicas(status))
+    return Group(line, _replicas(status, rates))
 
 
-def _replicas(status: pb.GetStatusResponse) -> Table:
+def _replicas(status: pb.GetStatusResponse, rates: Rates) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("replica", "model", "state", "engine"):
         table.add_column(heading, overflow="fold")

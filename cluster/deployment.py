@@ -1,4 +1,4 @@
-"""Our application on a Ray that this process is connected to: put there, waited for, drained and removed.
+"""Our application on a Ray that this process is connected to: put there, changed, waited for, drained and removed.
 
 Says why a replica does not start in the words of the error that it met there. Knows no signals and starts no Ray.
 """
@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from cluster import app
+from cluster.boot import forwarded
 from cluster.config import ClusterConfig
 from cluster.secret import ensure_secret
-from workers import errors
+from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationView, look
 from workers.errors import StartupError
 
 POLL_S = 0.1
 CALL_TIMEOUT_S = 10.0
 DELETE_TIMEOUT_S = 65.0
 """Serve's own limit is 60 s."""
-_REMOTE_ERROR = re.compile(r"workers\.errors\.(\w+): (.+)")
-_REMOTE_EXCEPTION = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): .+$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,26 +39,43 @@ class RouterView:
     own_address: str
     models: list[str]
     replicas: list[dict[str, Any]]
+    failures: dict[str, str]
+    """Why it cannot serve a model, by the models' names."""
+
+
+def start_serve() -> None:
+    """Have Serve run, without proxies if it does not yet, and say nothing of its own."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    serve.start(proxy_location="Disabled")
+
+
+def router_views(application: str) -> list[RouterView]:
+    """Return what each router says; none while one starts or ends."""
+    try:
+        told = serve.get_app_handle(application).broadcast("describe").results(timeout_s=CALL_TIMEOUT_S)
+    except (ray.exceptions.RayError, RayServeException, TimeoutError):
+        return []
+    return [RouterView(**each) for each in told]
 
 
 class Deployment:
-    """The application of `config`."""
+    """The application of `config`. `variables` is what the processes of that Ray have in their environment anyway."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, variables: Mapping[str, str]) -> None:
         self._config = config
         self._name = config.serve.app
+        needed = forwarded(os.environ)
+        self._environ = None if needed.items() <= variables.items() else os.environ
         self._is_deployed = False
-        self._router: Any = None
+        self._before: ApplicationView | None = None
+        self._has_routers = False
 
     def deploy(self) -> None:
-        """Hand the application to Serve; returns before anything of it runs. Raises StartupError."""
-        for name in ("ray", "ray.serve"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        serve.start(proxy_location="Disabled")
-        if self._name in serve.status().applications:
-            raise StartupError(f"that Ray runs an application {self._name} already; name another with --app")
-        environ = os.environ if self._config.ray.address else None
-        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=environ)
+        """Hand the application to Serve, which puts it there or changes what is there, step by step; returns before
+        anything of it runs."""
+        self._before = look(self._name)
+        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=self._environ)
         self._is_deployed = True
         serve.run_many(
             [serve.RunTarget(application, name=self._name, route_prefix=None)],
@@ -66,32 +83,55 @@ class Deployment:
             wait_for_applications_running=False,
         )
 
-    def await_ready(self) -> list[RouterView]:
-        """Wait until every router has all replicas; return them. Raises StartupError saying what went wrong, or what is
-        missing."""
+    def await_ready(self, note: Callable[[ApplicationView], None] = lambda _: None) -> list[RouterView]:
+        """Wait until Serve has started what was deployed, nothing is left of what it replaces, and every router has all
+        replicas; return the routers. `note` is told how it stands, again and again.
+
+        Of several models, some may have failed. Raises StartupError saying what went wrong, or what is missing.
+        """
         end = time.monotonic() + self._config.serve.start_timeout_s
-        while not (state := self._state()).is_running:
-            if time.monotonic() >= end:
-                raise StartupError(f"not ready after {self._config.serve.start_timeout_s:g} s: {state.text}")
-            time.sleep(POLL_S)
-        self._router = serve.get_app_handle(self._name)
         while True:
-            told = self._router.broadcast("describe").results(timeout_s=CALL_TIMEOUT_S)
-            views = [RouterView(**each) for each in told]
-            if len(views) >= self._config.serve.num_routers and all(map(self._has_all, views)):
-                return views
-            replicas = [replica for view in views for replica in view.replicas]
-            if any(replica["state"] == "refused" for replica in replicas) or time.monotonic() >= end:
-                states = ", ".join(f"{each['id']} is {each['state']} {each['detail']}" for each in replicas)
-                raise StartupError(
-                    f"{len(views)} of {self._config.serve.num_routers} routers are there, and not each has all "
-                    f"{self._config.replicas.num_replicas} replicas: {states}"
-                )
+            view = look(self._name)
+            if view is not None:
+                note(view)
+                if self._is_settled(view) and (routers := self._complete(view)):
+                    return routers
+            if time.monotonic() >= end:
+                raise StartupError(f"not ready after {self._config.serve.start_timeout_s:g} s: {view}")
             time.sleep(POLL_S)
 
-    def _has_all(self, view: RouterView) -> bool:
-        ready = [replica for replica in view.replicas if replica["state"] == "ready"]
-        return len(ready) >= self._config.replicas.num_replicas
+    def _is_settled(self, view: ApplicationView) -> bool:
+        """Whether everything runs but for models that have failed. Raises StartupError if none is left."""
+        if view.status == DEPLOYING and self._before is not None and view.deployments == self._before.deployments:
+            return False  # the controller has yet to look at the change
+        failures = {name: failure for name, each in view.deployments.items() if (failure := each.failure) is not None}
+        if failures and (app.ROUTER in failures or len(failures) >= len(view.deployments) - 1):
+            raise failures.get(app.ROUTER) or next(iter(failures.values()))
+        if view.status == FAILED and not failures:
+            raise StartupError(f"the application does not start: {view.message}")
+        others = [each for name, each in view.deployments.items() if name not in failures]
+        return view.status == RUNNING or (bool(failures) and all(each.status in SETTLED for each in others))
+
+    def _complete(self, view: ApplicationView) -> list[RouterView]:
+        """Return the routers if there are all and each has all replicas, else none. Raises StartupError if a router
+        refuses a replica."""
+        workers = frozenset().union(*(each.running for name, each in view.deployments.items() if name != app.ROUTER))
+        views = router_views(self._name)
+        self._has_routers = self._has_routers or bool(views)
+        for replica in (replica for each in views for replica in each.replicas):
+            if replica["state"] == "refused" and replica["id"] in workers:
+                raise StartupError(f"a router refuses the replica {replica['id']}: {replica['detail']}")
+        has_all = all(
+            workers <= {replica["id"] for replica in each.replicas if replica["state"] == "ready"} for each in views
+        )
+        return views if has_all and len(views) == len(view.deployments[app.ROUTER].running) else []
+
+    def failures(self) -> dict[str, str]:
+        """Return why the replicas of models do not start, by the models' names."""
+        view = look(self._name)
+        found = {} if view is None else {name: each.failure for name, each in view.deployments.items()}
+        names = {name: app.worker_name(self._config, name) for name in self._config.deployments()}
+        return {name: str(failure) for name, group in names.items() if (failure := found.get(group)) is not None}
 
     def remove(self, *, is_hurried: Callable[[], bool]) -> None:
         """Let running requests finish and take the application away; do not wait for either when hurried. Never raises.
@@ -101,12 +141,12 @@ class Deployment:
         """
         if not self._is_deployed:
             return
-        if self._router is not None:
+        if self._has_routers:
             _attempt(self._drain, self._config.router.drain_grace_s + CALL_TIMEOUT_S, is_hurried)
         _attempt(self._delete, DELETE_TIMEOUT_S, is_hurried)
 
     def _drain(self, is_over: Callable[[], bool]) -> None:
-        drained = self._router.broadcast("drain")
+        drained = serve.get_app_handle(self._name).broadcast("drain")
         while not is_over():
             with suppress(TimeoutError):
                 drained.results(timeout_s=POLL_S)
@@ -116,33 +156,6 @@ class Deployment:
         serve.delete(self._name, _blocking=False)
         while self._name in serve.status().applications and not is_over():
             time.sleep(POLL_S)
-
-    def _state(self) -> _State:
-        """Raises StartupError when it cannot become ready."""
-        status = serve.status().applications.get(self._name)
-        if status is None:
-            return _State(False, "Serve does not know the application yet")
-        messages = [
-            message for message in (status.message, *(d.message for d in status.deployments.values())) if message
-        ]
-        for message in messages:
-            if found := _REMOTE_ERROR.findall(message):
-                name, text = found[-1]
-                kind = getattr(errors, name, StartupError)
-                raise (kind if issubclass(kind, StartupError) else StartupError)(text)
-        text = "; ".join(f"{name}: {d.status.value} {dict(d.replica_states)}" for name, d in status.deployments.items())
-        if status.status == "DEPLOY_FAILED":
-            causes = [cause for message in messages for cause in _REMOTE_EXCEPTION.findall(message)]
-            raise StartupError(
-                f"the application does not start: {causes[-1] if causes else '; '.join(messages) or text}"
-            )
-        return _State(status.status == "RUNNING", text)
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    is_running: bool
-    text: str
 
 
 def _attempt(step: Callable[[Callable[[], bool]], None], timeout_s: float, is_hurried: Callable[[], bool]) -> None:

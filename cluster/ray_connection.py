@@ -3,6 +3,8 @@
 Ray runs what its ports are sent. So a Ray of our own listens on loopback, but for one port that Serve opens in every
 replica and binds to all addresses; and each start makes a token that all its processes know and callers must bring.
 RAY_AUTH_MODE in the environment overrules the latter ("disabled" in tests: any local process may then use that Ray).
+Commands that come later find that token where it is: in the environment of that Ray's processes, which the system shows
+to their own user alone.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import RayConfig, is_loopback
+from cluster.config_sections import RayConfig, is_loopback
 from cluster.processes import await_end, descendants
 from cluster.secret import NAMESPACE
 from workers.errors import ConfigError, ModelFileError, StartupError
@@ -31,6 +34,7 @@ ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name: with 0, Ray takes 127.0.0.1 for this node's address, and its servers bind that one only."""
 _PROC = Path("/proc")
 _GCS = "--gcs-address="
+ADDRESS, AUTH_MODE, AUTH_TOKEN = "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """With 0, a call that comes after the end, as from a thread that a hurried stop left behind, starts no new Ray."""
 _OWN_RAY = {
@@ -46,29 +50,42 @@ of one node on which nothing changes."""
 NO_VARIABLES: Mapping[str, str] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The Ray that this process is connected to."""
+
+    address: str
+    variables: Mapping[str, str]
+    """What all its processes are known to have in their environment."""
+
+
 @contextmanager
 def connected(
     config: RayConfig, note: Callable[[str], None], variables: Mapping[str, str] = NO_VARIABLES
-) -> Iterator[str]:
-    """Be connected to the Ray that `config` says; yields its address. Raises StartupError.
+) -> Iterator[Connection]:
+    """Be connected to the Ray that `config` says. Raises StartupError.
 
     All processes of a Ray of our own have `variables` in their environment, where ours does not say otherwise.
     """
     os.environ.setdefault(AUTO_CONNECT, "0")
     if config.address:
-        with _attached(config.address) as address:
-            yield address
+        with _attached(config.address) as connection:
+            yield connection
         return
-    with _temp_dir(config, note) as temp_dir, _own(config, temp_dir, variables) as address:
-        yield address
+    with _temp_dir(config, note) as temp_dir, _own(config, temp_dir, variables) as connection:
+        yield connection
 
 
 @contextmanager
-def _attached(address: str) -> Iterator[str]:
+def _attached(address: str) -> Iterator[Connection]:
+    rays = running_rays(_PROC)
     if address == "auto":
-        address = _only_one(running_rays(_PROC)) or address
+        address = _only_one(rays) or address
     if address != "auto":
         _look_for(address)
+    found = os.environ.get(ADDRESS, "") if address == "auto" else address
+    variables = rays.get(found.replace("localhost", "127.0.0.1")) or NO_VARIABLES
+    os.environ.update(credentials(variables, os.environ))
     import ray
 
     try:
@@ -76,32 +93,58 @@ def _attached(address: str) -> Iterator[str]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StartupError(f"no Ray answers at {address}: {error}") from error
     try:
-        yield ray.get_runtime_context().gcs_address
+        # A Ray on loopback has no other node, whose processes could have another environment.
+        known = variables if is_loopback(found.rpartition(":")[0]) else NO_VARIABLES
+        yield Connection(ray.get_runtime_context().gcs_address, known)
     finally:
         _disconnect()
 
 
-def running_rays(proc: Path) -> set[str]:
-    """Return the addresses of the Rays that have a node on this machine, for all that `proc` tells; Linux only."""
-    found = set()
+def running_rays(proc: Path) -> dict[str, Mapping[str, str] | None]:
+    """Return the addresses of the Rays that have a node on this machine, for all that `proc` tells, each with the
+    environment of that node's processes, or None if it is another user's. Linux only."""
+    found: dict[str, Mapping[str, str] | None] = {}
     for directory in proc.glob("[0-9]*"):
         with suppress(OSError):
             program, *arguments = (directory / "cmdline").read_text(errors="replace").split("\0")
             if Path(program).name == "raylet":
-                found |= {each.removeprefix(_GCS) for each in arguments if each.startswith(_GCS)}
+                for each in arguments:
+                    if each.startswith(_GCS):
+                        address = each.removeprefix(_GCS)
+                        found[address] = found.get(address) or _environment_of(directory)
     return found
 
 
-def _only_one(addresses: set[str]) -> str:
-    """Return the Ray that "auto" means; "" leaves the search to Ray, as RAY_ADDRESS does. Raises StartupError.
+def _environment_of(process: Path) -> dict[str, str] | None:
+    try:
+        text = (process / "environ").read_text(errors="replace")
+    except OSError:
+        return None
+    pairs = (each.partition("=") for each in text.split("\0") if "=" in each)
+    return {name: value for name, _, value in pairs}
+
+
+def _only_one(rays: Mapping[str, Mapping[str, str] | None]) -> str:
+    """Return the Ray that "auto" means: this user's, or else the one that there is; "" leaves the search to Ray, as
+    RAY_ADDRESS does. Raises StartupError.
 
     Ray's own search takes a loopback address for this node's outer one, and tries that for minutes.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get(ADDRESS):
         return ""
+    addresses = sorted(address for address, environ in rays.items() if environ is not None) or sorted(rays)
     if len(addresses) > 1:
-        raise StartupError(f"several Rays run here ({', '.join(sorted(addresses))}): name one, not auto")
+        raise StartupError(f"several Rays run here ({', '.join(addresses)}): name one, not auto")
     return "".join(addresses)
+
+
+def credentials(theirs: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:
+    """Return what to add to `ours` so that a Ray whose processes have `theirs` answers this one; a token that somebody
+    has given us already is left."""
+    mode, token = theirs.get(AUTH_MODE, ""), theirs.get(AUTH_TOKEN, "")
+    if mode == "token" and token and not ours.get(AUTH_TOKEN):
+        return {AUTH_MODE: mode, AUTH_TOKEN: token}
+    return {AUTH_MODE: mode} if mode and AUTH_MODE not in ours else {}
 
 
 def _look_for(address: str) -> None:
@@ -134,17 +177,18 @@ def _outer_address() -> str:
 
 
 @contextmanager
-def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Iterator[str]:
+def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Iterator[Connection]:
     for name, value in _OWN_RAY.items():
         os.environ.setdefault(name, value)
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
+    if AUTH_MODE not in os.environ:
+        os.environ[AUTH_MODE] = "token"
         # In the environment of our own processes only: without it Ray would keep one in the user's home.
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ[AUTH_TOKEN] = secrets.token_hex(32)
     import ray
 
     try:
         with _environment(variables):
+            lent = dict(os.environ)
             ray.init(
                 namespace=NAMESPACE,
                 include_dashboard=False,
@@ -153,7 +197,7 @@ def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Ite
                 logging_level=logging.ERROR,
                 _temp_dir=str(temp_dir),
             )
-        yield ray.get_runtime_context().gcs_address
+        yield Connection(ray.get_runtime_context().gcs_address, lent)
     finally:
         processes = descendants(os.getpid())
         _disconnect()

@@ -2,6 +2,7 @@
 
     start   tracing and logging -> model files -> secret -> engine and its thread -> data port
     serve   routers come to the data port; Serve only asks for the address (once) and for health
+    drain   when told to: health checks fail from now on, so that Serve replaces this one, and it stops meanwhile
     stop    announce draining -> wait for what runs -> close port and engine -> send the last spans
 
 Owns the order of these and nothing of the steps themselves. Serve's own request path carries no requests.
@@ -48,6 +49,7 @@ class Worker:
         secret: Callable[[], bytes],
         graceful_shutdown_timeout_s: float,
     ) -> None:
+        self._draining: asyncio.Task[bool] | None = None
         self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - 2 * STOP_MARGIN_S)
         self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -81,17 +83,40 @@ class Worker:
 
     def check_health(self) -> None:
         """Raises RuntimeError when this replica can serve nobody any more; Serve then replaces it."""
+        if self._draining is not None:
+            raise RuntimeError("this replica was told to drain")
         if self._engine.failure is not None:
             raise RuntimeError(f"the engine failed: {self._engine.failure!r}")
         if not self._engine.is_alive:
             raise RuntimeError("the engine's thread has ended")
 
+    async def drain(self, replica_id: str) -> bool:
+        """Told to all replicas: the one that is meant takes nothing new, hands over what has not ended within the grace
+        and is replaced by Serve. Return whether this is the one; it does not wait for its end, which Serve would take
+        for a request."""
+        is_meant: bool = replica_id == self._replica_id
+        if is_meant:
+            self._begin_drain()
+        return is_meant
+
+    def _begin_drain(self) -> asyncio.Task[bool]:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+        return self._draining
+
+    async def _drain(self) -> bool:
+        """Return whether all that ran has ended here."""
+        is_drained = await self._server.drain(self._drain_grace_s)
+        if not is_drained:
+            _log.warning("replica %s hands over %d works unfinished", self._replica_id, self._server.num_works)
+            await self._server.stop()  # routers go on with them elsewhere
+        return is_drained
+
     async def __del__(self) -> None:
         """Serve's word for a graceful stop: finish what runs, then close."""
         if not hasattr(self, "_engine"):
             return
-        if not await self._server.drain(self._drain_grace_s):
-            _log.warning("replica %s stops with %d works unfinished", self._replica_id, self._server.num_works)
+        await self._begin_drain()
         await self._server.stop()
         self._engine.close()
         await asyncio.to_thread(self._engine.join, 1.0)

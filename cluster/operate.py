@@ -1,0 +1,234 @@
+"""Changes to a cluster that runs: another configuration, a replica that is to go, another number of replicas.
+
+    apply   Serve starts new routers and replicas beside the old ones, which end as at a drain, and only those whose
+            configuration has changed; a change that does not start leaves the old ones serving
+    scale   `octavo-signal` is told how many replicas a model shall have, until it is told that load decides again
+    drain   one more replica is started, then the one that is meant takes nothing new, hands over what it has not
+            finished within `router.drain_grace_s`, and goes
+
+Ray is connected. Serve and the actor do the work, so it goes on when the command that began it has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from cluster.app import ROUTER, WORKER
+from cluster.config import ClusterConfig
+from cluster.deployment import CALL_TIMEOUT_S, Deployment, router_views, start_serve
+from cluster.lifecycle import reserved_port
+from cluster.serve_view import ApplicationView, DeploymentView, Progress, look
+from cluster.signal import SignalSource
+from router.signal import ModelOutlook
+from workers.errors import ConfigError, StartupError
+
+POLL_S = 0.2
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """What an apply led to."""
+
+    event: str = "applied"
+    address: str
+    """Of all routers."""
+    routers: list[str]
+    """The address of each alone."""
+    models: list[str]
+    replicas: list[dict[str, Any]]
+    """Of each its "id", "pid" and whether it "is_new"."""
+    started: list[str]
+    """New routers and replicas, by id."""
+    stopped: list[str]
+    """Those that have gone."""
+
+
+def apply(config: ClusterConfig, variables: Mapping[str, str], note: Note) -> Applied:
+    """Have the cluster be what `config` says, and return when it is; one that is not there yet is put there, and stays.
+
+    `variables`: see `Deployment`. A port of 0 is the one that is in use. Raises StartupError when it does not get so.
+    """
+    start_serve()
+    before = look(config.serve.app)
+    with _port(config, before) as port:
+        bound = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=port))
+        deployment = Deployment(bound, variables)
+        note(f"{'deploying' if before is None else 'changing'} the application {config.serve.app}")
+        deployment.deploy()
+        last, progress = [before], Progress(before, note)
+
+        def watch(view: ApplicationView) -> None:
+            last[0] = view
+            progress(view)
+
+        routers = deployment.await_ready(watch)
+    after = last[0]
+    assert after is not None
+    for name, each in after.deployments.items():
+        if each.failure is not None:
+            raise StartupError(f"{name} does not start, and what it had goes on: {each.failure}")
+    old = frozenset() if before is None else before.replica_ids
+    return Applied(
+        address=routers[0].address,
+        routers=[each.own_address for each in routers],
+        models=routers[0].models,
+        replicas=[
+            {"id": each["id"], "pid": each["pid"], "is_new": each["id"] not in old} for each in routers[0].replicas
+        ],
+        started=sorted(after.replica_ids - old),
+        stopped=sorted(old - after.replica_ids),
+    )
+
+
+@contextmanager
+def _port(config: ClusterConfig, before: ApplicationView | None) -> Iterator[int]:
+    """Yield the port that routers are to listen on, and keep others off it meanwhile, unless they listen there
+    already."""
+    addresses = {each.address for each in router_views(config.serve.app)} if before is not None else set()
+    ports = {int(address.rpartition(":")[2]) for address in addresses}
+    if len(ports) == 1 and config.serve.port in {0, *ports}:
+        yield ports.pop()
+        return
+    with reserved_port(config) as port:
+        yield port
+
+
+def scale(application: str, model: str, num_replicas: int | None, *, timeout_s: float, note: Note) -> ModelOutlook:
+    """Have `num_replicas` of `model` whatever the load is, and wait until there are; None: let the load decide again.
+
+    Raises ConfigError for a model that there is not, StartupError if it takes longer than `timeout_s`.
+    """
+    source = SignalSource()
+    outlook = _outlook(source, model)
+    source.scale(model, num_replicas)
+    if num_replicas is None:
+        note(f"load decides how many replicas {model} has, {outlook.min_replicas} to {outlook.max_replicas}")
+        return _outlook(source, model)
+    name, end, said = _deployment_of(_there(application), model), time.monotonic() + timeout_s, ""
+    while True:
+        deployment = _there(application).deployments[name]
+        if (text := str(deployment)) != said:
+            note(f"{name}: {text}")
+            said = text
+        if deployment.target == len(deployment.running) == len(_ready(application, deployment)) == num_replicas:
+            return _outlook(source, model)
+        if deployment.failure is not None:
+            raise StartupError(f"{name} does not start: {deployment.failure}")
+        if time.monotonic() >= end:
+            raise StartupError(f"{model} has not {num_replicas} replicas after {timeout_s:g} s: {deployment}")
+        time.sleep(POLL_S)
+
+
+def drain(application: str, replica: str, *, timeout_s: float, note: Note) -> str:
+    """Have a replica, named by its id or its beginning, replaced; returns its id when it has gone.
+
+    Raises ConfigError if there is no such replica, or several, StartupError if it takes longer than `timeout_s`.
+    """
+    view = _there(application)
+    name, replica_id = view.find(replica, among=view.deployments.keys() - {ROUTER})
+    with _one_more(application, name, timeout_s=timeout_s, note=note):
+        told = serve.get_deployment_handle(name, application).broadcast("drain", replica_id)
+        if not any(told.results(timeout_s=CALL_TIMEOUT_S)):
+            raise StartupError(f"the replica {replica_id} has gone meanwhile")
+        note(f"{replica_id} takes nothing new")
+        end = time.monotonic() + timeout_s
+        late = f"{replica_id} is still there after {timeout_s:g} s"
+        _await(lambda: replica_id not in _there(application).deployments[name].running, end, late)
+    _await(lambda: replica_id not in _there(application).replica_ids, end, late)
+    return replica_id
+
+
+@contextmanager
+def _one_more(application: str, name: str, *, timeout_s: float, note: Note) -> Iterator[None]:
+    """Have one more replica of a deployment for the scope, so that the others need not carry what one of them did; go
+    without it if there is no room."""
+    source = SignalSource()
+    deployment = _there(application).deployments[name]
+    try:
+        model = _model_of(source, name)
+        override = _outlook(source, model).override
+        source.scale(model, deployment.target + 1)
+    except (ConnectionError, TimeoutError) as error:
+        note(f"no replica is started before: {error}")
+        yield
+        return
+    try:
+        note(f"{name}: one more replica is started before")
+        with _said(note):
+            _await(
+                lambda: len(_ready(application, _there(application).deployments[name])) > len(deployment.running),
+                time.monotonic() + timeout_s,
+                "there is no room for one more replica, or it is not ready",
+            )
+        yield
+    finally:
+        # The number that was there, and then who decided on it: given back at once, a number that load has decided on
+        # would stay at one more until load has done with less for long enough.
+        source.scale(model, deployment.target)
+        with _said(note):
+            _await(
+                lambda: _there(application).deployments[name].target <= deployment.target,
+                time.monotonic() + CALL_TIMEOUT_S,
+                "Serve has not taken the number of replicas back",
+            )
+        source.scale(model, override)
+
+
+@contextmanager
+def _said(note: Note) -> Iterator[None]:
+    """Go on when something does not succeed, and say so."""
+    try:
+        yield
+    except StartupError as error:
+        note(str(error))
+
+
+def _there(application: str) -> ApplicationView:
+    view = look(application)
+    if view is None:
+        raise StartupError(f"that Ray runs no application {application}")
+    return view
+
+
+def _deployment_of(view: ApplicationView, model: str) -> str:
+    """Return the name of the deployment that computes `model`."""
+    return name if (name := f"{WORKER}-{model}") in view.deployments else WORKER
+
+
+def _model_of(source: SignalSource, name: str) -> str:
+    """Return the model that a deployment computes. Raises ConnectionError or TimeoutError if that cannot be learned."""
+    if name != WORKER:
+        return name.removeprefix(f"{WORKER}-")
+    models = source.view().models
+    if len(models) != 1:
+        raise ConnectionError(f"{source.actor} knows {len(models)} models")
+    return next(iter(models))
+
+
+def _ready(application: str, deployment: DeploymentView) -> frozenset[str]:
+    """Return the replicas of a deployment that every router can send to."""
+    views = router_views(application)
+    ready = [{each["id"] for each in view.replicas if each["state"] == "ready"} for view in views]
+    return deployment.running.intersection(*ready) if ready else frozenset()
+
+
+def _outlook(source: SignalSource, model: str) -> ModelOutlook:
+    models = source.view().models
+    if model not in models:
+        raise ConfigError(f"MODEL must be one of {', '.join(sorted(models)) or 'no model'}, is {model!r}")
+    return models[model]
+
+
+def _await(holds: Callable[[], bool], end: float, what: str) -> None:
+    while not holds():
+        if time.monotonic() >= end:
+            raise StartupError(f"{what} ")
+        time.sleep(POLL_S)
