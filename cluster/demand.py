@@ -2,9 +2,9 @@
 
 Those that run need their places. Of those that wait, as many count as what comes keeps busy beyond these (arrivals x
 time at a replica, by Little's law), and the backlog over the time in which it may drain. So a backlog that grows while
-replicas start does not ask for ever more of them. One that stays although they are there counts in full, and so does
-all that waits while nobody knows how long answers take. What was turned away would have run: it counts as having come,
-and as waiting.
+replicas start does not ask for ever more of them; one that stays although they are there counts for more and more, and
+all that waits counts while nobody knows how long answers take. What was turned away would have run: it counts as having
+come, and as waiting.
 
 Replicas say what they have to every router, so the most that one of them says is what runs; what waits is each router's
 own. `now` is in seconds, on one clock for all calls.
@@ -30,8 +30,10 @@ SERVICE_WINDOW_S: Final = 20.0
 """Of time in which something ran; what an answer took before that counts little."""
 MIN_DRAIN_S: Final = 10.0
 DRAIN_STARTS: Final = 6.0
-"""A backlog may take so many times as long to drain as a replica takes to start: by then all are there, and a load of
-five replicas that came at once to none has asked for six at most."""
+"""A backlog may take so many times as long to drain as a replica takes to start and to answer: by then all are there,
+and a load of five replicas that came at once to none has asked for six at most."""
+PROGRESS: Final = 0.9
+"""A backlog that has come down to this part of what it was drains."""
 IDLE_S: Final = 1.0
 """Since the last arrival."""
 _MIN_ENDED: Final = 0.05
@@ -61,14 +63,14 @@ class DemandMeter:
         self._counts: deque[_Count] = deque()
         """Of the last `MAX_WINDOW_S`, and one from before."""
         self._last_arrival_at = -math.inf
-        self._running_s = self._ended = 0.0
-        """Sequence-seconds at replicas, and sequences that ended; both fade alike."""
+        self._served_s = self._ended = 0.0
+        """Sequences that have ended, and what they spent at replicas; both fade alike while something runs."""
         self._measured_at: float | None = None
-        self._num_running = 0
+        self._is_running = False
         self._queued_since: float | None = None
-        self._num_ready = 0
-        self._settled_since = -math.inf
-        """Since when as many replicas as now are ready."""
+        self._least_queued = 0
+        self._moved_at = -math.inf
+        """When the backlog last became clearly shorter, or a replica was starting."""
 
     def add(self, router_id: str, epoch: int, signal: ModelSignal, now: float) -> None:
         """Take in what a router has just said."""
@@ -82,14 +84,11 @@ class DemandMeter:
             self._last_arrival_at = now
         self._turned_away += max(signal.num_turned_away_total - old.num_turned_away_total, 0)
         self._ended += max(signal.num_ended_total - old.num_ended_total, 0)
+        self._served_s += max(signal.served_s_total - old.served_s_total, 0.0)
 
-    @property
-    def service_s(self) -> float | None:
-        """How long a sequence is at a replica, on average; None while nobody knows."""
-        return self._running_s / self._ended if self._ended >= _MIN_ENDED else None
-
-    def measure(self, now: float, start_s: float | None) -> Demand | None:
-        """Return what is asked for by now, where a replica takes `start_s` to start; None if no router says."""
+    def measure(self, now: float, start_s: float | None = None, *, is_starting: bool = False) -> Demand | None:
+        """Return what is asked for by now, where a replica takes `start_s` to start, and some are starting or not; None
+        if no router says."""
         self._parts = {name: part for name, part in self._parts.items() if now - part.at <= KEEP_S}
         if not self._parts:
             self._measured_at = self._queued_since = None
@@ -98,37 +97,44 @@ class DemandMeter:
         signals = fresh or [part.signal for part in self._parts.values()]
         num_running = max(signal.num_aboard for signal in signals)
         num_queued = sum(signal.num_queued for signal in signals)
-        self._see(now, num_running, num_queued, max(signal.num_ready for signal in signals))
+        self._see(now, num_running, num_queued)
+        if is_starting:
+            self._moved_at = now
         arrivals, refusals = self._rates(now)
-        service_s = self.service_s
+        service_s = self._service_s(signals)
         unserved = num_queued + refusals * max(service_s or 1.0, MIN_WINDOW_S)
         sequences = num_running + unserved
         if service_s is not None and unserved:
-            drain_s = max(MIN_DRAIN_S, DRAIN_STARTS * (start_s or 0.0))
-            standing_s = now - max(self._queued_since or now, self._settled_since)
-            if standing_s <= drain_s:
-                sequences = min(sequences, arrivals * service_s + num_queued * service_s / drain_s)
+            drain_s = max(MIN_DRAIN_S, DRAIN_STARTS * ((start_s or 0.0) + service_s))
+            overdue = max((now - self._moved_at) / drain_s - 1, 0.0)
+            sequences = min(sequences, arrivals * service_s + num_queued * min(service_s / drain_s + overdue, 1.0))
         return Demand(
             sequences=max(sequences, num_running),
             is_idle=not num_running and not num_queued and now - self._last_arrival_at > IDLE_S,
             cause=_cause(num_running, num_queued, refusals),
         )
 
-    def _see(self, now: float, num_running: int, num_queued: int, num_ready: int) -> None:
+    def _service_s(self, signals: list[ModelSignal]) -> float | None:
+        """Return how long a sequence is at a replica; None while nobody knows. Where those that run have been there for
+        longer than those before, it is that long by now."""
+        if self._ended < _MIN_ENDED:
+            return None
+        ages, count = sum(signal.running_s for signal in signals), sum(signal.num_running for signal in signals)
+        return max(self._served_s / self._ended, ages / count if count else 0.0)
+
+    def _see(self, now: float, num_running: int, num_queued: int) -> None:
         """Let the time since the last measurement pass."""
-        if self._measured_at is not None:
-            passed = now - self._measured_at
-            if self._num_running:
-                fade = math.exp(-passed / SERVICE_WINDOW_S)
-                self._running_s = self._running_s * fade + self._num_running * passed
-                self._ended *= fade
-        self._measured_at, self._num_running = now, num_running
+        if self._measured_at is not None and self._is_running:
+            fade = math.exp((self._measured_at - now) / SERVICE_WINDOW_S)
+            self._served_s *= fade
+            self._ended *= fade
+        self._measured_at, self._is_running = now, num_running > 0
+        if self._queued_since is None or num_queued < PROGRESS * self._least_queued:
+            self._least_queued, self._moved_at = num_queued, now
         if not num_queued:
             self._queued_since = None
         elif self._queued_since is None:
             self._queued_since = now
-        if num_ready != self._num_ready:
-            self._num_ready, self._settled_since = num_ready, now
 
     def _rates(self, now: float) -> tuple[float, float]:
         """Return arrivals and refusals in a second, lately."""

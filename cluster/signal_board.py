@@ -103,7 +103,7 @@ class SignalBoard:
         if model is None:
             model = self._models[name] = _Model(config, ScalerState(target=target), now, now)
         model.config, model.asked_at, model.current = config, now, current
-        demand = model.meter.measure(now, self._start_s.get(name))
+        demand = model.meter.measure(now, self._start_s.get(name), is_starting=current < model.state.target)
         decision = desired_replicas(demand, self._config(name, config), model.state, now)
         before, model.state = model.state.target, decision.state
         if demand is not None:

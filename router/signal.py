@@ -2,7 +2,7 @@
 
     router --RouterReport, every REPORT_PERIOD_S--> SignalLine --> Outlook --> router
 
-Standard library only, for the actor and Serve's controller read it as well. Counters (`num_*_total`) only grow while a
+Standard library only, for the actor and Serve's controller read it as well. Counters (`*_total`) only grow while a
 router lives (`epoch`), so that a lost report loses nothing; everything else is how it is now.
 """
 
@@ -37,6 +37,10 @@ class ModelSignal:
     too near, and those whose time ran out while they waited."""
     num_ended_total: int = 0
     """Sequences that have left a replica, however they ended."""
+    served_s_total: float = 0.0
+    """What these together have spent there."""
+    running_s: float = 0.0
+    """What those that run have spent there so far, together."""
     num_ready: int = 0
     """Replicas that may be sent work."""
 
