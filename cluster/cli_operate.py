@@ -124,6 +124,9 @@ def _attached(config: RayConfig) -> Iterator[Connection]:
         import ray
         from ray.serve.exceptions import RayServeException
 
+        from cluster.deployment import quieten
+
+        quieten()
         try:
             yield connection
         except (ray.exceptions.RayError, RayServeException, ConnectionError, TimeoutError) as error:

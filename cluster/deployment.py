@@ -43,10 +43,15 @@ class RouterView:
     """Why it cannot serve a model, by the models' names."""
 
 
-def start_serve() -> None:
-    """Have Serve run, without proxies if it does not yet, and say nothing of its own."""
+def quieten() -> None:
+    """Have Ray and Serve say nothing of their own in this process but errors."""
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def start_serve() -> None:
+    """Have Serve run, without proxies if it does not yet."""
+    quieten()
     serve.start(proxy_location="Disabled")
 
 
