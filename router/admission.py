@@ -76,6 +76,7 @@ class Admission:
             num_queued_tokens=self._queued_tokens,
             num_running_requests=self._running_requests,
             max_queued_tokens=self._max_tokens,
+            num_queued_sequences=self._queued_choices,
         )
 
     def check_integrity(self) -> None:

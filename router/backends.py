@@ -54,4 +54,5 @@ class Backends:
             num_queued_tokens=sum(backlog.num_queued_tokens for backlog in each),
             num_running_requests=sum(backlog.num_running_requests for backlog in each),
             max_queued_tokens=sum(backlog.max_queued_tokens for backlog in each),
+            num_queued_sequences=sum(backlog.num_queued_sequences for backlog in each),
         )

@@ -24,9 +24,11 @@ from router.flights import Flights
 from router.forecast import make_queue
 from router.link import ReplicaLink
 from router.queued import Queued
-from router.replica_wait import ReplicaWait
+from router.replica_wait import ReplicaWait, ready_in_s
 from router.sender import Sender
-from router.types import Request
+from router.signal import ModelOutlook, ModelSignal
+from router.traffic import Traffic
+from router.types import Backlog, Request
 from workers.errors import CapabilityError, OctavoError
 
 
@@ -54,11 +56,32 @@ class Departures:
         self._sender = sender
         self._owner = owner
         self._clock = clock
+        self.traffic = Traffic()
+        self.outlook: Callable[[], ModelOutlook | None] = lambda: None
+        """Says what is known of replicas to come."""
         self._batcher, self._forecast = make_queue(config)
         self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
         self._alarm = Alarm(self._on_alarm)
         self._is_pump_due = False
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def signal(self, backlog: Backlog) -> ModelSignal:
+        """Return how it stands, for the cluster's scaling."""
+        now, traffic, oldest = self._clock(), self.traffic, self._batcher.oldest_since
+        return ModelSignal(
+            num_queued=backlog.num_queued_sequences,
+            queued_tokens=backlog.num_queued_tokens,
+            num_running=traffic.num_running,
+            num_aboard=self._fleet.num_aboard_all,
+            owed_prefill_tokens=self._fleet.owed_tokens,
+            oldest_wait_s=0.0 if oldest is None else now - oldest,
+            num_arrived_total=traffic.num_arrived,
+            num_turned_away_total=traffic.num_turned_away,
+            num_ended_total=traffic.num_ended,
+            served_s_total=traffic.served_s,
+            running_s=traffic.running_s(now),
+            num_ready=self._fleet.num_ready,
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -83,9 +106,23 @@ class Departures:
     def permit(self, request: Request, admission: Admission, now: float) -> Permit:
         """Return a permit; who has more than an equal part of a full backlog gives way.
 
-        Raises OverloadedError when the backlog is full, or `request` would be late.
+        Raises OverloadedError when the backlog is full, or `request` would be late; UnavailableError when it would be
+        before any replica is ready.
         """
+        self.traffic.num_arrived += request.n
+        try:
+            return self._permit(request, admission, now)
+        except OctavoError:
+            if self._forecast.could_be_in_time(request, now):
+                self.traffic.num_turned_away += request.n
+            raise
+
+    def _permit(self, request: Request, admission: Admission, now: float) -> Permit:
         self._forecast.check(request, now)
+        if not self._fleet.has_ready:
+            expected_s, left_s = ready_in_s(self.outlook()), request.deadline - now
+            if expected_s is not None and expected_s > left_s:
+                raise dispatch_errors.start_error(expected_s, left_s)
         size = request.num_known_tokens
         while True:
             tenant = admission.who_gives_way(size, now, tenant=request.tenant, num_choices=request.n)
@@ -110,6 +147,7 @@ class Departures:
         """Take a request off its replica's books, if it is on any; return that link."""
         link = self._flights.leave(flight)
         if link is not None:
+            self.traffic.left(flight.request.n, flight.sent_at, self._clock())
             self._forecast.over(flight, self._clock(), is_answered=is_answered, is_lost=is_lost)
         return link
 
@@ -125,7 +163,7 @@ class Departures:
         now = self._clock()
         self._expire(now)
         has_ready = self._fleet.has_ready
-        self._replica_wait.see(now, has_replica=has_ready)
+        self._replica_wait.see(now, has_replica=has_ready, outlook=None if has_ready else self.outlook())
         left: list[Queued] = []
         while has_ready and (batch := self._next_batch(now)) is not None:
             left += self._dispatch(batch, now)
@@ -165,20 +203,28 @@ class Departures:
                 self._forecast.unsent(queued)
                 continue
             # Before it goes: its sink may end it while it is told that it has gone.
+            flight.sent_at = now
             self._forecast.sent(flight, queued, now)
+            self.traffic.boarded(flight.request.n, now)
             try:
                 if not self._sender.send(flight, batch.batch_id, now):
-                    self._forecast.recalled(queued)
+                    self._recall(queued, now)
                     left.append(queued)
             except CapabilityError as error:
-                self._forecast.recalled(queued)
+                self._recall(queued, now)
                 self._owner.end(flight, error)
         return left
+
+    def _recall(self, queued: Queued, now: float) -> None:
+        """It was to go now and has not gone."""
+        self._forecast.recalled(queued)
+        self.traffic.recalled(queued.request.n, now)
 
     def _end_queued(self, queued: Queued, error: OctavoError) -> None:
         """End a request that the batcher has handed back, unless the sink of another one did so meanwhile."""
         flight = self._flights.find(queued.key)
         if flight is not None:
+            self.traffic.num_turned_away += queued.request.n
             self._owner.end(flight, error)
 
     # Time.
@@ -190,7 +236,7 @@ class Departures:
         events = (
             self._batcher.next_event(credit_tokens, now),
             self._flights.first_deadline(),
-            self._replica_wait.next_event(self._batcher.oldest_since),
+            self._replica_wait.next_event(self._batcher.oldest_since, now),
         )
         self._alarm.set(min((event for event in events if event is not None), default=math.inf), now)
 
@@ -204,5 +250,6 @@ class Departures:
         """Assert that every book agrees with every other; for tests."""
         self._batcher.check_integrity()
         num_aboard = len(self._flights.aboard)
+        assert self.traffic.num_running == sum(flight.request.n for flight in self._flights.aboard)
         self._forecast.check_integrity(num_aboard)
         assert len(self._flights) == self.num_waiting + num_aboard

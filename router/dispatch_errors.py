@@ -74,6 +74,14 @@ def model_error(name: str, failure: str, *, retry_after_s: float) -> Unavailable
     )
 
 
+def start_error(ready_in_s: float, left_s: float) -> UnavailableError:
+    return UnavailableError(
+        f"no replica is ready; the next one is expected in {ready_in_s:.1f} s, and the deadline is in {left_s:.1f} s",
+        reason=Reason.NO_REPLICA,
+        retry_after_s=min(max(ready_in_s, MIN_RETRY_S), MAX_RETRY_S),
+    )
+
+
 def lost_error(message: str) -> UnavailableError:
     return UnavailableError(message, reason=Reason.REPLICA_LOST)
 

@@ -38,6 +38,7 @@ from router.link import LinkTimes, ReplicaLink
 from router.placement import LeastCost, Placement, PromptHashes
 from router.resume import continued, finish_of
 from router.sender import Sender
+from router.signal import ModelOutlook, ModelSignal
 from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, from_tokens
 from workers.errors import OctavoError
@@ -142,6 +143,16 @@ class Dispatcher:
 
     def backlog(self) -> Backlog:
         return self._admission.backlog()
+
+    # The cluster's scaling.
+
+    def look_out(self, outlook: Callable[[], ModelOutlook | None]) -> None:
+        """Ask `outlook` from now on what is known of this model's replicas to come."""
+        self._departures.outlook = outlook
+
+    def signal(self) -> ModelSignal:
+        """Return how it stands, for the cluster's scaling."""
+        return self._departures.signal(self.backlog())
 
     # What replicas say: the LinkListener.
 

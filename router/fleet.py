@@ -54,6 +54,21 @@ class Fleet:
         return self.roster.open != 0
 
     @property
+    def num_ready(self) -> int:
+        """Replicas that may be sent work."""
+        return self.roster.open.bit_count()
+
+    @property
+    def num_aboard_all(self) -> int:
+        """Sequences that replicas have of all routers, by what they report and what was sent since."""
+        return sum(link.state.num_running for link in self._aboard)
+
+    @property
+    def owed_tokens(self) -> int:
+        """Prompt tokens that replicas have yet to compute, for all routers."""
+        return sum(link.state.owed_tokens for link in self._aboard)
+
+    @property
     def credit_tokens(self) -> int:
         """Prompt tokens that all replicas together can take."""
         return self.roster.credit_tokens

@@ -24,6 +24,9 @@ class Forecast(Protocol):
     def check(self, request: Request, now: float) -> None:
         """Raises OverloadedError if `request` would be late."""
 
+    def could_be_in_time(self, request: Request, now: float) -> bool:
+        """Say whether `request` could be answered in time if nothing waited before it, as far as is known."""
+
     def queued(self, flight: Flight, now: float) -> Queued:
         """Return `flight` as it waits from `now` on."""
 
@@ -48,6 +51,9 @@ class NoForecast:
 
     def check(self, request: Request, now: float) -> None:
         pass
+
+    def could_be_in_time(self, request: Request, now: float) -> bool:
+        return True
 
     def queued(self, flight: Flight, now: float) -> Queued:
         request = flight.request
@@ -86,6 +92,10 @@ class MeasuredForecast:
         if shortfall_s > 0:
             raise dispatch_errors.too_short_error(request, now, service_s=service_s, shortfall_s=shortfall_s)
 
+    def could_be_in_time(self, request: Request, now: float) -> bool:
+        service_s = self._speeds.service_s(request, now)
+        return service_s is None or now + service_s <= request.deadline
+
     def queued(self, flight: Flight, now: float) -> Queued:
         request = flight.request
         latest_start = math.inf
@@ -103,7 +113,6 @@ class MeasuredForecast:
 
     def sent(self, flight: Flight, queued: Queued, now: float) -> None:
         flight.charge = queued.cost
-        flight.sent_at = now
         flight.first_token_at = None
         flight.num_tokens = 0
         self._speeds.num_sent += 1

@@ -152,6 +152,8 @@ class Backlog:
     num_queued_tokens: int
     num_running_requests: int
     max_queued_tokens: int
+    num_queued_sequences: int = 0
+    """Each choice of a request that waits."""
 
 
 class Cancel(Protocol):
