@@ -52,6 +52,8 @@ class Catalogue:
         Raises what an only model met, or ModelFileError if there are several and none can be served.
         """
         errors = await asyncio.gather(*map(self._open, self._sources), return_exceptions=True)
+        for name in self._sources:  # models are listed as they were configured
+            self._models[name] = self._models.pop(name)
         if len(errors) == 1 and errors[0] is not None:
             raise errors[0]
         if None not in errors:
@@ -75,7 +77,7 @@ class Catalogue:
         except Exception as error:
             failure = str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
             _log.error("model %s cannot be served: %s", name, failure)
-            self._models[name] = UnservedModel(failure, RETRY_S)
+            self._models[name] = UnservedModel(failure)
             raise
         self._models[name] = served
 

@@ -107,7 +107,7 @@ class Departures:
         """Return a permit; who has more than an equal part of a full backlog gives way.
 
         Raises OverloadedError when the backlog is full, or `request` would be late; UnavailableError when it would be
-        before any replica is ready.
+        before any replica is ready, or when replicas do not start.
         """
         self.traffic.num_arrived += request.n
         try:
@@ -120,7 +120,10 @@ class Departures:
     def _permit(self, request: Request, admission: Admission, now: float) -> Permit:
         self._forecast.check(request, now)
         if not self._fleet.has_ready:
-            expected_s, left_s = ready_in_s(self.outlook()), request.deadline - now
+            outlook = self.outlook()
+            if outlook is not None and outlook.failure:
+                raise dispatch_errors.model_error(request.model, outlook.failure)
+            expected_s, left_s = ready_in_s(outlook), request.deadline - now
             if expected_s is not None and expected_s > left_s:
                 raise dispatch_errors.start_error(expected_s, left_s)
         size = request.num_known_tokens

@@ -68,9 +68,9 @@ def no_replica_error(wait_s: float) -> UnavailableError:
     return UnavailableError(f"no replica was ready within {wait_s:g} s", reason=Reason.NO_REPLICA)
 
 
-def model_error(name: str, failure: str, *, retry_after_s: float) -> UnavailableError:
+def model_error(name: str, failure: str) -> UnavailableError:
     return UnavailableError(
-        f"model {name} cannot be served: {failure}", reason=Reason.MODEL_FAILED, retry_after_s=retry_after_s
+        f"model {name} cannot be served: {failure}", reason=Reason.MODEL_FAILED, retry_after_s=MAX_RETRY_S
     )
 
 

@@ -62,8 +62,6 @@ class UnservedModel:
 
     failure: str
     """Why, in words."""
-    retry_after_s: float
-    """When it is worth a try again."""
 
 
 Models: TypeAlias = Mapping[str, ServedModel | UnservedModel]

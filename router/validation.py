@@ -123,7 +123,7 @@ class Validator:
             (name,) = self._models
         model = self._models.get(name)
         if isinstance(model, UnservedModel):
-            raise model_error(name, model.failure, retry_after_s=model.retry_after_s)
+            raise model_error(name, model.failure)
         if model is not None:
             return name, model
         base, _, adapter = name.rpartition(":")
