@@ -38,14 +38,24 @@ MAX_START_ATTEMPTS = 3
 SURGE_PERCENT = 25
 """Of its processes that a changed deployment starts before it stops as many old ones; one at least."""
 
+NO_TARGETS: Mapping[str, int] = {}
 
-def build(config: ClusterConfig, *, cores: float, secret: SecretSource, environ: Mapping[str, str] | None) -> Any:
+
+def build(
+    config: ClusterConfig,
+    *,
+    cores: float,
+    secret: SecretSource,
+    environ: Mapping[str, str] | None,
+    targets: Mapping[str, int] = NO_TARGETS,
+) -> Any:
     """Return the Serve application of `config` for nodes of `cores`.
 
     `environ` is what routers and replicas get variables from; None if Ray itself was started with them. Ray starts a
     process that is to have variables of its own twice, for the first one sets them: 0.8 s more on a small machine.
+    `targets`: of deployments that are there already, how many processes they have been told to have.
     """
-    parts = _Parts(config, cores, secret, {} if environ is None else {"env_vars": forwarded(environ)})
+    parts = _Parts(config, cores, secret, {} if environ is None else {"env_vars": forwarded(environ)}, targets)
     workers = {worker_name(config, name): parts.worker(name, model) for name, model in config.deployments().items()}
     return parts.router(workers)
 
@@ -83,6 +93,7 @@ class _Parts:
     cores: float
     secret: SecretSource
     runtime_env: dict[str, Any]
+    targets: Mapping[str, int]
 
     def worker(self, name: str, model: ModelConfig) -> Any:
         """Return the bound deployment of the replicas of `model`."""
@@ -101,6 +112,7 @@ class _Parts:
                 model.scaling,
                 num_replicas=model.initial_replicas,
                 max_num_sequences=model.engine.max_num_sequences,
+                target=self.targets.get(group),
             ),
             request_router_config=RequestRouterConfig(
                 request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": group}
@@ -124,7 +136,7 @@ class _Parts:
         num_routers: dict[str, Any] = {"num_replicas": config.serve.num_routers}
         if not config.serve.num_routers:
             # Two on a node: one that starts and the one that it replaces.
-            num_routers = {"autoscaling_config": router_scaling(), "max_replicas_per_node": 2}
+            num_routers = {"autoscaling_config": router_scaling(self.targets.get(ROUTER)), "max_replicas_per_node": 2}
         deployment = serve.deployment(
             name=ROUTER,
             ray_actor_options=self._actor_options({"num_cpus": 0}),

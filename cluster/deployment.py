@@ -80,7 +80,14 @@ class Deployment:
         """Hand the application to Serve, which puts it there or changes what is there, step by step; returns before
         anything of it runs."""
         self._before = look(self._name)
-        application = app.build(self._config, cores=app.cores_of_node(), secret=ensure_secret(), environ=self._environ)
+        there = {} if self._before is None else self._before.deployments
+        application = app.build(
+            self._config,
+            cores=app.cores_of_node(),
+            secret=ensure_secret(),
+            environ=self._environ,
+            targets={name: each.target for name, each in there.items()},
+        )
         self._is_deployed = True
         serve.run_many(
             [serve.RunTarget(application, name=self._name, route_prefix=None)],

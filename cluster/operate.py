@@ -30,6 +30,9 @@ from router.signal import ModelOutlook
 from workers.errors import ConfigError, StartupError
 
 POLL_S = 0.2
+SETTLE_S = 1.0
+"""What was deployed is looked at again after this: Serve's controller asks how many replicas there shall be, and hears
+of another number a moment after it has what it had before."""
 Note = Callable[[str], None]
 
 
@@ -69,6 +72,8 @@ def apply(config: ClusterConfig, variables: Mapping[str, str], note: Note) -> Ap
             last[0] = view
             progress(view)
 
+        deployment.await_ready(watch)
+        time.sleep(SETTLE_S)
         routers = deployment.await_ready(watch)
     after = last[0]
     assert after is not None

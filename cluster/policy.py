@@ -27,20 +27,23 @@ ANSWER_S: Final = 2.0
 
 
 def model_scaling(
-    model: str, scaling: ScalingConfig, *, num_replicas: int, max_num_sequences: int
+    model: str, scaling: ScalingConfig, *, num_replicas: int, max_num_sequences: int, target: int | None = None
 ) -> AutoscalingConfig:
     """Return what the deployment of `model`, by the name that requests call it, is to be given as
-    ``autoscaling_config``, whether its number of replicas is fixed or not: an operator may change it either way."""
+    ``autoscaling_config``, whether its number of replicas is fixed or not: an operator may change it either way.
+
+    `target`: how many it has been told to have already. A changed deployment begins with that number until the policy
+    is heard, not with the one that is configured."""
     kwargs = {
         "model": model,
         "scaling": dataclasses.asdict(scaling.of_replicas(num_replicas, max_num_sequences)),
     }
-    return _config("cluster.policy:SignalPolicy", kwargs, initial=num_replicas)
+    return _config("cluster.policy:SignalPolicy", kwargs, initial=num_replicas if target is None else target)
 
 
-def router_scaling() -> AutoscalingConfig:
+def router_scaling(target: int | None = None) -> AutoscalingConfig:
     """Return the same for routers of which each node shall have one."""
-    return _config("cluster.policy:NodesPolicy", {}, initial=1)
+    return _config("cluster.policy:NodesPolicy", {}, initial=1 if target is None else target)
 
 
 def _config(policy: str, kwargs: dict[str, Any], *, initial: int) -> AutoscalingConfig:
