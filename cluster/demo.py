@@ -1,13 +1,15 @@
-"""`octavo demo`: a whole cluster for half a minute, asked a few questions over gRPC, with what came of each.
+"""`octavo demo`: a whole cluster for a minute, asked a few questions over gRPC, with what came of each.
 
 Everything is the real thing: the cluster is a child process that runs `octavo serve`, the questions go through
 `octavo.client`, and the times are those that this process sees. The questions come in waves: the first meets empty
-caches, the next share its two system prompts, so that their cached tokens show.
+caches, the next share its two system prompts, so that their cached tokens show. Then comes the second act
+(`demo_crash.py`), for which there must be two replicas.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from typing import Protocol
 from octavo.client import CallError, Client, Message
 from octavo.v1 import status_service_pb2
 
-from cluster.served import served
+from cluster.demo_crash import CrashView, SecondAct, Stage, staged
+from cluster.served import Served, served
 
 START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
@@ -50,6 +53,8 @@ class DemoOptions:
     engine: str = "paged"
     num_replicas: int = 2
     max_tokens: int = 40
+    stream_tokens: int = 160
+    """Most tokens of an answer in the second act."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,37 +98,59 @@ class View(Protocol):
 
     def wave_ended(self) -> None: ...
 
+    def all_answered(self, answers: Sequence[Answer]) -> None: ...
+
     def done(self, answers: Sequence[Answer], total_s: float) -> None: ...
 
 
-def run(options: DemoOptions, view: View) -> None:
-    """Start a cluster, ask, show, and stop it. Raises StartupError, or CallError when a question fails."""
+def run(options: DemoOptions, view: View, crash_view: CrashView) -> None:
+    """Start a cluster, ask, kill, show, and stop it.
+
+    Raises StartupError, NobodyKilledError, or CallError when a question fails.
+    """
     began = time.monotonic()
     arguments = ["--model", options.model, "--engine", options.engine, "--port", "0"]
     arguments += ["--replicas", str(options.num_replicas)]
-    with served(arguments, timeout_s=START_TIMEOUT_S, note=view.note) as cluster:
-        answers = asyncio.run(_ask_all(cluster.address, options, view, began))
+    with (
+        staged(os.environ) as stage,
+        served(arguments, timeout_s=START_TIMEOUT_S, note=view.note, variables=stage.variables) as cluster,
+    ):
+        start_s = time.monotonic() - began
+        answers = asyncio.run(_play(cluster, stage, options, view, crash_view, start_s))
         view.note("stopping the cluster")
     view.done(answers, time.monotonic() - began)
 
 
-async def _ask_all(address: str, options: DemoOptions, view: View, began: float) -> list[Answer]:
+async def _play(
+    cluster: Served, stage: Stage, options: DemoOptions, view: View, crash_view: CrashView, start_s: float
+) -> list[Answer]:
+    async with Client(cluster.address) as client:
+        view.cluster_ready(await client.status(), cluster.address, start_s)
+        answers = await _ask_all(client, options, view)
+        view.all_answered(answers)
+        if options.num_replicas > 1:
+            act = SecondAct(client, cluster.pid, stage, crash_view, num_tokens=options.stream_tokens, note=view.note)
+            crash_view.outcome(await act.run())
+        else:
+            view.note("no second act: it takes two replicas")
+    return answers
+
+
+async def _ask_all(client: Client, options: DemoOptions, view: View) -> list[Answer]:
     answers: list[Answer] = []
-    async with Client(address) as client:
-        view.cluster_ready(await client.status(), address, time.monotonic() - began)
-        number = 0
-        for wave, texts in enumerate(WAVES, start=1):
-            questions = [Question(number + place, text) for place, text in enumerate(texts, start=1)]
-            number += len(questions)
-            view.wave_begun(wave, questions)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(_ask(client, each, wave, options, view)) for each in questions]
-            except* CallError as errors:
-                raise errors.exceptions[0] from None
-            finally:
-                view.wave_ended()
-            answers += [task.result() for task in tasks]
+    number = 0
+    for wave, texts in enumerate(WAVES, start=1):
+        questions = [Question(number + place, text) for place, text in enumerate(texts, start=1)]
+        number += len(questions)
+        view.wave_begun(wave, questions)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_ask(client, each, wave, options, view)) for each in questions]
+        except* CallError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            view.wave_ended()
+        answers += [task.result() for task in tasks]
     return answers
 
 

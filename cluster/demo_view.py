@@ -35,35 +35,39 @@ class LinesView:
         self._errors.print(f"demo: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def cluster_ready(self, status: status_service_pb2.GetStatusResponse, address: str, start_s: float) -> None:
-        self._line(f"Octavo {status.version} at {address}, ready after {start_s:.1f} s")
+        self.line(f"Octavo {status.version} at {address}, ready after {start_s:.1f} s")
         for replica in status.replicas:
-            self._line(
+            self.line(
                 f"  replica {short(replica.id)}: {replica.model}, engine {replica.engine}, kernels {replica.kernels}, "
                 f"{replica.dtype}, {replica.num_blocks} blocks of {replica.block_size} tokens, pid {replica.pid}"
             )
 
     def wave_begun(self, wave: int, questions: Sequence[Question]) -> None:
-        self._line("")
-        self._line(wave_title(wave, len(questions)))
+        self.line("")
+        self.line(wave_title(wave, len(questions)))
 
     def said(self, question: Question, text: str) -> None:
         """Lines come whole, from `answered`."""
 
     def answered(self, answer: Answer) -> None:
-        self._line(f"[{answer.number}] {answer.question}")
-        self._line(f"    {printable(answer.text)}")
+        self.line(f"[{answer.number}] {answer.question}")
+        self.line(f"    {printable(answer.text)}")
 
     def wave_ended(self) -> None:
         """Everything is printed already."""
 
-    def done(self, answers: Sequence[Answer], total_s: float) -> None:
-        self._line("")
+    def all_answered(self, answers: Sequence[Answer]) -> None:
+        self.line("")
         if not self.out.is_terminal:
             self.out.width = LINES_WIDTH
         self.out.print(table(answers, self.out.width), soft_wrap=False, markup=False, highlight=False)
-        self._line(summary(answers, total_s))
+        self.line(summary(answers))
 
-    def _line(self, text: str) -> None:
+    def done(self, answers: Sequence[Answer], total_s: float) -> None:
+        self.line("")
+        self.line(f"All of it took {total_s:.0f} s, start and stop of the cluster included.")
+
+    def line(self, text: str) -> None:
         self.out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -126,7 +130,7 @@ class JsonView:
             {name: getattr(replica, name) for name in ("id", "pid", "model", "engine", "kernels", "dtype")}
             for replica in status.replicas
         ]
-        self._write(
+        self.write(
             {"event": "ready", "address": address, "version": status.version, "start_s": start_s, "replicas": replicas}
         )
 
@@ -137,15 +141,18 @@ class JsonView:
         """Answers are written whole."""
 
     def answered(self, answer: Answer) -> None:
-        self._write({"event": "answer", **dataclasses.asdict(answer)})
+        self.write({"event": "answer", **dataclasses.asdict(answer)})
 
     def wave_ended(self) -> None:
         """Each answer says its wave."""
 
-    def done(self, answers: Sequence[Answer], total_s: float) -> None:
-        self._write({"event": "done", "answers": len(answers), "total_s": total_s})
+    def all_answered(self, answers: Sequence[Answer]) -> None:
+        """Each answer has its accounts."""
 
-    def _write(self, value: object) -> None:
+    def done(self, answers: Sequence[Answer], total_s: float) -> None:
+        self.write({"event": "done", "answers": len(answers), "total_s": total_s})
+
+    def write(self, value: object) -> None:
         self._out.file.write(json.dumps(value) + "\n")
         self._out.file.flush()
 
@@ -181,12 +188,9 @@ def table(answers: Sequence[Answer], width: int) -> Table:
     return result
 
 
-def summary(answers: Sequence[Answer], total_s: float) -> str:
+def summary(answers: Sequence[Answer]) -> str:
     prompt, cached = sum(each.prompt_tokens for each in answers), sum(each.cached_tokens for each in answers)
-    return (
-        f"{len(answers)} answers in {total_s:.0f} s, start and stop of the cluster included; "
-        f"{cached} of {prompt} prompt tokens came out of the caches."
-    )
+    return f"{cached} of {prompt} prompt tokens came out of the caches."
 
 
 def short(replica_id: str) -> str:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -25,6 +25,7 @@ from workers.errors import StartupError
 STOP_TIMEOUT_S = 60.0
 LEFTOVER_TIMEOUT_S = 5.0
 ERROR_LINES = 15
+NO_VARIABLES: Mapping[str, str] = {}
 
 
 class ServeFailedError(StartupError):
@@ -46,15 +47,28 @@ class Served:
 
 
 @contextmanager
-def served(options: Sequence[str], *, timeout_s: float, note: Callable[[str], None]) -> Iterator[Served]:
-    """Run `octavo serve` with `options` for the scope. `note` gets what it says while it starts.
+def served(
+    options: Sequence[str],
+    *,
+    timeout_s: float,
+    note: Callable[[str], None],
+    variables: Mapping[str, str] = NO_VARIABLES,
+) -> Iterator[Served]:
+    """Run `octavo serve` with `options` for the scope, and `variables` over this process's own environment.
+    `note` gets what it says while it starts.
 
     Raises ServeFailedError when it does not get ready, StartupError when something of it had to be killed at the end.
     """
     command = [sys.executable, "-m", "cluster.cli", "serve", *options]
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+            command,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
         )
         try:
             yield _await_ready(child, errors, timeout_s, note)

@@ -1,24 +1,17 @@
-"""`octavo demo`: what it shows, and that a whole run ends well and leaves no process."""
+"""`octavo demo`, first act: what it shows. A whole run is in tests/integration/test_demo_run.py."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
-import time
-import uuid
-from pathlib import Path
 
 import pytest
 from octavo.v1 import status_service_pb2 as pb
 from rich.console import Console
 
-from cluster.demo import WAVES, Answer, Question
+from cluster.demo import Answer, Question
 from cluster.demo_view import JsonView, LinesView, TerminalView
 from cluster.served import ServeFailedError, served
-from tests.cluster import MARK, marked
 
 QUESTIONS = [Question(1, "What is 1 + 1?"), Question(2, "And [bold]this[/]?")]
 
@@ -56,6 +49,7 @@ def show(kind, *, width: int = 100, is_terminal: bool = False) -> str:
         view.said(question, each.text[2:])
         view.answered(each)
     view.wave_ended()
+    view.all_answered(ANSWERS)
     view.done(ANSWERS, 9.0)
     return file.getvalue()
 
@@ -68,7 +62,7 @@ def test_lines_have_every_answer_and_its_accounts():
     assert "\x1b" not in text, "an answer must not steer the terminal"
     row = next(line for line in text.splitlines() if line.startswith("1 "))
     assert " ".join(row.split()) == f"1 What is 1 + 1? 62 ms 12.3 100 96 abcd1234 {'0' * 31}1"
-    assert "2 answers in 9 s" in text
+    assert "All of it took 9 s" in text
     assert "96 of 200 prompt tokens came out of the caches" in text
 
 
@@ -96,33 +90,3 @@ def test_a_cluster_that_does_not_start_passes_its_reason_and_exit_code_on():
     ):
         raise AssertionError("it must not get ready")
     assert caught.value.child_exit_code == 3
-
-
-def test_a_whole_run_answers_everything_and_leaves_nothing(tmp_path: Path):
-    """On the engine `fake`: the answers make no sense, everything else is what `make demo` does."""
-    mark = uuid.uuid4().hex
-    command = ["-m", "cluster.cli", "demo", "--model", "fake", "--engine", "fake", "--max-tokens", "8", "--json"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "OCTAVO_ENGINE__FAKE_STEP_S": "0.005", MARK: mark},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    answers = [event for event in events if event["event"] == "answer"]
-    assert [event["event"] for event in events] == ["ready", *["answer"] * len(answers), "done"]
-    assert len(events[0]["replicas"]) == 2
-    assert sorted(each["question"] for each in answers) == sorted(text for wave in WAVES for text in wave)
-    assert len({each["trace_id"] for each in answers}) == len(answers)
-    assert {each["replica"] for each in answers} == {replica["id"] for replica in events[0]["replicas"]}
-    for each in answers:
-        assert each["generated_tokens"] == 8
-        assert (each["cached_tokens"] > 0) == (each["wave"] > 1), "the second wave shares the first one's blocks"
-    end = time.monotonic() + 5
-    while (left := marked(mark)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert left == {}
