@@ -66,6 +66,13 @@ class ServerProcess:
                     return line
         raise ServerError(f"not ready after {timeout_s:.0f} s: {self._last_words()}")
 
+    def await_text(self, text: str, timeout_s: float) -> None:
+        """Return when its output has `text` in it. Raises ServerError."""
+        for _ in self._until(timeout_s):
+            if text in self.said():
+                return
+        raise ServerError(f"not ready after {timeout_s:.0f} s: {self._last_words()}")
+
     def await_http(self, url: str, timeout_s: float) -> None:
         """Return when `url` answers 200. Raises ServerError."""
         for _ in self._until(timeout_s):

@@ -43,7 +43,7 @@ Change = Callable[[Cluster, frozenset[str]], Awaitable[int]]
 
 
 async def drain(cluster: Cluster, replicas: frozenset[str]) -> int:
-    await cluster.octavo("drain", min(replicas), "--target", cluster.address)
+    await cluster.octavo("drain", min(replicas), "--ray-address", cluster.ray_address)
     return 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -49,8 +48,8 @@ class Cluster:
     async def octavo(self, *arguments: str) -> str:
         """Run a command; return what it printed. Raises CommandFailedError."""
         process = await asyncio.create_subprocess_exec(
+            *("env", *(f"{name}={value}" for name, value in ENVIRONMENT.items())),
             *(sys.executable, "-m", "cluster.cli", *arguments),
-            env=os.environ | ENVIRONMENT,
             cwd=ROOT,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

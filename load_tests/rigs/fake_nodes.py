@@ -17,10 +17,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +26,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from load_tests.process_tree import Process, await_end, tree
-from load_tests.server import ServerError, free_port
+from load_tests.server import ServerProcess, free_port
 
 HEAD: Final = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """The head's node id, as Ray's provider expects it."""
@@ -39,11 +37,10 @@ ENVIRONMENT: Final = {
 }
 """What a process that attaches needs, too."""
 AUTOSCALERS: Final = ("v1", "v2")
-START_S, STOP_S, LEFT_S = 60.0, 10.0, 5.0
+START_S, LEFT_S = 120.0, 5.0
 _MARK = "OF_FAKE_NODES"
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _PROC = Path("/proc")
-_POLL_S = 0.05
 
 
 class FakeNodes:
@@ -61,7 +58,7 @@ class FakeNodes:
         self._lost_s = lost_s
         self._is_v2 = autoscaler == "v2"
         self._mark = uuid.uuid4().hex
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ServerProcess | None = None
         self.port = 0
         self.directory = Path()
 
@@ -101,7 +98,6 @@ class FakeNodes:
         self.directory = Path(tempfile.mkdtemp(prefix="oct", dir="/tmp"))
         try:
             self._start()
-            self._await_ready()
         except BaseException:
             self.stop()
             raise
@@ -114,27 +110,21 @@ class FakeNodes:
 
     def stop(self) -> None:
         """End every process. Idempotent."""
-        # By mark alone Ray's agents are not found: their titles have taken the place of their environment.
-        family = [] if self._process is None else tree(self._process.pid)
         if self._process is not None:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_S)
-        left = self.processes()
+            self._process.stop()  # with all that it started: titles of some have taken the place of their marks
+        left = self.processes()  # what has another parent by now
         for process in left:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
-        await_end([*family, *left], LEFT_S)
+        await_end(left, LEFT_S)
         await_end(self.processes(), 0.0)  # what those had started meanwhile
-        if self._process is not None:
-            self._process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _start(self) -> None:
+        """Raises ServerError."""
         configuration = self.directory / "autoscaler.json"
         configuration.write_text(json.dumps(self._configuration()))
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OTEL_"))}
-        environment |= ENVIRONMENT | {
+        variables = ENVIRONMENT | {
             _MARK: self._mark,
             "RAY_FAKE_CLUSTER": "1",
             "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
@@ -144,17 +134,11 @@ class FakeNodes:
             "OMP_NUM_THREADS": "1",
         }
         if self._is_v2:
-            environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD}
-        with (self.directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *self._options(configuration)],
-                env=environment,
-                cwd=self.directory,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            variables |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD}
+        ray = str(Path(sys.executable).with_name("ray"))
+        command = (ray, "start", "--head", "--block", *self._options(configuration))
+        self._process = ServerProcess(command, variables, self.directory / "log")
+        self._process.await_text("Ray runtime started", START_S)
 
     def _options(self, configuration: Path) -> list[str]:
         options = {
@@ -218,15 +202,6 @@ class FakeNodes:
             "file_mounts_sync_continuously": False,
             **{name: [] for name in empty_lists},
         }
-
-    def _await_ready(self) -> None:
-        """Raises ServerError."""
-        assert self._process is not None
-        log, give_up = self.directory / "log", time.monotonic() + START_S
-        while "Ray runtime started" not in (said := log.read_text(errors="replace")):
-            if self._process.poll() is not None or time.monotonic() > give_up:
-                raise ServerError(f"no fake nodes: {' | '.join(said.strip().splitlines()[-3:])}")
-            time.sleep(_POLL_S)
 
 
 def _command(pid: int) -> list[str]:
