@@ -23,8 +23,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from router.chat import ChatTemplate
 from router.config import RouterConfig
-from router.model import ServedModel
+from router.model import Models, ServedModel
 from router.server import RouterServer
+from router.signal import ModelSignal
 from router.tokenizer import Tokenizer
 from router.types import Backlog, Cancel, Candidate, Decision, ReplicaView, Request, Sink
 from workers.errors import CancelledRequestError, OctavoError
@@ -175,6 +176,9 @@ class FakeBackend:
 
     def backlog(self) -> Backlog:
         return Backlog(num_queued_requests=1, num_queued_tokens=2, num_running_requests=3, max_queued_tokens=4)
+
+    def signal(self, model: str) -> ModelSignal:
+        return ModelSignal(num_queued=1, num_aboard=3, num_ready=1, num_turned_away_total=2)
 
 
 def answering(text: str | bytes) -> Script:
@@ -402,7 +406,7 @@ def _read_terminal(outcome: Outcome, terminal: pb.Terminal) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(models: Mapping[str, ServedModel] | None = None, **config: Any) -> AsyncIterator[Rig]:
+async def running(models: Models | None = None, **config: Any) -> AsyncIterator[Rig]:
     backend = FakeBackend()
     server = RouterServer(
         RouterConfig(**config),
