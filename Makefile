@@ -1,6 +1,6 @@
 # The interface of this repository. Each target works on a fresh clone: it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust bench-elastic protos baseline
+.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust bench-elastic chaos protos baseline
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
@@ -38,6 +38,9 @@ bench-trust: setup  ## isolation, resume, several routers and what trust costs, 
 
 bench-elastic: setup  ## scaling with load and nodes, changes under load, an idle cluster, held to their bars
 	@.venv/bin/python -m load_tests.bench_elastic $(ARGS)
+
+chaos: setup  ## faults every 20 s under load, every answer checked; 2 x 10 minutes; ARGS="--quick"
+	@.venv/bin/python -m load_tests.chaos $(ARGS)
 
 protos:  ## rewrite the generated stubs from the .proto files
 	@bash scripts/protos.sh

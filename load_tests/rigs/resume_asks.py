@@ -128,11 +128,11 @@ def oracle_asks(
     raise AssertionError("counting has no end")
 
 
-def fake_asks(number: int, max_tokens: int, rng: random.Random) -> list[Ask]:
+def fake_asks(number: int, max_tokens: int, rng: random.Random, *, prompt_tokens: int = 20) -> list[Ask]:
     """Return requests that no replica of the fake engine has seen."""
     asks = []
     for i in range(number):
-        prompt = tuple(rng.choices(range(3, VOCAB_SIZE), k=20))
+        prompt = tuple(rng.choices(range(3, VOCAB_SIZE), k=prompt_tokens))
         ask = Ask(
             name=f"{i} (fake)",
             kind="fake",
