@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config_sections import RayConfig, is_loopback
+from cluster.lean_ray import without_extras
 from cluster.processes import await_end, descendants
 from cluster.secret import NAMESPACE
 from workers.errors import ConfigError, ModelFileError, StartupError
@@ -187,7 +188,7 @@ def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Ite
     import ray
 
     try:
-        with _environment(variables):
+        with _environment(variables), without_extras():
             lent = dict(os.environ)
             ray.init(
                 namespace=NAMESPACE,
