@@ -138,12 +138,13 @@ async def test_a_second_signal_does_not_wait_for_running_answers(other_ray: Clus
 
 @pytest.mark.cluster
 async def test_serve_deploy_takes_the_file_in_deploy(other_ray: ClusterProcess, tmp_path: Path) -> None:
-    """The file as it is, but for the model and the port; deployed by Ray's own command, and taken away again."""
-    port = free_port()
+    """The file as it is, but for the model and the ports; deployed by Ray's own command, and taken away again."""
+    port, health_port = free_port(), free_port()
     file = yaml.safe_load((ROOT / "deploy/octavo.yaml").read_text())
     (application,) = file["applications"]
     application["args"] |= {"model": "fake", "engine": {"engine": "fake"}}
     application["args"]["serve"]["port"] = port
+    application["args"]["router"] = {"health_port": health_port}
     (tmp_path / "octavo.yaml").write_text(yaml.safe_dump(file))
     dashboard = other_ray.ready["dashboard"]
     command = [Path(sys.executable).with_name("serve"), "deploy", tmp_path / "octavo.yaml", "--address", dashboard]
@@ -153,5 +154,8 @@ async def test_serve_deploy_takes_the_file_in_deploy(other_ray: ClusterProcess, 
         await await_status(channel, has_ready(2))
         answer = await generate(channel, request([5, 6, 7], 20))
     assert (answer.code, answer.tokens) == (grpc.StatusCode.OK, fake_continuation([5, 6, 7], 20, VOCAB_SIZE))
+    async with connected(f"127.0.0.1:{health_port}") as channel:
+        health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
     delete = urllib.request.Request(f"{dashboard}/api/serve/applications/", method="DELETE")
     (await asyncio.to_thread(urllib.request.urlopen, delete, timeout=60)).close()
