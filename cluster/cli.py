@@ -100,6 +100,8 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
 ) -> None:
     """Run a cluster until Ctrl-C or SIGTERM; then let running requests finish. A second Ctrl-C hurries.
 
+    Several models have tables in the configuration, [models.NAME]. One that cannot be served leaves the others alone.
+
     Killed with SIGKILL it drains nothing. A Ray of its own then ends by itself: at once, but for two of Ray's agents,
     which go within about a minute. Its temporary directory stays.
 

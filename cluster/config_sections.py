@@ -16,9 +16,9 @@ class ServeConfig:
     """Where the router listens."""
     port: int = 50051
     """0: a free one."""
-    num_routers: int = 1
-    """Router processes, which share the replicas. Those of one node share the port: the system gives each new
-    connection to one of them."""
+    num_routers: int = 0
+    """Router processes, which share the replicas; 0: as many as there are nodes. Those of one node share the port: the
+    system gives each new connection to one of them."""
     insecure: bool = False
     """Listen beyond loopback although there is no TLS (router.tls_cert_file), or no client has to prove who it is
     (router.keys_file, router.tls_client_ca_file)."""
@@ -30,7 +30,7 @@ class ServeConfig:
     def check(self) -> None:
         rule(_is_host(self.host), "serve.host", "must be an IP address or a host name", self.host)
         rule(0 <= self.port <= 65535, "serve.port", "must be in [0, 65535]", self.port)
-        rule(self.num_routers >= 1, "serve.num_routers", "must be >= 1", self.num_routers)
+        rule(self.num_routers >= 0, "serve.num_routers", "must be >= 0", self.num_routers)
         rule(re.fullmatch(r"[\w.-]+", self.app) is not None, "serve.app", "must be a name of [A-Za-z0-9_.-]", self.app)
         rule(self.start_timeout_s > 0, "serve.start_timeout_s", "must be > 0", self.start_timeout_s)
 

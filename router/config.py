@@ -11,9 +11,9 @@ from workers.errors import ConfigError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     max_queued_tokens: int = 262_144
-    """Prompt tokens that may wait before a replica; more is refused with RESOURCE_EXHAUSTED."""
+    """Prompt tokens that may wait for replicas of one model; more is refused with RESOURCE_EXHAUSTED."""
     max_queued_requests: int = 4_096
-    """Requests that may wait before a replica, each counted once for every choice that is generated for it."""
+    """Requests that may wait for replicas of one model, each counted once for every choice that is generated for it."""
     max_batch_tokens: int = 8_192
     max_batch_requests: int = 64
     max_batch_wait_s: float = 0.004
