@@ -23,6 +23,7 @@ COMMON = {
 }
 STEP_S, FAKE_LENGTHS = 0.02, (10, 150)
 FILLER_PROMPT, FILLER_TOKENS = 3_000, 200
+MODEL_LENGTHS, LONG_PROMPT = (24, 48), 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +57,16 @@ def _fake_fillers(rng: random.Random) -> list[Ask]:
 
 
 def _model_asks(number: int, _: random.Random) -> list[Ask]:
-    return oracle_asks(json.loads(ORACLE.read_text()), number, (24, 48))
+    return [ask for ask in _oracle_asks() if len(ask.prompt) <= LONG_PROMPT][:number]
 
 
 def _model_fillers(_: random.Random) -> list[Ask]:
-    """The longest of many requests, some 7 blocks each, where two replicas have 128."""
-    asks = _model_asks(80, random.Random())
-    return sorted(asks, key=lambda ask: len(ask.prompt) + ask.options["max_tokens"])[-24:]
+    """Each takes most of the blocks of a replica."""
+    return [ask for ask in _oracle_asks() if len(ask.prompt) > LONG_PROMPT][:3]
+
+
+def _oracle_asks() -> list[Ask]:
+    return oracle_asks(json.loads(ORACLE.read_text()), 80, MODEL_LENGTHS)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -92,8 +96,8 @@ FAMILIES: Mapping[str, Family] = {
         | {
             "OCTAVO_ENGINE__DTYPE": "fp32",
             "OCTAVO_ENGINE__THREADS": "1",
-            "OCTAVO_ENGINE__MAX_MODEL_LEN": "512",
-            "OCTAVO_ENGINE__NUM_BLOCKS": "64",
+            "OCTAVO_ENGINE__MAX_MODEL_LEN": "2048",
+            "OCTAVO_ENGINE__NUM_BLOCKS": "128",
         },
         replicas=2,
         clients=4,
@@ -102,6 +106,6 @@ FAMILIES: Mapping[str, Family] = {
         quick_asks=16,
         make_asks=_model_asks,
         make_fillers=_model_fillers,
-        fillers_at_once=8,
+        fillers_at_once=1,
     ),
 }

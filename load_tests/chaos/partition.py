@@ -43,7 +43,8 @@ def cut(client_pid: int, server_pid: int, port: int) -> Iterator[int]:
 
     Raises OSError if the system does not let us, LookupError if they are not connected.
     """
-    sockets = list(_sockets())
+    # Twice, and each once: the kernel's table may leave one out, or have it twice, while it changes.
+    sockets = list({each.inode: each for each in (*_sockets(), *_sockets())}.values())
     ours, theirs = _descriptors(client_pid), _descriptors(server_pid)
     client_ends = [each for each in sockets if each.remote_port == port and each.inode in ours]
     ports = {each.local_port for each in client_ends}
