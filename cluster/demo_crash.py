@@ -37,11 +37,9 @@ LIMIT_S = 2.0
 """No stream shall stop for longer."""
 
 SYSTEM_PROMPT = (
-    "You are a storyteller who knows the world: its countries and their history, its animals and plants, its oceans, "
-    "mountains and stars, the people who explored them and the machines that they built. Whatever you are asked about, "
-    "tell it as a long and lively story of several paragraphs, with names, places, numbers and details that are true. "
-    "Begin at once with the story itself. Write plain and simple sentences, without lists, headings or emoji. Do "
-    "not stop early, do not ask the listener questions, and do not sum up what you have said."
+    "You are a storyteller who knows the world. Tell a long and lively story of several paragraphs, with names, places "
+    "and details that are true. Write plain sentences without lists, headings or emoji. Do not ask questions and do "
+    "not stop early."
 )
 QUESTIONS = tuple(
     f"Tell me a long story about {subject}."
@@ -138,10 +136,13 @@ class Stage:
 
 @contextmanager
 def staged(environ: Mapping[str, str]) -> Iterator[Stage]:
-    """For the life of the cluster."""
+    """For the life of the cluster. It computes in fp32 unless `environ` says otherwise, for there an answer that goes on
+    elsewhere is what an undisturbed run answers."""
     with tempfile.TemporaryDirectory(prefix="octavo-demo-") as folder, collecting(environ) as collector:
         placements = Path(folder) / "placements"
         variables = {"OCTAVO_ROUTER__DECISION_LOG": str(placements)}
+        if not environ.keys() & {"OCTAVO_ENGINE__DTYPE", "OCTAVO_CONFIG"}:
+            variables["OCTAVO_ENGINE__DTYPE"] = "fp32"
         if collector is not None:
             variables |= collector.variables
         yield Stage(placements, collector, variables)

@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from rich.console import Console
 
-from cluster.demo_crash import Outcome, Victim, is_descendant
+from cluster.demo_crash import Outcome, Victim, is_descendant, staged
 from cluster.demo_crash_view import views
 from cluster.demo_placements import Placement, Placements
 from cluster.demo_stream import Stream, busiest, first_differences
@@ -287,7 +287,7 @@ def test_lines_do_not_hide_what_went_otherwise_than_promised():
     shown.streams[1].longest_pause_s = 2.5
     text = show(shown)
     assert "1 of 2 answers" in text
-    assert "differ from token 4 on: in int8 how many rows are computed together may tip a near tie." in text
+    assert "The others differ from token 4 on: sums over other chunks round otherwise" in text
     assert "was 2.50 s, more than the 2 s that it should be at most." in text
     assert "its spans did not come here" in text
 
@@ -317,3 +317,30 @@ def test_json_has_the_kill_every_stream_the_trace_and_the_figures():
     assert [event["first_difference"] for event in events[2:4]] == [None, 3]
     assert len(events[4]["spans"]) == len(SPANS)
     assert (events[5]["num_identical"], events[5]["longest_pause_s"]) == (1, 0.75)
+
+
+def test_the_cluster_computes_exactly_unless_it_is_told_otherwise():
+    with staged({}) as stage:
+        assert stage.variables["OCTAVO_ENGINE__DTYPE"] == "fp32"
+        assert stage.variables["OCTAVO_ROUTER__DECISION_LOG"] == str(stage.placements)
+        assert stage.collector is not None
+        assert stage.collector.variables.items() <= stage.variables.items()
+        assert stage.placements.parent.is_dir()
+    assert not stage.placements.parent.exists()
+    for name in ("OCTAVO_ENGINE__DTYPE", "OCTAVO_CONFIG"):
+        with staged({name: "bf16", "OTEL_SDK_DISABLED": "true"}) as stage:
+            assert set(stage.variables) == {"OCTAVO_ROUTER__DECISION_LOG"}
+
+
+def test_twelve_panels_fit_in_a_small_terminal():
+    file = io.StringIO()
+    out = Console(file=file, width=80, height=24, force_terminal=True, color_system=None)
+    _, view = views(out, Console(file=io.StringIO()), as_json=False)
+    streams = [Stream(number, f"What is number {number}?", str(number)) for number in range(1, 13)]
+    for stream in streams:
+        stream.placed(FIRST)
+        stream.took(tokens(*range(100)), 1.0)
+    view.begun(streams)
+    shown = file.getvalue()
+    view.ended()
+    assert "12. What is number 12?" in shown, "cropped by the terminal's height"
