@@ -82,9 +82,11 @@ def began_at(process: Process) -> float:
 
 
 def sample(status: GetStatusResponse, at: float, num_nodes: int) -> Sample:
+    """Return what a router says, for its one model."""
+    known = [model.target for model in status.models if model.has_outlook]
     return Sample(
         at=at,
-        target=None,
+        target=sum(known) if known else None,
         states={replica.id: replica.state for replica in status.replicas},
         num_queued=status.router.num_queued_requests,
         num_running=status.router.num_running_requests,
