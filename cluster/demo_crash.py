@@ -136,8 +136,8 @@ class Stage:
 
 @contextmanager
 def staged(environ: Mapping[str, str]) -> Iterator[Stage]:
-    """For the life of the cluster. It computes in fp32 unless `environ` says otherwise, for there an answer that goes on
-    elsewhere is what an undisturbed run answers."""
+    """For the life of the cluster. It computes in fp32 unless `environ` says otherwise, for there an answer that goes
+    on elsewhere is what an undisturbed run answers."""
     with tempfile.TemporaryDirectory(prefix="octavo-demo-") as folder, collecting(environ) as collector:
         placements = Path(folder) / "placements"
         variables = {"OCTAVO_ROUTER__DECISION_LOG": str(placements)}
