@@ -26,6 +26,7 @@ from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig, ModelConfig, load
 from cluster.policy import model_scaling, router_scaling
 from cluster.secret import SecretSource, ensure_secret
+from cluster.signal import SignalSource, StartTeller, ensure_signal
 from router.model import ModelSource
 from router.serve import Router
 from workers.serve import STOP_MARGIN_S, Worker
@@ -66,6 +67,7 @@ def app(args: dict[str, Any]) -> Any:
     Raises ConfigError.
     """
     config = load(None, os.environ, args)
+    ensure_signal(ClusterBoot(config.log), os.environ)
     return build(config, cores=cores_of_node(), secret=ensure_secret(), environ=os.environ)
 
 
@@ -128,6 +130,7 @@ class _Parts:
             model=model.model,
             secret=self.secret,
             graceful_shutdown_timeout_s=graceful_shutdown_timeout_s(self.config),
+            progress=StartTeller(name),
         )
 
     def router(self, workers: Mapping[str, Any]) -> Any:
@@ -163,6 +166,7 @@ class _Parts:
             secret=self.secret,
             workers=dict(workers),
             version=_installed(),
+            signal=SignalSource(),
         )
 
     def _actor_options(self, resources: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,11 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from cluster import app
-from cluster.boot import forwarded
+from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig
 from cluster.secret import ensure_secret
 from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationView, look
+from cluster.signal import ensure_signal
 from workers.errors import StartupError
 
 POLL_S = 0.1
@@ -81,6 +82,7 @@ class Deployment:
         anything of it runs."""
         self._before = look(self._name)
         there = {} if self._before is None else self._before.deployments
+        ensure_signal(ClusterBoot(self._config.log), self._environ)
         application = app.build(
             self._config,
             cores=app.cores_of_node(),
@@ -127,8 +129,8 @@ class Deployment:
     def _complete(self, view: ApplicationView) -> list[RouterView]:
         """Return the routers if there are all and each has all replicas, else none. Raises StartupError if a router
         refuses a replica."""
-        workers = frozenset().union(*(each.running for name, each in view.deployments.items() if name != app.ROUTER))
         views = router_views(self._name)
+        workers = self._to_be_reached(view, views)
         self._has_routers = self._has_routers or bool(views)
         for replica in (replica for each in views for replica in each.replicas):
             if replica["state"] == "refused" and replica["id"] in workers:
@@ -137,6 +139,12 @@ class Deployment:
             workers <= {replica["id"] for replica in each.replicas if replica["state"] == "ready"} for each in views
         )
         return views if has_all and len(views) == len(view.deployments[app.ROUTER].running) else []
+
+    def _to_be_reached(self, view: ApplicationView, routers: Sequence[RouterView]) -> frozenset[str]:
+        """Return the replicas that every router must have: not those of a model that some router cannot serve."""
+        failed = {app.worker_name(self._config, model) for router in routers for model in router.failures}
+        workers = view.deployments.keys() - failed - {app.ROUTER}
+        return frozenset().union(*(view.deployments[name].running for name in workers))
 
     def failures(self) -> dict[str, str]:
         """Return why the replicas of models do not start, by the models' names."""

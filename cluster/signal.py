@@ -9,21 +9,29 @@ Requests do not wait for it: while it is gone, or restarts, they go on as before
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.policy import ACTOR, NAMESPACE
+from cluster.signal_board import StartProgress
 from router.signal import Outlook, RouterReport
 from workers.types import Boot
 
 ANSWER_S = 2.0
-"""How long a report waits for its answer."""
+"""How long a call waits for its answer."""
+
+_log = logging.getLogger(__name__)
+_handles: dict[SignalSource, Any] = {}
+"""Of this process, so that a report costs one call and not two."""
 
 
 @dataclass(frozen=True, slots=True)
 class SignalSource:
-    """What routers, replicas and commands are given to reach the actor by. Picklable; Ray must be connected where it is
-    used. `report` makes it a `SignalLine`."""
+    """What routers and commands are given to reach the actor by. Picklable; Ray must be connected where it is used.
+    Implements `SignalLine`."""
 
     actor: str = ACTOR
     namespace: str = NAMESPACE
@@ -33,9 +41,11 @@ class SignalSource:
         import ray
 
         try:
-            actor = await asyncio.to_thread(self.find)
-            outlook: Outlook = await asyncio.wait_for(actor.report.remote(report), ANSWER_S)
+            if self not in _handles:
+                _handles[self] = await asyncio.to_thread(self.find)
+            outlook: Outlook = await asyncio.wait_for(_handles[self].report.remote(report), ANSWER_S)
         except (ValueError, ray.exceptions.RayError) as error:
+            _handles.pop(self, None)
             raise ConnectionError(f"{self.actor} does not answer: {error}") from error
         return outlook
 
@@ -67,12 +77,42 @@ class SignalSource:
             raise ConnectionError(f"{self.actor} does not answer: {error}") from error
 
 
-def ensure_signal(boot: Boot) -> SignalSource:
-    """Return the way to the actor; makes it unless an earlier build did. Ray must be connected; nobody waits for it."""
+@dataclass(frozen=True, slots=True)
+class StartTeller:
+    """Tells the actor how far a replica of `model` has come. Implements `workers.start.Progress`."""
+
+    model: str
+    source: SignalSource = SignalSource()
+
+    def __call__(self, replica_id: str, stage: str, *, age_s: float, detail: str) -> None:
+        import ray
+
+        try:
+            progress = StartProgress(
+                model=self.model,
+                replica_id=replica_id,
+                stage=stage,
+                age_s=age_s,
+                node_id=ray.get_runtime_context().get_node_id(),
+                pid=os.getpid(),
+                detail=detail,
+            )
+            self.source.find().progress.remote(progress)
+        except (ValueError, ray.exceptions.RayError) as error:
+            _log.info("nobody hears that %s is %s: %s", replica_id, stage, error)
+
+
+def ensure_signal(boot: Boot, environ: Mapping[str, str] | None = None) -> SignalSource:
+    """Return the way to the actor; makes it unless an earlier build did. Ray must be connected; nobody waits for it.
+
+    `environ` as in `cluster.app.build`.
+    """
     import ray
 
+    from cluster.boot import forwarded
     from cluster.signal_actor import SignalActor
 
+    environment = {} if environ is None else {"runtime_env": {"env_vars": forwarded(environ)}}
     ray.remote(SignalActor).options(
         name=ACTOR,
         namespace=NAMESPACE,
@@ -81,5 +121,6 @@ def ensure_signal(boot: Boot) -> SignalSource:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=1_000,
+        **environment,
     ).remote(boot)
     return SignalSource()

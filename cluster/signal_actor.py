@@ -74,7 +74,7 @@ class SignalActor:
         return self._epoch + time.monotonic()
 
     def _tell(self, change: TargetChange) -> None:
-        attributes = {
+        attributes: dict[str, str | int | float] = {
             Attribute.REQUEST_MODEL: change.model,
             Attribute.REPLICAS_BEFORE: change.before,
             Attribute.REPLICAS_TARGET: change.after,

@@ -13,19 +13,18 @@ from typing import Final
 from cluster.autoscaling import ScalerState, ScalingConfig, desired_replicas
 from cluster.demand import KEEP_S, DemandMeter
 from router.signal import ModelOutlook, Outlook, RouterReport, StartingReplica
+from workers.start import FAILED, READY
 
 ASKED_S: Final = 60.0
 ADOPT_S: Final = 5.0
 """For so long after its start a board takes over what routers know of overrides."""
 START_SILENCE_S: Final = 30.0
 """A replica that starts says so every few seconds; one that does not is gone."""
-READY = "ready"
-FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartProgress:
-    """A replica on its way to being ready. `stage`: one of `StartingReplica.stage`, `READY`, or `FAILED`."""
+    """A replica on its way to being ready. `stage`: see `workers.start`."""
 
     model: str
     replica_id: str

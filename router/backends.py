@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from router.dispatcher import Dispatcher
+from router.signal import ModelSignal
 from router.types import Backlog, Cancel, ReplicaView, Request, Sink
 
 
@@ -45,6 +46,11 @@ class Backends:
             for model, dispatcher in self._dispatchers.items()
             for view in dispatcher.replicas()
         ]
+
+    def signal(self, model: str) -> ModelSignal:
+        """Return how it stands with a model; nothing is said of one that cannot be served."""
+        dispatcher = self._dispatchers.get(model)
+        return ModelSignal() if dispatcher is None else dispatcher.signal(model)
 
     def backlog(self) -> Backlog:
         """The sum over all models, each of which has the whole of the configured queue."""

@@ -150,8 +150,8 @@ class Dispatcher:
         """Ask `outlook` from now on what is known of this model's replicas to come."""
         self._departures.outlook = outlook
 
-    def signal(self) -> ModelSignal:
-        """Return how it stands, for the cluster's scaling."""
+    def signal(self, model: str) -> ModelSignal:
+        """`model` is the one that it serves."""
         return self._departures.signal(self.backlog())
 
     # What replicas say: the LinkListener.

@@ -10,27 +10,25 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
-from router.outlook import LastOutlook
-from router.signal import REPORT_PERIOD_S, RouterReport, SignalLine
+from router.self_report import SelfReport
+from router.signal import REPORT_PERIOD_S, SignalLine
 
 _log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """`report` says how it stands; `after` is awaited after each try, whatever came of it, and must not raise."""
+    """`about` says how it stands, and is told what was heard; `after` is awaited after each try."""
 
     def __init__(
         self,
         line: SignalLine,
-        report: Callable[[], RouterReport],
-        outlook: LastOutlook,
+        about: SelfReport,
         *,
         after: Callable[[], Awaitable[None]],
         period_s: float = REPORT_PERIOD_S,
     ) -> None:
         self._line = line
-        self._report = report
-        self._outlook = outlook
+        self._about = about
         self._after = after
         self._period_s = period_s
         self._is_silent = False
@@ -52,13 +50,14 @@ class Reporter:
         due = loop.time()
         while True:
             await self._tell()
+            self._about.sample()
             await self._after()
             due = max(due + self._period_s, loop.time())  # what took longer is not made up for
             await asyncio.sleep(due - loop.time())
 
     async def _tell(self) -> None:
         try:
-            self._outlook.heard(await self._line.report(self._report()))
+            self._about.outlook.heard(await self._line.report(self._about.report()))
         except (ConnectionError, TimeoutError) as error:
             if not self._is_silent:
                 _log.warning("the number of replicas stays as it is: %s", error)

@@ -12,8 +12,10 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
@@ -26,7 +28,10 @@ from router.dispatcher import Dispatcher
 from router.health_port import HealthPort
 from router.hello import RouterIdentity
 from router.model import ModelSource, ServedModel
+from router.outlook import LastOutlook
+from router.reporter import Reporter
 from router.server import RouterServer
+from router.signal import SignalLine
 from router.types import ReplicaAddress
 from workers.handshake import ClusterKeys
 from workers.types import Boot
@@ -71,6 +76,7 @@ class Router:
         secret: Callable[[], bytes],
         workers: Mapping[str, DeploymentHandle],
         version: str,
+        signal: SignalLine,
     ) -> None:
         self._config = config
         self._workers = workers
@@ -81,6 +87,7 @@ class Router:
             epoch=time.time_ns(),
             keys=ClusterKeys.derive(await asyncio.to_thread(secret)),
         )
+        self._outlook = LastOutlook()
         self._backends = Backends()
         self._catalogue = Catalogue(models, boot.model_files, self._serve_model)
         await self._catalogue.load()
@@ -92,16 +99,22 @@ class Router:
             version=version,
             so_reuseport=True,
             salt_key=self._identity.keys.tenant_salt,
+            outlook=self._outlook,
         )
         host, port = listen
         # The public port is the same for all routers of a node; the other one leads to this router alone.
         self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
         self._health_port: HealthPort | None = None
         if config.health_port:
-            self._health_port = HealthPort(self._server.health_servicer, host.strip("[]"), config.health_port)
+            self._health_port = HealthPort(self._server.health.servicer, host.strip("[]"), config.health_port)
         await self._server.start()
         if self._health_port is not None:
             await self._health_port.start()
+        about = self._server.about
+        about.address, about.own_address = self._address, self._own_address
+        about.node_id = ray.get_runtime_context().get_node_id()
+        self._reporter = Reporter(signal, about, after=self._server.health.refresh)
+        self._reporter.start()
         garbage.settle()
         self._drained: asyncio.Task[bool] | None = None
 
@@ -133,17 +146,21 @@ class Router:
     def check_health(self) -> None:
         """A router that answers this is well: its one event loop runs."""
 
-    async def drain(self) -> None:
+    async def drain(self, *, has_successor: bool = False) -> None:
         """Take nothing new, and let what is there end within the configured grace. Callable again."""
         if self._drained is None:
-            self._drained = asyncio.create_task(self._server.drain(self._config.drain_grace_s))
+            self._drained = asyncio.create_task(
+                self._server.drain(self._config.drain_grace_s, has_successor=has_successor)
+            )
         await self._drained
 
     async def __del__(self) -> None:
         """Serve's word for a graceful stop: drain, close, send the last spans."""
         if not hasattr(self, "_drained"):
             return
-        await self.drain()
+        # Who takes all routers away has them drain first; a single one that Serve stops is replaced, or one of several.
+        await self.drain(has_successor=True)
+        await self._reporter.stop()
         await self._catalogue.stop()
         await self._server.stop()
         if self._health_port is not None:
@@ -159,6 +176,7 @@ class Router:
             tokenizer_fingerprint=model.manifest.tokenizer_fingerprint,
         )
         dispatcher = Dispatcher(self._config, identity)
+        dispatcher.look_out(partial(self._outlook.model, source.name))
         dispatcher.start()
         self._backends.add(source.name, dispatcher)
         loop = asyncio.get_running_loop()

@@ -2,7 +2,7 @@
 
     bind   -> the ports that it will listen on, one call each
     start  -> SERVING
-    drain  -> NOT_SERVING, new requests refused, Sessions told to go away, running ones finish
+    drain  -> NOT_SERVING, new requests refused or sent to a successor, Sessions told to go away, running ones finish
     stop   -> what is left ends with UNAVAILABLE, the port is closed
 
 Owns the order of these and the listening port; knows neither Ray nor replicas, only a `Backend`.
@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from octavo.names import Reason
 from octavo.v1 import inference_service_pb2, model_service_pb2, status_service_pb2
@@ -29,13 +29,17 @@ from octavo.v1.status_service_pb2_grpc import add_StatusServiceServicer_to_serve
 
 from router import status
 from router.config import RouterConfig
+from router.health import Health
 from router.identity import Identities
 from router.intake import Intake
 from router.key_file import KeyFile
 from router.model import Models
+from router.outlook import LastOutlook
+from router.self_report import SelfReport
 from router.servicer import InferenceServicer
-from router.services import ModelServicer, StatusServicer
+from router.services import ModelServicer
 from router.sessions import Sessions
+from router.status_service import StatusServicer
 from router.tls import server_credentials
 from router.types import Backend
 from workers.errors import OctavoError, StartupError
@@ -59,6 +63,7 @@ class RouterServer:
 
     `so_reuseport`: whether other routers of this machine may listen on the same port; then a port that is in use by
     one of them goes unnoticed. `salt_key`: `ClusterKeys.tenant_salt`, needed if tenants are told apart.
+    `outlook`: what is heard of other routers and of scaling, if anybody listens.
 
     Raises ConfigError if keys or certificates cannot be read.
     """
@@ -73,6 +78,7 @@ class RouterServer:
         version: str,
         so_reuseport: bool = False,
         salt_key: bytes = b"",
+        outlook: LastOutlook | None = None,
     ) -> None:
         self._identities = identities = Identities(
             config.tenant_header,
@@ -85,15 +91,19 @@ class RouterServer:
         self._config = config
         server_credentials(config)  # what is wrong with the files is said now
         self._max_message_bytes = config.max_message_bytes
-        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
         self._is_bound = False
+        self._leaving: asyncio.Task[None] | None = None
         self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions, identities))
         model_servicer = ModelServicer(models, backend, self._intake.validator)
         self._add(add_ModelServiceServicer_to_server, model_servicer, identities.identify)
-        status_servicer = StatusServicer(backend, self._intake, self._sessions, router_id=router_id, version=version)
+        self.about = SelfReport(
+            self._intake, self._sessions, backend, models, router_id=router_id, outlook=outlook or LastOutlook()
+        )
+        self.health = Health(SERVICES, models, self.about)
+        status_servicer = StatusServicer(models, self.about, version=version)
         self._add(add_StatusServiceServicer_to_server, status_servicer, identities.identify)
-        self._add(health_pb2_grpc.add_HealthServicer_to_server, self._health, is_ours=False)
+        self._add(health_pb2_grpc.add_HealthServicer_to_server, self.health.servicer, is_ours=False)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._add(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, _Reflection(names), is_ours=False)
 
@@ -101,11 +111,6 @@ class RouterServer:
     def intake(self) -> Intake:
         """Where requests come in; knows how many were accepted and have ended."""
         return self._intake
-
-    @property
-    def health_servicer(self) -> health.aio.HealthServicer:
-        """What the server says of itself."""
-        return self._health
 
     @property
     def keys(self) -> KeyFile | None:
@@ -145,19 +150,20 @@ class RouterServer:
         self._intake.start()
         self._identities.start()
         await self._server.start()
-        await self.set_serving(True)
+        await self.health.set_serving(True)
 
-    async def set_serving(self, is_serving: bool) -> None:
-        """Tell health checks. SERVING means that this router takes requests, also while no replica is ready: they wait
-        inside their deadlines."""
-        state = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", *SERVICES):
-            await self._health.set(service, state)
-
-    async def drain(self, grace_s: float) -> bool:
+    async def drain(self, grace_s: float, *, has_successor: bool = False) -> bool:
         """Take nothing new and wait, at most `grace_s`, until every answer has reached its client; return whether all
-        have. `stop` must follow."""
-        await self.set_serving(False)
+        have. `stop` must follow.
+
+        `has_successor`: another router listens on the public port, so ports are closed at once and clients are told on
+        their connections to make others, for what they ask next; else they could reach this one again, for as long as
+        it drains. gRPC cancels calls that cross this.
+        """
+        if has_successor and self._leaving is None:
+            self._leaving = asyncio.create_task(self._server.stop(grace_s + FAREWELL_S), name="leaving")
+            await asyncio.sleep(0)  # it closes the ports before what comes now is refused
+        await self.health.set_serving(False)
         self._intake.is_draining = True
         self._sessions.go_away(grace_s, Reason.DRAINING)
         with contextlib.suppress(TimeoutError):
@@ -168,11 +174,13 @@ class RouterServer:
 
     async def stop(self) -> None:
         """End what is left with UNAVAILABLE and close the ports. Takes at most about `FAREWELL_S`. Idempotent."""
-        await self.set_serving(False)
+        await self.health.set_serving(False)
         self._intake.is_draining = True
         self._intake.end_all()
         self._sessions.finish()
         await self._server.stop(FAREWELL_S)
+        if self._leaving is not None:
+            await self._leaving
         await self._sessions.stop()
         await self._intake.stop()
         await self._identities.stop()

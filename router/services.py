@@ -1,23 +1,17 @@
-"""ModelService and StatusService: what is served, its tokenizer, and the cluster as this router sees it."""
+"""ModelService: what is served, and its tokenizer."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import grpc.aio
 from octavo.v1 import model_service_pb2 as models_pb
-from octavo.v1 import status_service_pb2 as status_pb
 from octavo.v1.model_service_pb2_grpc import ModelServiceServicer
-from octavo.v1.status_service_pb2_grpc import StatusServiceServicer
 
 from router import status
-from router.intake import Intake
 from router.model import Models, ServedModel
 from router.prompt import prompt_ids
-from router.sessions import Sessions
 from router.types import Backend, ReplicaView
 from router.validation import Validator
 from router.violations import Violations, check_token_ids
@@ -72,38 +66,6 @@ class ModelServicer(ModelServiceServicer):
         return models_pb.DetokenizeResponse(text=text)
 
 
-class StatusServicer(StatusServiceServicer):
-    def __init__(self, backend: Backend, intake: Intake, sessions: Sessions, *, router_id: str, version: str) -> None:
-        self._backend = backend
-        self._intake = intake
-        self._sessions = sessions
-        self._router_id = router_id
-        self._version = version
-        self._started_at = time.monotonic()
-
-    async def GetStatus(  # noqa: N802
-        self, request: status_pb.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> status_pb.GetStatusResponse:
-        backlog = self._backend.backlog()
-        return status_pb.GetStatusResponse(
-            version=self._version,
-            router=status_pb.RouterStatus(
-                id=self._router_id,
-                state="draining" if self._intake.is_draining else "serving",
-                uptime_s=time.monotonic() - self._started_at,
-                num_queued_requests=backlog.num_queued_requests,
-                num_queued_tokens=backlog.num_queued_tokens,
-                num_running_requests=backlog.num_running_requests,
-                max_queued_tokens=backlog.max_queued_tokens,
-                num_accepted_total=self._intake.num_accepted,
-                num_ended_total=self._intake.num_ended,
-                num_sessions=self._sessions.num_open,
-                pid=os.getpid(),
-            ),
-            replicas=[_replica(view) for view in self._backend.replicas()],
-        )
-
-
 async def _answered(answer: Awaitable[T], context: grpc.aio.ServicerContext[Any, Any]) -> T:
     """Await a unary answer; whatever goes wrong becomes the call's status."""
     try:
@@ -131,32 +93,4 @@ def _model(name: str, model: ServedModel, capabilities: frozenset[str]) -> model
         capabilities=sorted(capabilities),
         model_fingerprint=manifest.model_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
-    )
-
-
-def _replica(view: ReplicaView) -> status_pb.ReplicaStatus:
-    load = view.load
-    return status_pb.ReplicaStatus(
-        id=view.replica_id,
-        model=view.model,
-        state=view.state,
-        detail=view.detail,
-        address=view.address,
-        pid=view.pid,
-        node_id=view.node_id,
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        num_blocks=load.num_blocks,
-        num_free_blocks=load.num_free_blocks,
-        block_size=view.block_size,
-        owed_prefill_tokens=load.owed_prefill_tokens,
-        prefix_cache_queries=load.prefix_cache_queries,
-        prefix_cache_hits=load.prefix_cache_hits,
-        num_preemptions=load.num_preemptions,
-        num_drafted_tokens=load.num_drafted_tokens,
-        num_accepted_tokens=load.num_accepted_tokens,
-        kernels=view.kernels,
-        dtype=view.dtype,
-        engine=view.engine,
-        epoch=view.epoch,
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from router.signal import ModelSignal
 from workers.errors import OctavoError
 from workers.types import Finish, Load, SamplingParams, TokenLogprobs, needed_capabilities
 
@@ -127,7 +128,7 @@ class ReplicaView:
     replica_id: str
     model: str
     state: str
-    """"connecting", "ready", "draining" or "refused"."""
+    """"starting", "connecting", "ready", "draining" or "refused"."""
     detail: str = ""
     address: str = ""
     pid: int = 0
@@ -141,6 +142,8 @@ class ReplicaView:
     epoch: int = 0
     num_resyncs: int = 0
     """How often what it had told of its cache turned out wrong, and all of it was asked for."""
+    starting_s: float = 0.0
+    """How long it has been starting, if it is."""
     load: Load = field(default_factory=Load)
 
 
@@ -175,3 +178,6 @@ class Backend(Protocol):
     def replicas(self) -> Sequence[ReplicaView]: ...
 
     def backlog(self) -> Backlog: ...
+
+    def signal(self, model: str) -> ModelSignal:
+        """Return how it stands with a model, for the cluster's scaling."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from workers.config import EngineConfig
 from workers.errors import ModelFileError
-from workers.types import ModelFiles, ModelManifest, SteppedEngine
+from workers.types import GenerateWork, ModelFiles, ModelManifest, SteppedEngine, WorkId
 
 
 def build_engine(
@@ -21,8 +21,10 @@ def build_engine(
     hash_key: bytes,
     threads: int,
     clock: Callable[[], float] = time.monotonic,
+    packs: Callable[[], object] = lambda: None,
 ) -> SteppedEngine:
-    """Load the model and return its engine, ready to step. `hash_key` is the cluster's prefix-hash key.
+    """Load the model and return its engine, ready to step. `hash_key` is the cluster's prefix-hash key; `packs` is
+    called when weights are to be packed first, which may take minutes.
 
     Where torch computes it, sets how many threads torch uses in this process. Raises ConfigError and ModelFileError
     with the rule and the value.
@@ -35,7 +37,16 @@ def build_engine(
         return FakeEngine(config, manifest=manifest, hash_key=hash_key, clock=clock)
     from workers.paged import build_paged
 
-    return build_paged(config, files, manifest, hash_key=hash_key, threads=threads, clock=clock)
+    return build_paged(config, files, manifest, hash_key=hash_key, threads=threads, clock=clock, packs=packs)
+
+
+def warm(engine: SteppedEngine) -> None:
+    """Have an engine that nobody uses yet compute a token, so that the first request does not wait for what is read or
+    allocated at first use."""
+    engine.submit(GenerateWork(work_id=WorkId("", 0), prompt=(0,), max_tokens=1))
+    while engine.step():
+        pass
+    engine.drain_outputs()
 
 
 def read_manifest(path: Path) -> ModelManifest:

@@ -37,13 +37,15 @@ def load_model(
     *,
     threads: int,
     check: Callable[[ModelShape], object],
+    packs: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
     """Return the model, ready to compute with `threads` threads. `check` is called with the shape before minutes of
-    loading. Raises ConfigError if `config` asks for what this machine or the model cannot do, and ModelFileError."""
+    loading, `packs` before minutes of packing. Raises ConfigError if `config` asks for what this machine or the model
+    cannot do, and ModelFileError."""
     reason = why_not_native(config)
     if reason is None:
         try:
-            return _load_native(config, files, manifest, threads, check)
+            return _load_native(config, files, manifest, threads, check, packs)
         except UnpackableError as error:
             reason = str(error)
     if config.kernels == "native":
@@ -73,6 +75,7 @@ def _load_native(
     manifest: ModelManifest,
     threads: int,
     check: Callable[[ModelShape], object],
+    packs: Callable[[], object],
 ) -> NativeModel:
     """Raises UnpackableError for a model that only torch computes."""
 
@@ -83,7 +86,9 @@ def _load_native(
                 raise _OtherDtypeError
 
         mode = packing_mode(config.weights, dtype.name.lower())
-        return load_packed(files.weights, manifest.weights_fingerprint, mode, files.packed, check=check_all)
+        return load_packed(
+            files.weights, manifest.weights_fingerprint, mode, files.packed, check=check_all, packs=packs
+        )
 
     dtype = NativeDtype.INT8 if config.dtype == "auto" else NativeDtype[config.dtype.upper()]
     try:

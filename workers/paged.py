@@ -37,11 +37,17 @@ def build_paged(
     hash_key: bytes,
     threads: int,
     clock: Callable[[], float],
+    packs: Callable[[], object] = lambda: None,
 ) -> PagedEngine:
     """See `build_engine`."""
     started = time.monotonic()
     model = load_model(
-        config, files, manifest, threads=threads, check=lambda shape: choose_max_model_len(config, manifest, shape)
+        config,
+        files,
+        manifest,
+        threads=threads,
+        check=lambda shape: choose_max_model_len(config, manifest, shape),
+        packs=packs,
     )
     _log.info(
         "loaded %s in %.1f s: %s, kernels %s, %d threads",

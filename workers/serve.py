@@ -1,6 +1,6 @@
 """The replica as Ray Serve sees it: a process with one engine and a data port.
 
-    start   tracing and logging -> model files -> secret -> engine and its thread -> data port
+    start   tracing and logging -> model files -> secret -> engine and its thread -> data port; how far is told
     serve   routers come to the data port; Serve only asks for the address (once) and for health
     drain   when told to: health checks fail from now on, so that Serve replaces this one, and it stops meanwhile
     stop    announce draining -> wait for what runs -> close port and engine -> send the last spans
@@ -15,14 +15,16 @@ import ipaddress
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 
 import ray
 from ray import serve
 
-from workers.build import build_engine
+from workers.build import build_engine, warm
 from workers.config import EngineConfig
 from workers.data_plane import DataPlaneServer
 from workers.handshake import PROTOCOL, ClusterKeys
+from workers.start import FETCHING, LOADING, PACKING, WARMING, Progress, Start, untold
 from workers.thread import EngineThread
 from workers.types import Boot
 
@@ -37,7 +39,8 @@ _log = logging.getLogger(__name__)
 class Worker:
     """The user class of the deployment. `secret` says the cluster's secret; it blocks, and is called once.
 
-    `config.threads` is final here. `graceful_shutdown_timeout_s` is what Serve was told as well.
+    `config.threads` is final here. `graceful_shutdown_timeout_s` is what Serve was told as well. `progress` hears how
+    far the start has come.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -48,14 +51,33 @@ class Worker:
         model: str,
         secret: Callable[[], bytes],
         graceful_shutdown_timeout_s: float,
+        progress: Progress = untold,
     ) -> None:
         self._draining: asyncio.Task[bool] | None = None
         self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - 2 * STOP_MARGIN_S)
-        self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
         self._replica_id = serve.get_replica_context().replica_id.unique_id
+        start = Start(self._replica_id, progress)
+        async with start.told():
+            await self._start(start, boot, config, model, secret)
+
+    async def _start(
+        self, start: Start, boot: Boot, config: EngineConfig, model: str, secret: Callable[[], bytes]
+    ) -> None:
+        self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
+        start.reach(FETCHING)
         files = await asyncio.to_thread(boot.model_files, model)
         keys = ClusterKeys.derive(await asyncio.to_thread(secret))
-        engine = await asyncio.to_thread(build_engine, config, files, hash_key=keys.prefix_hash, threads=config.threads)
+        start.reach(LOADING)
+        engine = await asyncio.to_thread(
+            build_engine,
+            config,
+            files,
+            hash_key=keys.prefix_hash,
+            threads=config.threads,
+            packs=partial(start.reach, PACKING),
+        )
+        start.reach(WARMING)
+        await asyncio.to_thread(warm, engine)
         host, credentials = data_host(), None
         if host != LOOPBACK:
             from workers.peer_tls import server_credentials  # takes a while, and one node does not need it

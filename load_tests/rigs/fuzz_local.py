@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
 
+from router.signal import ModelSignal
 from router.types import Backlog, Cancel, Decision, ReplicaView, Request, Sink
 from router.wire import to_work
 from workers.errors import CancelledRequestError
@@ -83,6 +84,9 @@ class InstantBackend:
 
     def backlog(self) -> Backlog:
         return Backlog(num_queued_requests=0, num_queued_tokens=0, num_running_requests=0, max_queued_tokens=0)
+
+    def signal(self, model: str) -> ModelSignal:
+        return ModelSignal()
 
 
 class _Flight:

@@ -97,7 +97,7 @@ async def test_bytes_that_are_no_message_to_services_of_grpc(rig: Rig, method: s
 async def test_health_is_watched_as_before(rig: Rig) -> None:
     call: Any = health_pb2_grpc.HealthStub(rig.channel).Watch(health_pb2.HealthCheckRequest(), timeout=5)
     assert (await call.read()).status == health_pb2.HealthCheckResponse.SERVING
-    await rig.server.set_serving(False)
+    await rig.server.health.set_serving(False)
     assert (await call.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     call.cancel()
 

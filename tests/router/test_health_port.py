@@ -31,7 +31,7 @@ async def said(channel: grpc.aio.Channel) -> int:
 async def test_beside_a_public_port_with_tls_it_needs_none_and_follows_the_drain(tmp_path: Path) -> None:
     certificate, key = Authority().server().write(tmp_path, "server")
     async with running(tls_cert_file=certificate, tls_key_file=key) as rig:
-        probed = HealthPort(rig.server.health_servicer, "127.0.0.1", 0)
+        probed = HealthPort(rig.server.health.servicer, "127.0.0.1", 0)
         await probed.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{probed.port}") as channel:
             assert await said(channel) == SERVING
@@ -49,8 +49,8 @@ async def test_routers_of_one_node_share_it() -> None:
         return RouterServer(RouterConfig(), {"toy": served_model()}, FakeBackend(), router_id="r", version="0")
 
     routers = [server(), server()]
-    first = HealthPort(routers[0].health_servicer, "127.0.0.1", 0)
-    second = HealthPort(routers[1].health_servicer, "127.0.0.1", first.port)
+    first = HealthPort(routers[0].health.servicer, "127.0.0.1", 0)
+    second = HealthPort(routers[1].health.servicer, "127.0.0.1", first.port)
     assert second.port == first.port
     await asyncio.gather(*(each.stop() for each in (first, second, *routers)))
 
@@ -62,7 +62,7 @@ async def test_a_port_of_somebody_else_ends_the_start() -> None:
         port = taken.getsockname()[1]
         server = RouterServer(RouterConfig(), {"toy": served_model()}, FakeBackend(), router_id="r", version="0")
         with pytest.raises(StartupError, match=rf"127\.0\.0\.1:{port} \(router\.health_port\): the port is in use"):
-            HealthPort(server.health_servicer, "127.0.0.1", port)
+            HealthPort(server.health.servicer, "127.0.0.1", port)
         await server.stop()
 
 

@@ -50,7 +50,7 @@ async def health(rig: Rig, service: str = "") -> int:
 async def test_health(rig: Rig) -> None:
     for service in ("", *SERVICES):
         assert await health(rig, service) == SERVING
-    await rig.server.set_serving(False)
+    await rig.server.health.set_serving(False)
     for service in ("", *SERVICES):
         assert await health(rig, service) == NOT_SERVING
     with pytest.raises(grpc.aio.AioRpcError) as error:
@@ -170,6 +170,43 @@ async def test_drain(way: str, rig: Rig) -> None:
         await rig.server.stop()
         await session.read()
         assert session.is_over
+
+
+async def test_clients_of_a_router_that_has_a_successor_find_it_at_once() -> None:
+    """The same port, the same channel: what runs ends where it is, what is asked next goes to the successor. While the
+    one that drained kept its port, half of all new connections reached it, and on old ones every call was refused."""
+    backend, successor = FakeBackend(), FakeBackend()
+    successor.script = answering("new")
+    first, second = (
+        RouterServer(RouterConfig(), {"toy": served_model()}, each, router_id=name, version="0.0", so_reuseport=True)
+        for each, name in ((backend, "first"), (successor, "second"))
+    )
+    port = first.bind("127.0.0.1", 0)
+    await first.start()
+    old = Rig(first, backend, f"127.0.0.1:{port}")
+    async with old.open_session() as session:
+        await session.start("running", text_request())
+        call = asyncio.create_task(old.generate(text_request()))
+        works = [await backend.work(i) for i in range(2)]
+        second.bind("127.0.0.1", port)
+        await second.start()
+        drain = asyncio.create_task(first.drain(5, has_successor=True))
+        await session.until(lambda: session.go_away is not None)
+        for _ in range(20):
+            new = Rig(second, successor, old.address)
+            assert (await old.generate(text_request())).text == "new"
+            assert (await new.session(text_request())).text == "new"
+            await new.channel.close()
+        for work in works:
+            work.emit("old")
+            work.finish()
+        assert (await session.outcome("running")).text == "old"
+        assert (await call).text == "old"
+        assert await drain
+        await first.stop()
+    assert len(backend.works) == 2
+    await old.channel.close()
+    await second.stop()
 
 
 async def test_a_client_may_attach_to_a_router_that_drains(rig: Rig) -> None:

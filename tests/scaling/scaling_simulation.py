@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.autoscaling import ScalingConfig
-from cluster.signal_board import READY, SignalBoard, StartProgress
+from cluster.signal_board import SignalBoard, StartProgress
 from router.signal import REPORT_PERIOD_S, ModelSignal, RouterReport
+from workers.start import READY
 
 TICK_S = 0.05
 START = 1_000_000_000.0

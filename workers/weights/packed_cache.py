@@ -35,28 +35,33 @@ def load_packed(
     directory: Path | None,
     *,
     check: Check = lambda shape: None,
+    packs: Callable[[], object] = lambda: None,
 ) -> PackedModel:
     """Return the model at `weights`, mapped from `directory`, where it is packed first if need be.
 
     With no directory, or one that cannot be written, they are packed into this process's own memory. Blocks, also while
-    another process packs. `check` is called with the shape before a tensor is read, and may raise. Raises
-    ModelFileError and UnpackableError.
+    another process packs. `check` is called with the shape before a tensor is read, and may raise; `packs` before
+    minutes of packing, or of waiting for who packs. Raises ModelFileError and UnpackableError.
     """
     key = PackedKey(weights_fingerprint, mode)
-    model = None if directory is None else _from_directory(weights, key, directory, check)
+    model = None if directory is None else _from_directory(weights, key, directory, check, packs)
     if model is None:
+        packs()
         checkpoint = _open(weights, check)
         return assemble(checkpoint.shape, dict(packed_parts(checkpoint, mode)))
     check(model.shape)
     return model
 
 
-def _from_directory(weights: Path, key: PackedKey, directory: Path, check: Check) -> PackedModel | None:
+def _from_directory(
+    weights: Path, key: PackedKey, directory: Path, check: Check, packs: Callable[[], object]
+) -> PackedModel | None:
     """Return the model mapped; None if the directory cannot be used."""
     path = directory / f"{key.mode}.packed"
     found = _read(path, key)
     if found is not None:
         return found
+    packs()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / f"{key.mode}.lock"):
