@@ -62,6 +62,7 @@ RAY_SERVICE = fields(
         serveConfigV2=TEXT,
         rayClusterConfig=CLUSTER,
         excludeHeadPodFromServeSvc={"type": "boolean"},
+        rayClusterDeletionDelaySeconds=COUNT,
         upgradeStrategy=fields(type={"enum": ["NewCluster", "None", "NewClusterWithIncrementalUpgrade"]}),
     ),
 )

@@ -204,7 +204,10 @@ def test_pods_run_confined_and_have_time_to_drain(deployed: Deployed) -> None:
         assert re.fullmatch(rf"octavo:{deployed.overlay}", container["image"])
         if name != "head":
             assert spec["automountServiceAccountToken"] is False
-            (deadline,) = re.findall(r"--deadline-remaining-seconds (\d+)", str(container["lifecycle"]["preStop"]))
+            *bash, script = container["lifecycle"]["preStop"]["exec"]["command"]
+            assert bash == ["bash", "-c"]
+            subprocess.run(["bash", "-n", "-c", script], check=True, timeout=10)
+            (deadline,) = re.findall(r"--deadline-remaining-seconds (\d+)", script)
             assert 2 * drain_s < int(deadline) < spec["terminationGracePeriodSeconds"]
 
 
