@@ -191,8 +191,9 @@ def _pairs(before: Iterable[Status], after: Iterable[Status]) -> Iterator[tuple[
 
 def _fields(message: pb.RouterStatus | pb.ReplicaStatus | pb.ModelStatus) -> dict[str, Any]:
     """Return all fields by their names, None for what is absent."""
+    present = {field.name for field, _ in message.ListFields()}
     return {
-        field.name: getattr(message, field.name) if not field.has_presence or message.HasField(field.name) else None
+        field.name: None if field.has_presence and field.name not in present else getattr(message, field.name)
         for field in message.DESCRIPTOR.fields
     }
 

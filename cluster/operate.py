@@ -30,6 +30,8 @@ from router.signal import ModelOutlook
 from workers.errors import ConfigError, StartupError
 
 POLL_S = 0.2
+ROOM_S = 30.0
+"""How long one more replica may wait for a node with room before a drain goes on without it."""
 SETTLE_S = 1.0
 """What was deployed is looked at again after this: Serve's controller asks how many replicas there shall be, and hears
 of another number a moment after it has what it had before."""
@@ -158,7 +160,7 @@ def _one_more(application: str, name: str, *, timeout_s: float, note: Note) -> I
     source = SignalSource()
     deployment = _there(application).deployments[name]
     try:
-        model = _model_of(source, name)
+        model = _model_of(application, name)
         override = _outlook(source, model).override
         source.scale(model, deployment.target + 1)
     except (ConnectionError, TimeoutError) as error:
@@ -167,33 +169,32 @@ def _one_more(application: str, name: str, *, timeout_s: float, note: Note) -> I
         return
     try:
         note(f"{name}: one more replica is started before")
-        with _said(note):
-            _await(
-                lambda: len(_ready(application, _there(application).deployments[name])) > len(deployment.running),
-                time.monotonic() + timeout_s,
-                "there is no room for one more replica, or it is not ready",
-            )
+        if not _has_more(application, name, deployment, time.monotonic() + timeout_s):
+            note(f"{name}: there is no room for one more replica, or it does not get ready")
         yield
     finally:
         # The number that was there, and then who decided on it: given back at once, a number that load has decided on
         # would stay at one more until load has done with less for long enough.
         source.scale(model, deployment.target)
-        with _said(note):
-            _await(
-                lambda: _there(application).deployments[name].target <= deployment.target,
-                time.monotonic() + CALL_TIMEOUT_S,
-                "Serve has not taken the number of replicas back",
-            )
+        end = time.monotonic() + CALL_TIMEOUT_S
+        while _there(application).deployments[name].target > deployment.target and time.monotonic() < end:
+            time.sleep(POLL_S)
         source.scale(model, override)
 
 
-@contextmanager
-def _said(note: Note) -> Iterator[None]:
-    """Go on when something does not succeed, and say so."""
-    try:
-        yield
-    except StartupError as error:
-        note(str(error))
+def _has_more(application: str, name: str, before: DeploymentView, end: float) -> bool:
+    """Wait until a deployment has more replicas that are ready than `before`; return whether it has. False as well when
+    after `ROOM_S` none has found a place."""
+    old, no_room_at = {replica.id for replica in before.replicas}, time.monotonic() + ROOM_S
+    while time.monotonic() < end:
+        now = _there(application).deployments[name]
+        if len(_ready(application, now)) > len(before.running):
+            return True
+        has_place = any(replica.has_place for replica in now.replicas if replica.id not in old)
+        if not has_place and time.monotonic() >= no_room_at:
+            return False
+        time.sleep(POLL_S)
+    return False
 
 
 def _there(application: str) -> ApplicationView:
@@ -208,14 +209,14 @@ def _deployment_of(view: ApplicationView, model: str) -> str:
     return name if (name := f"{WORKER}-{model}") in view.deployments else WORKER
 
 
-def _model_of(source: SignalSource, name: str) -> str:
-    """Return the model that a deployment computes. Raises ConnectionError or TimeoutError if that cannot be learned."""
+def _model_of(application: str, name: str) -> str:
+    """Return the model that a deployment computes. Raises ConnectionError if no router says."""
     if name != WORKER:
         return name.removeprefix(f"{WORKER}-")
-    models = source.view().models
+    models = {model for view in router_views(application) for model in (*view.models, *view.failures)}
     if len(models) != 1:
-        raise ConnectionError(f"{source.actor} knows {len(models)} models")
-    return next(iter(models))
+        raise ConnectionError(f"routers know {len(models)} models of {name}")
+    return models.pop()
 
 
 def _ready(application: str, deployment: DeploymentView) -> frozenset[str]:
@@ -235,5 +236,5 @@ def _outlook(source: SignalSource, model: str) -> ModelOutlook:
 def _await(holds: Callable[[], bool], end: float, what: str) -> None:
     while not holds():
         if time.monotonic() >= end:
-            raise StartupError(f"{what} ")
+            raise StartupError(what)
         time.sleep(POLL_S)

@@ -29,6 +29,8 @@ class ServeReplica:
     id: str
     state: str
     """STARTING, RUNNING, STOPPING, ..."""
+    has_place: bool = True
+    """Whether a node has been found for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,10 @@ def _deployment(details: Mapping[str, Any]) -> DeploymentView:
         _word(details["status"]),
         details["message"],
         details["target_num_replicas"],
-        tuple(ServeReplica(each["replica_id"], _word(each["state"])) for each in details["replicas"]),
+        tuple(
+            ServeReplica(each["replica_id"], _word(each["state"]), each.get("node_id") is not None)
+            for each in details["replicas"]
+        ),
     )
 
 
