@@ -153,7 +153,7 @@ async def mute_collector(scene: Scene, fault: Fault) -> dict[str, Any]:
 
 async def lose_node(scene: Scene, fault: Fault) -> dict[str, Any]:
     """Kill a node, and with it all that runs there."""
-    nodes = scene.cluster.nodes()
+    nodes = await asyncio.to_thread(scene.cluster.nodes)
     if not nodes:
         raise LookupError("there is no node but the head")
     node = fault.pick(nodes)
