@@ -22,7 +22,6 @@ from workers.types import (
     EngineInfo,
     Finish,
     FinishReason,
-    GenerateWork,
     KvEvent,
     Load,
     SteppedEngine,
@@ -84,7 +83,7 @@ class EngineThread:
     def submit(self, work: Work) -> None:
         with self._lock:
             if self._is_closed:
-                self._outputs += _endings(work.work_id, range(_num_choices(work)), _CANCELLED)
+                self._outputs += _endings(work.work_id, range(work.num_choices), _CANCELLED)
             else:
                 self._inbox.put(lambda: self._submit(work))
 
@@ -158,7 +157,7 @@ class EngineThread:
     def _submit(self, work: Work) -> None:
         if work.work_id in self._open:
             return
-        self._open[work.work_id] = set(range(_num_choices(work)))
+        self._open[work.work_id] = set(range(work.num_choices))
         if self.failure is not None:
             self._end(work.work_id, _broken(self.failure, Reason.DRAINING))
             return
@@ -228,10 +227,6 @@ class EngineThread:
 
 def _credit(load: Load) -> tuple[int, int | None]:
     return load.credit_tokens, load.credit_sequences
-
-
-def _num_choices(work: Work) -> int:
-    return work.n if isinstance(work, GenerateWork) else 1
 
 
 def _endings(work_id: WorkId, choices: Iterable[int], finish: Finish) -> list[TokenDelta]:

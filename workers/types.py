@@ -60,6 +60,11 @@ class Work:
     adapter: str = ""
     salt: bytes = b""
 
+    @property
+    def num_choices(self) -> int:
+        """Answers that are asked for."""
+        return 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateWork(Work):
@@ -78,6 +83,10 @@ class GenerateWork(Work):
     adds the log probabilities of each choice up, and keeps the n best."""
     num_logprobs: int | None = None
     """None: no log probabilities; k: of each token, and of the k likeliest at its place."""
+
+    @property
+    def num_choices(self) -> int:
+        return self.n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

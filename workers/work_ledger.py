@@ -6,13 +6,13 @@ engine, what the engine says goes into the outboxes. Has no gRPC, no asyncio and
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
+from workers.ledger_entries import AttachedRouter, Batch, LiveWork
 from workers.outbox import Outbox
 from workers.types import (
     CAPABILITY_GENERATE,
@@ -23,7 +23,6 @@ from workers.types import (
     GenerateWork,
     KvEvent,
     KvEventKind,
-    Load,
     TokenDelta,
     Work,
     WorkId,
@@ -52,7 +51,7 @@ class WorkLedger:
         self._replica_id = replica_id
         self._routers: dict[str, AttachedRouter] = {}
         """By owner, and in that order."""
-        self._works: dict[WorkId, _LiveWork] = {}
+        self._works: dict[WorkId, LiveWork] = {}
         self._num_choices = 0
         """Of these works, those that have not ended."""
         self._num_submitted = engine.load().num_taken or 0
@@ -93,7 +92,7 @@ class WorkLedger:
     def submit(self, router: AttachedRouter, dispatch: pb.Dispatch, now: float) -> None:
         """Hand a router's works to the engine. Raises BadDispatchError for a work that runs already, and if the router
         is to be told of more choices than any would send."""
-        batch, num_before = _Batch(dispatch.batch_id, self._engine.load().num_steps), self._num_submitted
+        batch, num_before = Batch(dispatch.batch_id, self._engine.load().num_steps), self._num_submitted
         router.batches.append(batch)
         for message in dispatch.work:
             try:
@@ -103,14 +102,14 @@ class WorkLedger:
                 continue
             refusal = self._refusal(work)
             if refusal is not None:
-                self._turn_down(router, work.work_id, _num_choices(work), *refusal)
+                self._turn_down(router, work.work_id, work.num_choices, *refusal)
                 continue
             if work.work_id in self._works:
                 raise BadDispatchError(f"work {work.work_id.number} is running already")
-            self._works[work.work_id] = _LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
+            self._works[work.work_id] = LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
             batch.num_unseen += 1
             router.num_works += 1
-            self._num_choices += _num_choices(work)
+            self._num_choices += work.num_choices
             self._num_submitted += 1
             self._engine.submit(work)
         batch.num_submitted = self._num_submitted
@@ -161,7 +160,7 @@ class WorkLedger:
                 router.news_of = 0
             router.on_news(router.outbox.has_deltas or is_news or has_prompt)
 
-    def _abort_one(self, work_id: WorkId, work: _LiveWork) -> None:
+    def _abort_one(self, work_id: WorkId, work: LiveWork) -> None:
         if not work.is_aborted:
             work.is_aborted, work.is_plain = True, False
             self._engine.abort(work_id)
@@ -170,7 +169,7 @@ class WorkLedger:
         """Return the reason why this replica takes `work` not on, and that in words; None if it does."""
         if self.is_draining:
             return Reason.DRAINING, "this replica is draining"
-        if self._num_choices + _num_choices(work) > MAX_HELD_CHOICES:
+        if self._num_choices + work.num_choices > MAX_HELD_CHOICES:
             return Reason.QUEUE_FULL, f"this replica has {self._num_choices} choices of works already"
         info = self._engine.info
         missing = _needed_capabilities(work) - info.capabilities
@@ -178,12 +177,12 @@ class WorkLedger:
             return Reason.ENGINE_CAPABILITY, f"engine {info.engine} lacks the capability {', '.join(sorted(missing))}"
         return None
 
-    def _turn_down(self, router: AttachedRouter, work_id: WorkId, num_choices: int, reason: str, message: str) -> None:
+    def _turn_down(self, router: AttachedRouter, work_id: WorkId, number: int, reason: str, message: str) -> None:
         """End a work that the engine never saw."""
         if router.outbox.num_deltas > MAX_UNTOLD_CHOICES:
             raise BadDispatchError(f"more than {MAX_UNTOLD_CHOICES} choices wait to be told of, and works still come")
         finish = Finish(reason=FinishReason.ERROR, error_reason=reason, error_message=message)
-        for index in range(num_choices):
+        for index in range(number):
             router.outbox.add(TokenDelta(work_id=work_id, index=index, finish=finish))
         router.on_news(True)
 
@@ -200,7 +199,7 @@ class WorkLedger:
             else:
                 self._deliver_one(delta, work)
 
-    def _deliver_one(self, delta: TokenDelta, work: _LiveWork) -> None:
+    def _deliver_one(self, delta: TokenDelta, work: LiveWork) -> None:
         if not work.is_seen:
             work.is_seen = True
             work.is_plain = work.spans is None and not (work.is_aborted or work.aborted_choices)
@@ -230,93 +229,6 @@ class WorkLedger:
                 self.resident.pop(event.block_hash, None)
             else:
                 self.resident.clear()
-
-
-class AttachedRouter:
-    """One attached router. `owner` is unlike that of any other attachment, also of the same router."""
-
-    __slots__ = ("_last_counted", "batches", "news_of", "num_works", "on_news", "outbox", "owner")
-
-    def __init__(self, owner: str, outbox: Outbox, on_news: Callable[[bool], None]) -> None:
-        self.owner = owner
-        self.outbox = outbox
-        self.on_news = on_news
-        self.batches: deque[_Batch] = deque()
-        """In the order of arrival, those that the load does not count yet."""
-        self.num_works = 0
-        """That the engine has and that have not ended."""
-        self.news_of = 0
-        """Until a load counts so many works, this router does not know of some that others have sent; 0: it does."""
-        self._last_counted = 0
-
-    def last_counted_batch(self, load: Load) -> int:
-        while self.batches and self.batches[0].is_counted(load):
-            self._last_counted = self.batches.popleft().batch_id
-        return self._last_counted
-
-
-class _Batch:
-    """A Dispatch until the engine's load counts its works."""
-
-    __slots__ = ("batch_id", "num_steps", "num_submitted", "num_unseen")
-
-    def __init__(self, batch_id: int, num_steps: int) -> None:
-        self.batch_id = batch_id
-        self.num_steps = num_steps
-        """The engine's, when the batch was submitted."""
-        self.num_submitted = 0
-        """All works that were ever submitted, these included."""
-        self.num_unseen = 0
-        """Works of which the engine has said nothing yet."""
-
-    def is_counted(self, load: Load) -> bool:
-        """Say whether `load` has these works in it. Where it does not say so itself: the engine may have been in a step
-        when they came, and that one's load still lacks them; the next step begins with taking them in."""
-        if load.num_taken is not None and load.num_taken >= self.num_submitted:
-            return True
-        return self.num_unseen == 0 or load.num_steps >= self.num_steps + 2
-
-
-class _LiveWork:
-    """A work that the engine has."""
-
-    __slots__ = (
-        "aborted_choices",
-        "batch",
-        "choices",
-        "is_aborted",
-        "is_plain",
-        "is_seen",
-        "num_choices",
-        "num_prompt_tokens",
-        "router",
-        "spans",
-    )
-
-    def __init__(self, router: AttachedRouter, batch: _Batch, work: Work, spans: WorkSpans | None) -> None:
-        self.router = router
-        self.batch = batch
-        self.spans = spans
-        self.choices = range(_num_choices(work))
-        """Their indices."""
-        self.num_choices = len(self.choices)
-        """Those that have not ended."""
-        self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
-        self.is_seen = False
-        self.is_plain = False
-        """Whether tokens of the first choice only have to be passed on: the router has heard of the work and wants all
-        of it, and nobody else looks at it."""
-        self.is_aborted = False
-        self.aborted_choices: set[int] = set()
-        """Those that were aborted while the others go on."""
-
-    def is_unwanted(self, index: int) -> bool:
-        """Whether its router has said that it wants no more of this choice."""
-        return self.is_aborted or index in self.aborted_choices
-
-
-def _num_choices(work: Work) -> int:
-    return work.n if isinstance(work, GenerateWork) else 1
 
 
 def _needed_capabilities(work: Work) -> frozenset[str]:
