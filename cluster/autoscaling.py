@@ -147,6 +147,9 @@ class Demand:
 
     sequences: float
     """Places that there should be."""
+    at_most: float | None = None
+    """Places that all could use that runs, waits or was turned away; None: as many. What is more than `sequences` adds
+    no replica, but none is taken away while it is there."""
     is_idle: bool
     """Nothing runs, waits, or has come since the demand before."""
     cause: str = ""
@@ -161,7 +164,7 @@ class ScalerState:
     heard_since: float | None = None
     """Since when demand has been known without a gap."""
     peaks: tuple[tuple[float, float], ...] = field(default=(), repr=False)
-    """Times and demands of the last `downscale_delay_s`, each the most from then on: times rise, demands fall."""
+    """Times of the last `downscale_delay_s`, and the most that was asked for from each on: times rise, demands fall."""
     above_since: float | None = None
     """Since when more is needed than there is."""
     least_above: float = 0.0
@@ -207,13 +210,14 @@ def _heard(state: ScalerState, demand: Demand | None, config: ScalingConfig, now
     """Return the state that knows of `demand`."""
     if demand is None:
         return replace(state, heard_since=None, above_since=None, idle_since=None)
-    peaks = [peak for peak in state.peaks if peak[0] > now - config.downscale_delay_s and peak[1] > demand.sequences]
+    most = demand.sequences if demand.at_most is None else max(demand.at_most, demand.sequences)
+    peaks = [peak for peak in state.peaks if peak[0] > now - config.downscale_delay_s and peak[1] > most]
     is_above = _needed(demand.sequences, config) > state.target
     least = min(state.least_above, demand.sequences) if state.above_since is not None else demand.sequences
     return replace(
         state,
         heard_since=now if state.heard_since is None else state.heard_since,
-        peaks=(*peaks, (now, demand.sequences)),
+        peaks=(*peaks, (now, most)),
         above_since=(now if state.above_since is None else state.above_since) if is_above else None,
         least_above=least if is_above else 0.0,
         idle_since=(now if state.idle_since is None else state.idle_since) if demand.is_idle else None,

@@ -103,13 +103,14 @@ class DemandMeter:
         arrivals, refusals = self._rates(now)
         service_s = self._service_s(signals)
         unserved = num_queued + refusals * max(service_s or 1.0, MIN_WINDOW_S)
-        sequences = num_running + unserved
+        sequences = at_most = num_running + unserved
         if service_s is not None and unserved:
             drain_s = max(MIN_DRAIN_S, DRAIN_STARTS * ((start_s or 0.0) + service_s))
             overdue = max((now - self._moved_at) / drain_s - 1, 0.0)
             sequences = min(sequences, arrivals * service_s + num_queued * min(service_s / drain_s + overdue, 1.0))
         return Demand(
             sequences=max(sequences, num_running),
+            at_most=at_most,
             is_idle=not num_running and not num_queued and now - self._last_arrival_at > IDLE_S,
             cause=_cause(num_running, num_queued, refusals),
         )

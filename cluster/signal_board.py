@@ -148,7 +148,7 @@ class SignalBoard:
         if start_s is not None and starts:
             ready_in_s = max(min(start.began_at for start in starts) + start_s - now, 0.0)
         elif start_s is not None and model.state.target > model.current:
-            ready_in_s = start_s
+            ready_in_s = max(model.decided_at + start_s - now, 0.0)
         minimum = config.minimum(now)
         return ModelOutlook(
             target=model.state.target,
