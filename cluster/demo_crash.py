@@ -41,22 +41,19 @@ SYSTEM_PROMPT = (
     "and details that are true. Write plain sentences without lists, headings or emoji. Do not ask questions and do "
     "not stop early."
 )
-QUESTIONS = tuple(
-    f"Tell me a long story about {subject}."
-    for subject in (
-        "the Nile",
-        "the moon",
-        "a lighthouse",
-        "penguins",
-        "the first trains",
-        "Mount Everest",
-        "honey bees",
-        "the Silk Road",
-        "volcanoes",
-        "old oak trees",
-        "blue whales",
-        "the pyramids",
-    )
+SUBJECTS = (
+    "the Nile",
+    "the moon",
+    "a lighthouse",
+    "penguins",
+    "the first trains",
+    "Mount Everest",
+    "honey bees",
+    "the Silk Road",
+    "volcanoes",
+    "old oak trees",
+    "blue whales",
+    "the pyramids",
 )
 
 
@@ -169,7 +166,7 @@ class SecondAct:
         self._note = note
         self._dtype = ""
         self._streams = [
-            Stream(number, question, f"demo-{secrets.token_hex(6)}") for number, question in enumerate(QUESTIONS, 1)
+            Stream(number, subject, f"demo-{secrets.token_hex(6)}") for number, subject in enumerate(SUBJECTS, 1)
         ]
 
     async def run(self) -> Outcome:
@@ -178,7 +175,7 @@ class SecondAct:
         victim = await self._disturbed()
         middle = time.monotonic()
         self._note("asking the same again, undisturbed")
-        answers = await asyncio.gather(*(self._undisturbed(stream.question) for stream in self._streams))
+        answers = await asyncio.gather(*(self._undisturbed(stream.subject) for stream in self._streams))
         end = time.monotonic()
         moved = [stream for stream in self._streams if stream.went_on_after_s is not None]
         traced = max(moved, key=lambda stream: stream.longest_pause_s, default=None)
@@ -209,7 +206,7 @@ class SecondAct:
 
     async def _read(self, stream: Stream) -> None:
         generation = self._client.generate(
-            _messages(stream.question),
+            _messages(stream.subject),
             timeout=REQUEST_TIMEOUT_S,
             request_id=stream.request_id,
             traceparent=f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
@@ -222,8 +219,8 @@ class SecondAct:
         assert generation.usage is not None, "an answer that ended well has its usage"
         stream.ended(generation.usage)
 
-    async def _undisturbed(self, question: str) -> tuple[int, ...]:
-        answer = await self._client.complete(_messages(question), timeout=REQUEST_TIMEOUT_S, **self._options())
+    async def _undisturbed(self, subject: str) -> tuple[int, ...]:
+        answer = await self._client.complete(_messages(subject), timeout=REQUEST_TIMEOUT_S, **self._options())
         return answer.token_ids
 
     async def _follow(self) -> None:
@@ -277,5 +274,8 @@ def _replica(status: status_service_pb2.GetStatusResponse, name: str) -> status_
     return next((each for each in status.replicas if each.id == name), None)
 
 
-def _messages(question: str) -> list[Message]:
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+def _messages(subject: str) -> list[Message]:
+    return [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": f"Tell me a long story about {subject}."},
+    ]

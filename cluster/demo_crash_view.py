@@ -47,7 +47,7 @@ class CrashLines:
 
     def outcome(self, outcome: Outcome) -> None:
         for stream in outcome.streams:
-            self._lines.line(f"[{stream.number}] {stream.question} {_where(stream)}")
+            self._lines.line(f"[{stream.number}] {stream.subject}: {_where(stream)}")
             self._lines.line(f"    {printable(stream.text)}")
         self._told(outcome)
 
@@ -101,15 +101,15 @@ class CrashPanels(CrashLines):
     def _panel(self, stream: Stream, now: float, width: int, lines: int) -> Panel:
         colour = self._colour(stream.replica)
         rate = stream.tokens_per_s(now)
+        speed = "" if rate is None else f", {rate:.0f} tokens/s"
         if stream.is_waiting:
             state = Text(f"{short(stream.replica)} is gone; waiting", style="bold red")
         else:
             state = Text(_where(stream), style=colour)
-            state.append("" if rate is None else f" {rate:.0f}/s", style="dim")
         room = (width - 4) * lines
         return Panel(
             Text(_fitting(printable(stream.text).strip(), room), style="dim" if stream.is_waiting else ""),
-            title=Text(f"{stream.number}. {stream.question}", no_wrap=True, overflow="ellipsis"),
+            title=Text(f"{stream.number}. {stream.subject}{speed}", no_wrap=True, overflow="ellipsis"),
             title_align="left",
             subtitle=state,
             subtitle_align="left",
@@ -225,7 +225,7 @@ def _record(stream: Stream) -> dict[str, Any]:
     assert usage is not None, "it has ended"
     return {
         "number": stream.number,
-        "question": stream.question,
+        "subject": stream.subject,
         "text": stream.text.strip(),
         **_loss(stream),
         "replicas": stream.replicas,

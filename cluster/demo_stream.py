@@ -13,9 +13,9 @@ from octavo.client import Delta, Usage
 class Stream:
     """Told in turn: `placed`, `took`, perhaps `lost`, then `placed` and `took` again, and `ended`."""
 
-    def __init__(self, number: int, question: str, request_id: str) -> None:
+    def __init__(self, number: int, subject: str, request_id: str) -> None:
         self.number = number
-        self.question = question
+        self.subject = subject
         self.request_id = request_id
         self.trace_id = ""
         self.text = ""

@@ -17,7 +17,7 @@ from octavo.names import Attribute
 from octavo.names import Span as SpanName
 
 from cluster.demo import WAVES
-from cluster.demo_crash import DUE_SHARE, QUESTIONS
+from cluster.demo_crash import DUE_SHARE, SUBJECTS
 from tests.cluster import MARK, marked
 
 pytestmark = pytest.mark.cluster
@@ -69,7 +69,7 @@ def assert_first_act(answers: list[dict[str, Any]], replicas: list[str]) -> None
 
 def assert_second_act(events: list[dict[str, Any]], replicas: list[str]) -> None:
     (killed,), streams, (figures,) = of(events, "killed"), of(events, "stream"), of(events, "second_act")
-    assert [stream["question"] for stream in streams] == list(QUESTIONS)
+    assert [stream["subject"] for stream in streams] == list(SUBJECTS)
     first = Counter(stream["replicas"][0] for stream in streams)
     assert killed["replica"] in replicas
     assert killed["num_streams"] == first[killed["replica"]] == max(first.values())
