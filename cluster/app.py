@@ -14,7 +14,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,17 @@ def build(
     secret: SecretSource,
     environ: Mapping[str, str] | None,
     targets: Mapping[str, int] = NO_TARGETS,
+    failed: Collection[str] = (),
 ) -> Any:
     """Return the Serve application of `config` for nodes of `cores`.
 
     `environ` is what routers and replicas get variables from; None if Ray itself was started with them. Ray starts a
     process that is to have variables of its own twice, for the first one sets them: 0.8 s more on a small machine.
-    `targets`: of deployments that are there already, how many processes they have been told to have.
+    `targets`: of deployments that are there already, how many processes they have been told to have. `failed`: those of
+    them whose processes did not start; Serve has given up and tries again only what is new to it.
     """
-    parts = _Parts(config, cores, secret, {} if environ is None else {"env_vars": forwarded(environ)}, targets)
+    runtime_env = {} if environ is None else {"env_vars": forwarded(environ)}
+    parts = _Parts(config, cores, secret, runtime_env, targets, frozenset(failed))
     workers = {worker_name(config, name): parts.worker(name, model) for name, model in config.deployments().items()}
     return parts.router(workers)
 
@@ -96,6 +100,7 @@ class _Parts:
     secret: SecretSource
     runtime_env: dict[str, Any]
     targets: Mapping[str, int]
+    failed: frozenset[str]
 
     def worker(self, name: str, model: ModelConfig) -> Any:
         """Return the bound deployment of the replicas of `model`."""
@@ -123,7 +128,7 @@ class _Parts:
             health_check_timeout_s=model.replicas.health_check_timeout_s,
             **self._common(),
         )(Worker)
-        return _bound(
+        return self._bound(
             deployment,
             boot=ClusterBoot(self.config.log),
             config=self.config.engine_config(model, self.cores),
@@ -157,7 +162,7 @@ class _Parts:
             )
             for name, model in config.deployments().items()
         )
-        return _bound(
+        return self._bound(
             deployment,
             boot=ClusterBoot(config.log),
             config=config.router,
@@ -182,15 +187,15 @@ class _Parts:
             "max_constructor_retry_count": MAX_START_ATTEMPTS,
         }
 
-
-def _bound(deployment: Any, **given: Any) -> Any:
-    """Bind `deployment` to what its processes are `given`, of which it gets its version. Serve compares the options
-    of its actors by itself, and gives a deployment without a version a random one: all would start anew each time."""
-    digest = hashlib.sha256(
-        json.dumps([_installed(), given], sort_keys=True, default=_plain).encode(), usedforsecurity=False
-    )
-    # Not public: the way that Serve itself uses to set it.
-    return deployment.options(version=digest.hexdigest()[:16], _internal=True).bind(**given)
+    def _bound(self, deployment: Any, **given: Any) -> Any:
+        """Bind `deployment` to what its processes are `given`, of which it gets its version. Serve compares the options
+        of its actors by itself, and gives a deployment without a version a random one: all would start anew each time.
+        """
+        attempt = secrets.token_hex(4) if deployment.name in self.failed else ""
+        text = json.dumps([_installed(), attempt, given], sort_keys=True, default=_plain)
+        version = hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()[:16]
+        # Not public: the way that Serve itself uses to set it.
+        return deployment.options(version=version, _internal=True).bind(**given)
 
 
 def _plain(value: object) -> object:

@@ -89,6 +89,7 @@ class Deployment:
             secret=ensure_secret(),
             environ=self._environ,
             targets={name: each.target for name, each in there.items()},
+            failed=[name for name, each in there.items() if each.failure is not None],
         )
         self._is_deployed = True
         serve.run_many(

@@ -18,8 +18,8 @@ import json, sys
 from cluster import app
 from cluster.config import from_tree
 
-def asked(tree, environ):
-    router = app.build(from_tree(tree), cores=8, secret=bytes, environ=environ)._bound_deployment
+def asked(tree, environ, failed):
+    router = app.build(from_tree(tree), cores=8, secret=bytes, environ=environ, failed=failed)._bound_deployment
     workers = [each._bound_deployment for each in router.init_kwargs["workers"].values()]
     return {
         each.name: {
@@ -31,7 +31,7 @@ def asked(tree, environ):
         for each in (router, *workers)
     }
 
-print(json.dumps([asked(tree, environ) for tree, environ in json.load(sys.stdin)]))
+print(json.dumps([asked(tree, environ, failed) for tree, environ, *failed in json.load(sys.stdin)]))
 """
 """In a process of its own: Serve warns while it is imported."""
 
@@ -39,7 +39,7 @@ TWO = {"a": {"replicas": {"num_replicas": 2}}, "b": {"model": "fake", "scaling":
 OTHER_A = {**TWO, "a": {"replicas": {"num_replicas": 2}, "engine": {"max_num_sequences": 3}}}
 OTHER_B = {**TWO, "b": {"model": "fake", "scaling": {"max_replicas": 4, "downscale_delay_s": 7}}}
 LOUD = {"level": "debug"}
-ASKED: list[tuple[dict[str, Any], dict[str, str] | None]] = [
+ASKED: list[tuple[dict[str, Any], dict[str, str] | None] | tuple[dict[str, Any], None, str]] = [
     ({}, {"OCTAVO_CACHE_DIR": "there", "HOME": "here"}),
     ({}, None),
     ({"models": TWO}, None),
@@ -47,6 +47,7 @@ ASKED: list[tuple[dict[str, Any], dict[str, str] | None]] = [
     ({"models": OTHER_A}, None),
     ({"models": OTHER_B}, None),
     ({"models": TWO, "log": LOUD}, None),
+    ({"models": TWO}, None, "Worker-b"),
 ]
 
 Asked = list[dict[str, dict[str, Any]]]
@@ -97,6 +98,7 @@ def test_only_what_changed_gets_another_version(asked: Asked) -> None:
     assert changed(2, 4) == {"Worker-a"}
     assert changed(2, 5) == set()  # bounds are for Serve, not for processes
     assert changed(2, 6) == {"Router", "Worker-a", "Worker-b"}
+    assert changed(2, 7) == {"Worker-b"}  # it had failed: Serve tries the same version no more
 
 
 def test_variables_are_lent_to_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
