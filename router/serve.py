@@ -101,15 +101,7 @@ class Router:
             salt_key=self._identity.keys.tenant_salt,
             outlook=self._outlook,
         )
-        host, port = listen
-        # The public port is the same for all routers of a node; the other one leads to this router alone.
-        self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
-        self._health_port: HealthPort | None = None
-        if config.health_port:
-            self._health_port = HealthPort(self._server.health.servicer, host.strip("[]"), config.health_port)
-        await self._server.start()
-        if self._health_port is not None:
-            await self._health_port.start()
+        await self._listen(*listen)
         about = self._server.about
         about.address, about.own_address = self._address, self._own_address
         about.node_id = ray.get_runtime_context().get_node_id()
@@ -117,6 +109,16 @@ class Router:
         self._reporter.start()
         garbage.settle()
         self._drained: asyncio.Task[bool] | None = None
+
+    async def _listen(self, host: str, port: int) -> None:
+        # The public port is the same for all routers of a node; the other one leads to this router alone.
+        self._address, self._own_address = (f"{host}:{self._server.bind(host.strip('[]'), each)}" for each in (port, 0))
+        self._health_port: HealthPort | None = None
+        if self._config.health_port:
+            self._health_port = HealthPort(self._server.health.servicer, host.strip("[]"), self._config.health_port)
+        await self._server.start()
+        if self._health_port is not None:
+            await self._health_port.start()
 
     def record_replica_metadata(self) -> dict[str, str | int]:
         """Publish where this router listens. Serve asks once, after the start."""
