@@ -14,7 +14,7 @@ demo: setup  ## start a cluster with a real model, send it prompts, show what ha
 serve: setup  ## run a cluster until Ctrl-C; ARGS="--model ... --replicas ..."
 	@exec .venv/bin/octavo serve $(ARGS)
 
-check: setup  ## format, lint, types, protobuf rules, stubs up to date, import arrows
+check: setup  ## format, lint, types, protobuf rules, stubs up to date, import arrows, manifests
 	@bash scripts/check.sh
 
 test: setup  ## all tests but the long ones
