@@ -107,7 +107,7 @@ class Departures:
         """Return a permit; who has more than an equal part of a full backlog gives way.
 
         Raises OverloadedError when the backlog is full, or `request` would be late; UnavailableError when it would be
-        before any replica is ready, or when replicas do not start.
+        before any replica is ready, or when none has ever started and they fail to.
         """
         self.traffic.num_arrived += request.n
         try:
@@ -121,7 +121,7 @@ class Departures:
         self._forecast.check(request, now)
         if not self._fleet.has_ready:
             outlook = self.outlook()
-            if outlook is not None and outlook.failure:
+            if outlook is not None and outlook.failure and outlook.start_s is None:
                 raise dispatch_errors.model_error(request.model, outlook.failure)
             expected_s, left_s = ready_in_s(outlook), request.deadline - now
             if expected_s is not None and expected_s > left_s:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from router.backends import Backends
@@ -58,6 +60,13 @@ async def test_a_model_whose_replicas_do_not_start_is_refused_at_once_until_they
             dispatcher.submit(request, sink)
         assert refused.value.reason == "MODEL_FAILED"
         assert refused.value.retry_after_s
+        # One of which replicas have started before is waited for: Serve tries again, and they may start then.
+        outlook.heard(Outlook({"large": replace(failed, start_s=2.0)}))
+        waiting = RecordingSink()
+        cancel = dispatcher.submit(request, waiting)
+        assert waiting.num_ends == 0
+        cancel()
+        outlook.heard(Outlook({"large": failed}))
         await replica.start()
         dispatcher.update_replicas([replica.address])
         await until(lambda: [view.state for view in dispatcher.replicas()] == ["ready"])
