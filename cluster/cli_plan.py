@@ -63,7 +63,7 @@ def plan(
 
     found = None if device is None else find_device(device)
     effective, models = _chosen(load(config, os.environ, {}), model)
-    files = [fetch_model(each.model, progress=TerminalProgress()) for each in models]
+    files = {name: fetch_model(each.model, progress=TerminalProgress()) for name, each in models.items()}
 
     from cluster.capacity_plan import make_plan
 
@@ -71,9 +71,11 @@ def plan(
         typer.echo(f"octavo: {text}", err=True)
 
     plans = [
-        make_plan(effective, each, of_it, device=found, context=context, note=note)
-        for each, of_it in zip(models, files, strict=True)
+        make_plan(effective, each, files[name], device=found, context=context, note=note)
+        for name, each in models.items()
     ]
+    if effective.models:
+        plans = [dataclasses.replace(made, model=name) for name, made in zip(models, plans, strict=True)]
     if as_json:
         records = [dataclasses.asdict(made) for made in plans]
         typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=2))
@@ -82,7 +84,7 @@ def plan(
             Console().print(plan_view(made), soft_wrap=True)
 
 
-def _chosen(config: ClusterConfig, model: str | None) -> tuple[ClusterConfig, list[ModelConfig]]:
+def _chosen(config: ClusterConfig, model: str | None) -> tuple[ClusterConfig, dict[str, ModelConfig]]:
     """Return what to plan for: `model`, if it is given, else all that `config` has. Raises ConfigError."""
     if model is not None and not config.models:
         config = dataclasses.replace(config, model=model)
@@ -90,7 +92,7 @@ def _chosen(config: ClusterConfig, model: str | None) -> tuple[ClusterConfig, li
     elif model is not None and model not in config.models:
         raise ConfigError(f"--model must be one of {', '.join(config.models)}, which have tables, is {model!r}")
     chosen = config.deployments()
-    return config, [chosen[model]] if config.models and model is not None else list(chosen.values())
+    return config, {model: chosen[model]} if config.models and model is not None else chosen
 
 
 def plan_view(made: CapacityPlan) -> RenderableType:

@@ -117,6 +117,15 @@ def test_the_table_has_a_row_for_each_batch_size(small_model: str) -> None:
     assert "bf16 *" in text
 
 
+def test_each_model_of_a_configuration_is_planned_for(small_model: str, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(f"model = {json.dumps(small_model)}\n[models.a]\n[models.b]\nengine.num_blocks = 100\n")
+    asked = ("--config", str(file), "--device", "l4", "--context", "0")
+    both = json.loads(run(*asked, "--json"))
+    assert [(plan["model"], plan["room"]["num_blocks"]) for plan in both] == [("a", 512), ("b", 100)]
+    assert planned(*asked, "--model", "b") == both[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "kind", "words"),
     [
