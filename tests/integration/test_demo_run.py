@@ -82,7 +82,7 @@ def assert_second_act(events: list[dict[str, Any]], replicas: list[str]) -> None
         assert STREAM_TOKENS // DUE_SHARE <= stream["tokens_at_loss"] < STREAM_TOKENS, "in its middle"
         assert 0 < stream["went_on_after_s"] <= stream["longest_pause_s"] <= figures["longest_pause_s"]
     for stream in streams:
-        assert stream["generated_tokens"] == STREAM_TOKENS
+        assert STREAM_TOKENS // DUE_SHARE < stream["generated_tokens"] <= STREAM_TOKENS, "some draw an end of sequence"
         assert stream["first_difference"] is None
     assert figures["num_identical"] == len(streams)
     assert figures["cached_tokens"] == sum(stream["cached_tokens"] for stream in streams)
@@ -103,4 +103,5 @@ def assert_trace(trace: dict[str, Any], moved: dict[str, dict[str, Any]]) -> Non
     assert {span["parent_id"] for span in phases} == {dispatches[1]["span_id"]}
     assert {span["service"] for span in phases} == {"octavo-worker"}
     told = {span["name"]: span["attributes"] for span in phases}
-    assert 0 < told[SpanName.DECODE][Attribute.OUTPUT_TOKENS] <= STREAM_TOKENS - stream["tokens_at_loss"]
+    left = stream["generated_tokens"] - stream["tokens_at_loss"]
+    assert 0 < told[SpanName.DECODE][Attribute.OUTPUT_TOKENS] <= left
