@@ -198,7 +198,11 @@ def desired_replicas(demand: Demand | None, config: ScalingConfig, state: Scaler
         return Decision(state.target, "held: no router has said anything lately", state)
     more = min(_raised(demand, config, state, now), high)
     if more > state.target:
-        return _decided(more, _why(demand, config, more), state, now)
+        decision = _decided(more, _why(demand, config, more), state, now)
+        if _needed(demand.sequences, config) <= more:
+            return decision
+        # It has grown meanwhile, and the next delay has begun with this.
+        return replace(decision, state=replace(decision.state, above_since=now, least_above=demand.sequences))
     fewer = max(_lowered(config, state, now), low)
     if fewer < state.target:
         peak = f"{state.peaks[0][1]:.1f} sequences were the most in {config.downscale_delay_s:g} s"

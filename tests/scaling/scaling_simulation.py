@@ -20,7 +20,7 @@ from workers.start import READY
 TICK_S = 0.05
 START = 1_000_000_000.0
 MODEL = "toy"
-PLACES = 20
+PLACES = 10
 
 Load = Callable[[float], float]
 
