@@ -48,8 +48,7 @@ async def drain(cluster: Cluster, replicas: frozenset[str]) -> int:
 
 
 async def apply(cluster: Cluster, replicas: frozenset[str]) -> int:
-    await asyncio.to_thread(cluster.config.write_text, config(CHANGED))
-    await cluster.octavo("apply", str(cluster.config), "--ray-address", cluster.ray_address)
+    await cluster.apply(config(CHANGED))
     return len(replicas)
 
 

@@ -21,7 +21,9 @@ from load_tests.server import ServerProcess
 
 START_S = 900.0
 """The model may have to be fetched and packed first."""
-COMMAND_S = 120.0
+COMMAND_S = 180.0
+PORT = "\n[serve]\nport = 0\n"
+"""A free one at the start, and from then on the one in use."""
 
 
 class CommandFailedError(Exception):
@@ -30,7 +32,7 @@ class CommandFailedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A cluster that is ready. `config` is its file, for `octavo apply`."""
+    """A cluster that is ready. `config` is its file."""
 
     client: Client
     ready: dict[str, Any]
@@ -44,6 +46,11 @@ class Cluster:
     @property
     def ray_address(self) -> str:
         return str(self.ready["ray_address"])
+
+    async def apply(self, config: str) -> None:
+        """Have it be what `config`, TOML, says. Raises CommandFailedError."""
+        await asyncio.to_thread(self.config.write_text, config + PORT)
+        await self.octavo("apply", str(self.config), "--ray-address", self.ray_address)
 
     async def octavo(self, *arguments: str) -> str:
         """Run a command; return what it printed. Raises CommandFailedError."""
@@ -69,12 +76,12 @@ class Cluster:
 @asynccontextmanager
 async def serving(config: str, *, ray_address: str = "") -> AsyncIterator[Cluster]:
     """A cluster of `config`, TOML, for the scope. Raises ServerError when it does not get ready."""
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "cluster.cli", "serve"]
     if ray_address:
         command += ["--ray-address", ray_address]
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
         file = Path(folder) / "cluster.toml"
-        file.write_text(config)
+        file.write_text(config + PORT)
         process = ServerProcess((*command, "--config", str(file)), ENVIRONMENT, Path(folder) / "log")
         try:
             ready = json.loads(await asyncio.to_thread(process.await_line, "{", START_S))
