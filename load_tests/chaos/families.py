@@ -22,7 +22,7 @@ COMMON = {
     "OTEL_BSP_SCHEDULE_DELAY": "1000",
 }
 STEP_S, FAKE_LENGTHS = 0.02, (10, 150)
-FILLER_PROMPT, FILLER_TOKENS = 3_000, 200
+FILLERS, FILLER_PROMPT, FILLER_TOKENS = 24, 800, 300
 MODEL_LENGTHS, LONG_PROMPT = (24, 48), 400
 
 
@@ -52,8 +52,8 @@ def _fake_asks(number: int, rng: random.Random) -> list[Ask]:
 
 
 def _fake_fillers(rng: random.Random) -> list[Ask]:
-    """1,800 blocks, where three replicas have 1,536."""
-    return fake_asks(9, FILLER_TOKENS, rng, prompt_tokens=FILLER_PROMPT)
+    """1,200 blocks to begin with and 1,650 in the end, where three replicas have 1,536: some must give way."""
+    return fake_asks(FILLERS, FILLER_TOKENS, rng, prompt_tokens=FILLER_PROMPT)
 
 
 def _model_asks(number: int, _: random.Random) -> list[Ask]:
@@ -88,7 +88,7 @@ FAMILIES: Mapping[str, Family] = {
         quick_asks=32,
         make_asks=_fake_asks,
         make_fillers=_fake_fillers,
-        fillers_at_once=3,
+        fillers_at_once=8,
     ),
     "model": Family(
         options=("--replicas", "2"),

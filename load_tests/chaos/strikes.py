@@ -121,18 +121,21 @@ async def cut_link(scene: Scene, fault: Fault) -> dict[str, Any]:
 
 async def fill_memory(scene: Scene, _: Fault) -> dict[str, Any]:
     """Ask for more at once than all blocks hold; return when that is answered."""
-    filling = asyncio.create_task(scene.clients.ask_all(scene.fillers))
     least: dict[str, int] = {}
+    preempted = [_preemptions(scene)]
+    filling = asyncio.create_task(scene.clients.ask_all(scene.fillers))
     try:
         while not filling.done():
             for each in scene.capacity.view.replicas:
                 least[each.id] = min(least.get(each.id, each.num_blocks), each.num_free_blocks)
+            preempted.append(_preemptions(scene))
             await asyncio.sleep(POLL_S)
     finally:
         filling.cancel()
         with suppress(asyncio.CancelledError):
             await filling
-    return {"victim": "all replicas", "least_free_blocks": sorted(least.values())}
+    blocks = sorted(least.values())
+    return {"victim": "all replicas", "least_free_blocks": blocks, "preemptions": max(preempted) - preempted[0]}
 
 
 async def lose_collector(scene: Scene, fault: Fault) -> dict[str, Any]:
@@ -178,6 +181,10 @@ STRIKES: Mapping[str, Strike] = {
     "collector mute": mute_collector,
     NODE_LOST: lose_node,
 }
+
+
+def _preemptions(scene: Scene) -> int:
+    return sum(each.num_preemptions for each in scene.capacity.view.replicas)
 
 
 def _kill(scene: Scene, victim: Victim) -> dict[str, Any]:
