@@ -75,6 +75,11 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         with self._lock:
             return [span for span in self._spans if span.trace_id == trace_id]
 
+    def named(self, name: str) -> list[Span]:
+        """Return the spans of all traces that are called `name`, in the order in which they came."""
+        with self._lock:
+            return [span for span in self._spans if span.name == name]
+
     def await_spans(self, trace_id: str, names: set[str]) -> dict[str, Span]:
         """Return one trace's spans by name, once those called `names` are among them."""
         end = time.monotonic() + TIMEOUT_S
