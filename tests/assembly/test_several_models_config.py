@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 from cluster import cli
 from cluster.config import from_tree, load
+from cluster.lifecycle import fetch_models
 from cluster.model_name import request_name
-from workers.errors import ConfigError
+from workers.errors import ConfigError, ModelFileError
+from workers.types import ModelFiles
 
 FILE = """
 model = "all.gguf"
@@ -113,3 +116,29 @@ def test_an_option_that_means_one_model_is_refused_where_there_are_tables(tmp_pa
         done = CliRunner().invoke(cli.app, [command, "--config", f"{tmp_path}/cluster.toml", "--model", "other"])
         assert isinstance(done.exception, ConfigError)
         assert "small, large-1.5" in str(done.exception)
+
+
+class Shelf:
+    """A `Boot` that has the files of some models."""
+
+    def __init__(self, *there: str) -> None:
+        self.there = there
+
+    def start_process(self, role: str) -> Callable[[], None]:
+        raise AssertionError(role)
+
+    def model_files(self, name: str) -> ModelFiles:
+        if name not in self.there:
+            raise ModelFileError(f"{name} is not there")
+        return ModelFiles(weights=Path(), tokenizer_json=Path(), chat_template=None, manifest=Path())
+
+
+def test_a_start_goes_on_as_long_as_one_model_can_be_had() -> None:
+    config = from_tree({"models": {"a": {"model": "a.gguf"}, "b": {"model": "b.gguf"}}})
+    notes: list[str] = []
+    fetch_models(config, Shelf("b.gguf"), notes.append)
+    assert notes == ["model a cannot be served: a.gguf is not there"]
+    with pytest.raises(ModelFileError, match=r"b.gguf is not there"):
+        fetch_models(config, Shelf(), notes.append)
+    with pytest.raises(ModelFileError, match=r"only.gguf is not there"):
+        fetch_models(from_tree({"model": "only.gguf"}), Shelf(), notes.append)
