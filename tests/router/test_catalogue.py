@@ -72,6 +72,28 @@ async def test_one_that_cannot_be_opened_leaves_the_others_alone_and_is_tried_ag
     await models.stop()
 
 
+async def test_one_whose_files_take_long_follows_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "PATIENCE_S", 0.01)
+    files, served, fetched, begun = Files(tmp_path), Served(), threading.Event(), threading.Event()
+
+    def find(name: str) -> ModelFiles:
+        if name == "b-files":
+            begun.set()
+        else:  # and one there must be, however long it takes
+            assert begun.wait(5)
+        assert name != "b-files" or fetched.wait(10)
+        return files(name)
+
+    models = Catalogue(SOURCES[:2], find, served)
+    await models.load()
+    assert models.failures == {"b": catalogue.LATE}
+    assert (served, list(models.models)) == (["a"], ["a", "b"])
+    fetched.set()
+    await eventually(lambda: models.failures == {})
+    assert served == ["a", "b"]
+    await models.stop()
+
+
 async def test_an_only_model_and_the_last_of_several_fail_the_start(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"^a-files are not here$"):
         await Catalogue(SOURCES[:1], Files(tmp_path, "a-files"), Served()).load()
