@@ -22,8 +22,8 @@ NUM_TOKENS = 64
 
 
 class Router:
-    """Looks like a Client: two replicas, of which the first is `process` and has two answers of three. When
-    that is dead its answers go on at the second one, 0.1 s later; one that is not `is_true` with another token."""
+    """Looks like a Client: two replicas, of which the first is `process` and has two answers of three. When that
+    is dead its answers go on at the second one, 0.1 s later; unless `is_true`, with another token."""
 
     def __init__(self, placements: Path, process: subprocess.Popen[bytes], *, is_true: bool = True) -> None:
         self._placements = placements
