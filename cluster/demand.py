@@ -20,7 +20,7 @@ from cluster.autoscaling import Demand
 from router.signal import REPORT_PERIOD_S, ModelSignal
 
 FRESH_S: Final = 3 * REPORT_PERIOD_S
-"""A router that has been silent for longer may be dead, and its clients may wait elsewhere already."""
+"""A router that has been silent for longer than another may be dead, and its clients may wait elsewhere already."""
 KEEP_S: Final = 2.0
 """Older reports say nothing."""
 MIN_WINDOW_S: Final = 0.5
@@ -93,8 +93,8 @@ class DemandMeter:
         if not self._parts:
             self._measured_at = self._queued_since = None
             return None
-        fresh = [part.signal for part in self._parts.values() if now - part.at <= FRESH_S]
-        signals = fresh or [part.signal for part in self._parts.values()]
+        newest = max(part.at for part in self._parts.values())
+        signals = [part.signal for part in self._parts.values() if newest - part.at <= FRESH_S]
         num_running = max(signal.num_aboard for signal in signals)
         num_queued = sum(signal.num_queued for signal in signals)
         self._see(now, num_running, num_queued)
@@ -103,11 +103,13 @@ class DemandMeter:
         arrivals, refusals = self._rates(now)
         service_s = self._service_s(signals)
         unserved = num_queued + refusals * max(service_s or 1.0, MIN_WINDOW_S)
-        sequences = at_most = num_running + unserved
+        at_most = num_running + unserved
+        sequences: float = at_most
         if service_s is not None and unserved:
             drain_s = max(MIN_DRAIN_S, DRAIN_STARTS * ((start_s or 0.0) + service_s))
-            overdue = max((now - self._moved_at) / drain_s - 1, 0.0)
-            sequences = min(sequences, arrivals * service_s + num_queued * min(service_s / drain_s + overdue, 1.0))
+            overdue = min(max((now - self._moved_at) / drain_s - 1, 0.0), 1.0)
+            needed = min(arrivals * service_s + num_queued * service_s / drain_s, at_most)
+            sequences = needed + overdue * (at_most - needed)
         return Demand(
             sequences=max(sequences, num_running),
             at_most=at_most,
@@ -129,13 +131,13 @@ class DemandMeter:
             fade = math.exp((self._measured_at - now) / SERVICE_WINDOW_S)
             self._served_s *= fade
             self._ended *= fade
-        self._measured_at, self._is_running = now, num_running > 0
         if self._queued_since is None or num_queued < PROGRESS * self._least_queued:
             self._least_queued, self._moved_at = num_queued, now
         if not num_queued:
             self._queued_since = None
         elif self._queued_since is None:
-            self._queued_since = now
+            self._queued_since = now if self._measured_at is None else self._measured_at
+        self._measured_at, self._is_running = now, num_running > 0
 
     def _rates(self, now: float) -> tuple[float, float]:
         """Return arrivals and refusals in a second, lately."""
