@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,12 +58,24 @@ def plan(
     from rich.console import Console
 
     from cluster.config import load
+
+    plans = _plans(*_chosen(load(config, os.environ, {}), model), device, context)
+    if as_json:
+        records = [dataclasses.asdict(made) for made in plans]
+        typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=2))
+    else:
+        for made in plans:
+            Console().print(plan_view(made), soft_wrap=True)
+
+
+def _plans(
+    config: ClusterConfig, models: Mapping[str, ModelConfig], device: str | None, context: int | None
+) -> list[CapacityPlan]:
     from cluster.devices import find_device
     from cluster.model_progress import TerminalProgress
     from cluster.models import fetch_model
 
     found = None if device is None else find_device(device)
-    effective, models = _chosen(load(config, os.environ, {}), model)
     files = {name: fetch_model(each.model, progress=TerminalProgress()) for name, each in models.items()}
 
     from cluster.capacity_plan import make_plan
@@ -71,17 +84,11 @@ def plan(
         typer.echo(f"octavo: {text}", err=True)
 
     plans = [
-        make_plan(effective, each, files[name], device=found, context=context, note=note)
-        for name, each in models.items()
+        make_plan(config, each, files[name], device=found, context=context, note=note) for name, each in models.items()
     ]
-    if effective.models:
-        plans = [dataclasses.replace(made, model=name) for name, made in zip(models, plans, strict=True)]
-    if as_json:
-        records = [dataclasses.asdict(made) for made in plans]
-        typer.echo(json.dumps(records if len(records) > 1 else records[0], indent=2))
-    else:
-        for made in plans:
-            Console().print(plan_view(made), soft_wrap=True)
+    if not config.models:
+        return plans
+    return [dataclasses.replace(made, model=name) for name, made in zip(models, plans, strict=True)]
 
 
 def _chosen(config: ClusterConfig, model: str | None) -> tuple[ClusterConfig, dict[str, ModelConfig]]:
