@@ -25,7 +25,7 @@ from pathlib import Path
 from cluster.config_sections import RayConfig, is_loopback
 from cluster.lean_ray import without_extras
 from cluster.processes import await_end, descendants
-from cluster.secret import NAMESPACE
+from cluster.secret import NAMESPACE, SECRET_FILE, write_secret
 from workers.errors import ConfigError, ModelFileError, StartupError
 
 END_TIMEOUT_S = 10.0
@@ -96,6 +96,8 @@ def _attached(address: str) -> Iterator[Connection]:
     try:
         # A Ray on loopback has no other node, whose processes could have another environment.
         known = variables if is_loopback(found.rpartition(":")[0]) else NO_VARIABLES
+        if SECRET_FILE in known:
+            os.environ.setdefault(SECRET_FILE, known[SECRET_FILE])
         yield Connection(ray.get_runtime_context().gcs_address, known)
     finally:
         _disconnect()
@@ -187,6 +189,33 @@ def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Ite
         os.environ[AUTH_TOKEN] = secrets.token_hex(32)
     import ray
 
+    with _secret_file(temp_dir), _started(config, temp_dir, variables) as lent:
+        yield Connection(ray.get_runtime_context().gcs_address, lent)
+
+
+@contextmanager
+def _secret_file(directory: Path) -> Iterator[None]:
+    """Have the cluster's secret in a file of its own that all processes are told of, unless there is one already: an
+    actor that keeps it would be a process more."""
+    if os.environ.get(SECRET_FILE):
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "octavo-secret"
+    write_secret(file)
+    os.environ[SECRET_FILE] = str(file)
+    try:
+        yield
+    finally:
+        del os.environ[SECRET_FILE]
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _started(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Run a Ray for the scope; yields what its processes have in their environment."""
+    import ray
+
     try:
         with _environment(variables), without_extras():
             lent = dict(os.environ)
@@ -198,7 +227,7 @@ def _own(config: RayConfig, temp_dir: Path, variables: Mapping[str, str]) -> Ite
                 logging_level=logging.ERROR,
                 _temp_dir=str(temp_dir),
             )
-        yield Connection(ray.get_runtime_context().gcs_address, lent)
+        yield lent
     finally:
         processes = descendants(os.getpid())
         _disconnect()

@@ -1,8 +1,8 @@
 """The cluster's one secret: 32 bytes that are never sent and never stand in an argument.
 
-From the file that OCTAVO_SECRET_FILE names on every node; else made once and kept in the detached actor
-``octavo-secret`` (namespace ``octavo``), so that every later build of the application gets the same one. What travels
-is a `SecretSource`: the name of the place, not the secret.
+From the file that OCTAVO_SECRET_FILE names on every node, which a Ray of our own makes for itself; else made once and
+kept in the detached actor ``octavo-secret`` (namespace ``octavo``), so that every later build of the application gets
+the same one. What travels is a `SecretSource`: the name of the place, not the secret.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from workers.handshake import SECRET_BYTES
 SECRET_FILE = "OCTAVO_SECRET_FILE"
 ACTOR = "octavo-secret"
 NAMESPACE = "octavo"
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""What only the head node has, as Serve's controller asks for it: other nodes may be taken away when they are idle, and
+with one the secret would be gone."""
 _PATIENCE_S = 30.0
 
 
@@ -68,9 +71,16 @@ def ensure_secret() -> SecretSource:
     import ray
 
     ray.remote(SecretKeeper).options(
-        name=ACTOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0
+        name=ACTOR, namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0, resources=ON_HEAD
     ).remote()
     return SecretSource()
+
+
+def write_secret(path: Path) -> None:
+    """Make a secret of its own for a file, readable for its owner alone; one that is there is replaced."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secrets.token_bytes(SECRET_BYTES))
 
 
 def read_secret(path: Path) -> bytes:

@@ -19,7 +19,7 @@ from cluster.model_cache import ModelCache
 from cluster.model_fake import VOCAB_SIZE, fake_files
 from cluster.processes import await_end, descendants
 from cluster.ray_connection import running_rays
-from cluster.secret import SecretSource, read_secret
+from cluster.secret import SecretSource, read_secret, write_secret
 from router import membership
 from router.model import ServedModel
 from router.types import ReplicaAddress
@@ -39,6 +39,16 @@ def test_a_secret_is_32_bytes_or_their_digits(tmp_path: Path, monkeypatch: pytes
         read_secret(tmp_path / "missing")
     monkeypatch.setenv("OCTAVO_SECRET_FILE", str(raw))
     assert pickle.loads(pickle.dumps(SecretSource()))() == secret
+
+
+def test_a_secret_that_is_written_is_new_and_its_owners_alone(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(b"an older one that everybody may read")
+    write_secret(file)
+    first = read_secret(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    write_secret(file)
+    assert read_secret(file) != first
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from octavo.names import Span
 
 from cluster.boot import forwarded
 from cluster.model_fake import VOCAB_SIZE
+from cluster.processes import descendants
 from tests.cluster import ClusterProcess
 from tests.collector import Collector
 from tests.integration.calls import (
@@ -70,6 +71,16 @@ async def test_replicas_have_the_variables_that_they_need(fake_cluster: ClusterP
     for pid in pids:
         variables = (Path("/proc") / str(pid) / "environ").read_text().split("\0")
         assert {f"{name}={value}" for name, value in forwarded({}).items()} <= set(variables)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_a_ray_of_our_own_runs_nothing_that_serves_nobody(fake_cluster: ClusterProcess) -> None:
+    processes = descendants(fake_cluster.process.pid)
+    commands = [(Path("/proc") / str(process.pid) / "cmdline").read_text() for process in processes]
+    assert any("raylet" in command for command in commands)
+    for useless in ("log_monitor.py", "monitor.py", "dashboard.py", "SecretKeeper"):
+        # Ray's agents stand in the raylet's command line, too, and the dashboard's is one of them.
+        assert not any(useless in command.partition("--")[0] for command in commands)
 
 
 async def test_a_stranger_gets_nothing_at_the_data_port(fake_cluster: ClusterProcess) -> None:
