@@ -74,14 +74,15 @@ def apply(
 @app.command(epilog=_EXIT_CODES)
 def scale(
     model: Annotated[str, typer.Argument(help="As `octavo status` names it.")],
-    replicas: Annotated[str, typer.Argument(help="How many replicas, or auto: let load decide again.")],
+    replicas: Annotated[str, typer.Argument(help="How many replicas, or auto: as its configuration and its load say.")],
     timeout: Timeout = 600.0,
     ray_address: RayAddress = None,
     app_name: AppName = _DEFAULT_APP,
 ) -> None:
-    """Have a number of replicas of a model, whatever its load is and `[scaling]` says, and wait until there are.
+    """Have a number of replicas of a model, whatever its load is and its configuration says, and wait until there are.
 
-    It holds until another number is asked for, or `auto`. Those that go let running requests end first.
+    It holds until another number is asked for, or `auto`, also through an `octavo apply`. Those that go let running
+    requests end first.
 
     Examples: `octavo scale SmolLM2-135M-Instruct 4`, `octavo scale SmolLM2-135M-Instruct auto`.
     """
@@ -89,8 +90,7 @@ def scale(
     with _attached(_ray(ray_address)):
         from cluster.operate import scale as scale_model
 
-        outlook = scale_model(app_name, model, number, timeout_s=timeout, note=_note)
-    _note(f"{model}: {outlook.target} replicas")
+        scale_model(app_name, model, number, timeout_s=timeout, note=_note)
 
 
 @app.command(epilog=_EXIT_CODES)

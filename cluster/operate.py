@@ -108,17 +108,17 @@ def _port(config: ClusterConfig, before: ApplicationView | None) -> Iterator[int
         yield port
 
 
-def scale(application: str, model: str, num_replicas: int | None, *, timeout_s: float, note: Note) -> ModelOutlook:
-    """Have `num_replicas` of `model` whatever the load is, and wait until there are; None: let the load decide again.
+def scale(application: str, model: str, num_replicas: int | None, *, timeout_s: float, note: Note) -> None:
+    """Have `num_replicas` of `model` whatever the load is, and wait until there are; None: as configured again.
 
     Raises ConfigError for a model that there is not, StartupError if it takes longer than `timeout_s`.
     """
     source = SignalSource()
-    outlook = _outlook(source, model)
+    _outlook(source, model)
     source.scale(model, num_replicas)
     if num_replicas is None:
-        note(f"load decides how many replicas {model} has, {outlook.min_replicas} to {outlook.max_replicas}")
-        return _outlook(source, model)
+        note(f"{model} has as many replicas again as its configuration and its load say: {_bounds(source, model)}")
+        return
     name, end, said = _deployment_of(_there(application), model), time.monotonic() + timeout_s, ""
     while True:
         deployment = _there(application).deployments[name]
@@ -126,7 +126,8 @@ def scale(application: str, model: str, num_replicas: int | None, *, timeout_s: 
             note(f"{name}: {text}")
             said = text
         if deployment.target == len(deployment.running) == len(_ready(application, deployment)) == num_replicas:
-            return _outlook(source, model)
+            note(f"{model} has {num_replicas} replicas")
+            return
         if deployment.failure is not None:
             raise StartupError(f"{name} does not start: {deployment.failure}")
         if time.monotonic() >= end:
@@ -231,6 +232,12 @@ def _outlook(source: SignalSource, model: str) -> ModelOutlook:
     if model not in models:
         raise ConfigError(f"MODEL must be one of {', '.join(sorted(models)) or 'no model'}, is {model!r}")
     return models[model]
+
+
+def _bounds(source: SignalSource, model: str) -> str:
+    outlook = _outlook(source, model)
+    bounds = sorted({outlook.min_replicas, outlook.max_replicas})
+    return " to ".join(map(str, bounds))
 
 
 def _await(holds: Callable[[], bool], end: float, what: str) -> None:

@@ -114,7 +114,7 @@ class Progress:
         counts: dict[str, int] = {}
         for replica in deployment.replicas:
             age = "old" if replica.id in self._old else "new"
-            state = _WORDS.get(replica.state, "starting")
+            state = _WORDS.get(replica.state, "starting") if replica.has_place else "waiting for room"
             counts[f"{age} {state}"] = counts.get(f"{age} {state}", 0) + 1
         return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "none"
 

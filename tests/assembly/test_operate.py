@@ -84,6 +84,13 @@ def test_progress_says_each_step_once_and_nothing_of_what_stays() -> None:
     ]
 
 
+def test_progress_says_that_a_replica_waits_for_a_node_with_room() -> None:
+    said: list[str] = []
+    replicas = (ServeReplica("a", "RUNNING"), ServeReplica("b", "STARTING", has_place=False))
+    Progress(None, said.append)(view(Worker=DeploymentView("UPDATING", "", 2, replicas)))
+    assert said == ["Worker: 1 new serving, 1 new waiting for room"]
+
+
 def test_why_replicas_do_not_start_is_told_in_the_words_of_their_error() -> None:
     assert deployment("UPDATING").failure is None
     met = deployment("UPDATING", "ray::Worker()\nworkers.errors.ModelFileError: the model m is truncated\n").failure
