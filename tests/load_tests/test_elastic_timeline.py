@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from octavo.v1.status_service_pb2 import GetStatusResponse, ModelStatus, ReplicaStatus, RouterStatus
 
 from load_tests.rigs.elastic_flap import flap_figures
 from load_tests.rigs.elastic_nodes import nodes_figures
 from load_tests.rigs.elastic_step import step_figures
 from load_tests.rigs.elastic_timeline import Sample, Timeline, changes, turns
+from load_tests.rigs.elastic_watch import sample as told
 
 
 def sample(
@@ -111,3 +113,17 @@ def test_nodes_are_counted_from_before_the_load_until_after_it() -> None:
         "back_s": 20.0,
     }
     assert nodes_figures(Timeline([sample(0), sample(4, 3, nodes=3)]), 1, 10)["up_s"] is None
+
+
+def test_a_sample_is_what_a_router_says() -> None:
+    status = GetStatusResponse(
+        router=RouterStatus(num_queued_requests=4, num_running_requests=8),
+        replicas=[ReplicaStatus(id="a", state="ready"), ReplicaStatus(id="b", state="starting")],
+        models=[ModelStatus(name="fake", has_outlook=True, target=2)],
+    )
+    found = told(status, 7.0, 3)
+    assert (found.at, found.target, found.num_nodes) == (7.0, 2, 3)
+    assert (found.num_queued, found.num_running) == (4, 8)
+    assert (found.ready, found.states) == ({"a"}, {"a": "ready", "b": "starting"})
+    status.models[0].has_outlook = False
+    assert told(status, 7.0, 3).target is None
