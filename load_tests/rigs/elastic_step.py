@@ -1,9 +1,9 @@
 """A load step from nothing to five times what one replica can do: how soon more replicas are asked for, how soon they
 serve, and how soon there are no more than before when nobody asks any longer.
 
-The own start time of a replica is that of the first one beyond the minimum when two replicas' load comes to an idle
-cluster: from its being asked for until it serves. With five times the load four start at once, on the same cores that
-clients, router and replicas use; of these each is also held to how long its own process took.
+Each step is made with twice a replica's load, too, when one more replica starts. The own start time of a replica is
+that of its process, from its beginning until a router has it ready: four that start at once share the cores with each
+other, and with clients, router and the replica that is there.
 
 `max_step_down` is 0, so that one decision may take all away. A round takes about a minute.
 """
@@ -97,37 +97,41 @@ def _between(since: float | None, until: float | None) -> float | None:
 
 
 def judge(notes: Notes) -> list[Bar]:
-    raised = max((notes.worst(what, "raised_s") for what in (SINGLE, STEP)), key=lambda s: s or 0.0)
-    is_raised = all(len(notes.of(what, "raised_s")) == len(notes.of(what, "new")) for what in (SINGLE, STEP))
-    own, first = notes.median(SINGLE, "first_serves_s"), notes.worst(STEP, "first_serves_s")
-    extra = None if own is None or first is None else first - own
-    last = f"the last of {TIMES - 1} after {figure(notes.worst(STEP, 'last_serves_s'), 's')}"
-    back = f"configured {DOWN_S:g} s; replicas gone after {figure(notes.worst(STEP, 'gone_s'), 's')}"
-    rounds = f"{len(notes.of(STEP, 'new'))} steps of {TIMES} times a replica's load"
+    one, step = notes.worst(SINGLE, "last_serves_s"), notes.worst(STEP, "last_serves_s")
+    own = (
+        f"own {figure(notes.worst(SINGLE, 'own_start_s'), 's')}",
+        f"own {figure(notes.worst(STEP, 'own_start_s'), 's')}",
+    )
     return [
         at_most(
-            "load step: target raised after the backlog appeared, s", raised if is_raised else None, MAX_RAISE_S, rounds
+            "load step: target raised after the backlog appeared, s",
+            _worst(notes, "raised_s"),
+            MAX_RAISE_S,
+            f"{len(notes.of(STEP, 'new'))} steps of {TIMES} times a replica's load, as many of twice",
         ),
         at_most(
-            "load step: first new replica serves, s beyond the start time of one alone",
-            extra,
+            "load step: new replicas serve after the backlog appeared, s beyond their own start time",
+            _worst(notes, "extra_max_s"),
             MAX_EXTRA_S,
-            f"{figure(first, 's')} after the backlog, alone {figure(own, 's')}; {last}",
-        ),
-        at_most(
-            "load step: any new replica serves, s beyond its own process's start time",
-            notes.worst(STEP, "extra_max_s"),
-            MAX_EXTRA_S,
-            f"own start at most {figure(notes.worst(STEP, 'own_start_s'), 's')}",
+            f"one after {figure(one, 's')}, {own[0]}; the last of {TIMES - 1} after {figure(step, 's')}, {own[1]}",
         ),
         at_most(
             "load step: target back at the minimum, s after the last answer",
-            notes.worst(STEP, "back_s"),
+            _worst(notes, "back_s"),
             DOWN_S + MAX_BACK_EXTRA_S,
-            back,
+            f"configured {DOWN_S:g} s; replicas gone after {figure(notes.worst(STEP, 'gone_s'), 's')}",
         ),
         at_most("load step: answers lost, repeated or wrong", _wrong(notes), 0, _told(notes)),
     ]
+
+
+def _worst(notes: Notes, name: str) -> float | None:
+    """Return the largest figure of all steps; None if one has none."""
+    figures = [notes.of(what, name) for what in (SINGLE, STEP)]
+    is_whole = all(
+        len(found) == len(notes.of(what, "new")) for what, found in zip((SINGLE, STEP), figures, strict=True)
+    )
+    return max((each for found in figures for each in found), default=None) if is_whole else None
 
 
 def _wrong(notes: Notes) -> float | None:

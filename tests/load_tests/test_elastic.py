@@ -188,8 +188,8 @@ def test_a_step_in_time_meets_its_bars() -> None:
     [
         ({"raised_s": 1.1}, "target raised after the backlog appeared"),
         ({"raised_s": None}, "target raised after the backlog appeared"),
-        ({"first_serves_s": 5.1}, "first new replica serves"),
-        ({"extra_max_s": 2.2}, "any new replica serves"),
+        ({"extra_max_s": 2.2}, "new replicas serve after the backlog appeared"),
+        ({"extra_max_s": None}, "new replicas serve after the backlog appeared"),
         ({"back_s": 6.1}, "target back at the minimum"),
         ({"wrong": 1}, "answers lost"),
     ],
