@@ -2,14 +2,14 @@
 
 serving    it answers every export
 dead       nobody listens on its port, and its connections are closed
-mute       it accepts connections, reads, and never answers
+mute       it takes exports and never answers them
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Self
 
 import grpc
@@ -24,14 +24,14 @@ class Collector:
     def __init__(self) -> None:
         self.num_exports = 0
         """That were answered."""
-        self.num_mute_bytes = 0
-        """That were read and not answered."""
+        self.num_unanswered = 0
+        """Exports that came while it was mute."""
+        self.is_mute = False
         self._sink = grpc.aio.server()
         self._sink.add_generic_rpc_handlers((_Sink(self),))
         self._sink_port = self._sink.add_insecure_port(f"{LOOPBACK}:0")
         self._front: asyncio.Server | None = None
         self._port = 0
-        self._is_mute = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -55,17 +55,14 @@ class Collector:
         finally:
             await self._open()
 
-    @asynccontextmanager
-    async def mute(self) -> AsyncIterator[None]:
-        self._is_mute = True
-        await self._close()
-        await self._open()
+    @contextmanager
+    def mute(self) -> Iterator[None]:
+        """Exports that come in the scope are never answered, also after it."""
+        self.is_mute = True
         try:
             yield
         finally:
-            self._is_mute = False
-            await self._close()
-            await self._open()
+            self.is_mute = False
 
     async def _open(self) -> None:
         self._front = await asyncio.start_server(self._serve, LOOPBACK, self._port)
@@ -84,14 +81,10 @@ class Collector:
         self._tasks.add(task)
         try:
             with suppress(ConnectionError, asyncio.CancelledError):
-                await (self._swallow(reader) if self._is_mute else self._pass_on(reader, writer))
+                await self._pass_on(reader, writer)
         finally:
             self._tasks.discard(task)
             writer.transport.abort()
-
-    async def _swallow(self, reader: asyncio.StreamReader) -> None:
-        while data := await reader.read(65_536):
-            self.num_mute_bytes += len(data)
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sink_reader, sink_writer = await asyncio.open_connection(LOOPBACK, self._sink_port)
@@ -105,13 +98,16 @@ class Collector:
 
 
 class _Sink(grpc.GenericRpcHandler):
-    """Answers every call with an empty message, which says that all was taken."""
+    """Answers every call with an empty message, which says that all was taken, unless it is to be mute."""
 
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
         async def export(_request: bytes, _context: object) -> bytes:
+            if self._collector.is_mute:
+                self._collector.num_unanswered += 1
+                await asyncio.Event().wait()  # until the caller gives up
             self._collector.num_exports += 1
             return b""
 

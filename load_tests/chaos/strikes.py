@@ -142,16 +142,16 @@ async def lose_collector(scene: Scene, fault: Fault) -> dict[str, Any]:
     """Nobody listens where spans go."""
     async with scene.collector.dead():
         await asyncio.sleep(fault.length_s)
-    return {"victim": "collector", "length_s": fault.length_s, "exports_before": scene.collector.num_exports}
+    return {"victim": "collector", "length_s": fault.length_s, "exports_so_far": scene.collector.num_exports}
 
 
 async def mute_collector(scene: Scene, fault: Fault) -> dict[str, Any]:
-    """Whoever listens where spans go never answers."""
-    before = scene.collector.num_mute_bytes
-    async with scene.collector.mute():
+    """Whoever takes spans never answers."""
+    before = scene.collector.num_unanswered
+    with scene.collector.mute():
         await asyncio.sleep(fault.length_s)
-    taken = scene.collector.num_mute_bytes - before
-    return {"victim": "collector", "length_s": fault.length_s, "bytes_unanswered": taken}
+    unanswered = scene.collector.num_unanswered - before
+    return {"victim": "collector", "length_s": fault.length_s, "exports_unanswered": unanswered}
 
 
 async def lose_node(scene: Scene, fault: Fault) -> dict[str, Any]:
