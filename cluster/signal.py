@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.policy import ACTOR, NAMESPACE
+from cluster.secret import ON_HEAD
 from cluster.signal_board import StartProgress
 from router.signal import Outlook, RouterReport
 from workers.types import Boot
@@ -119,6 +120,7 @@ def ensure_signal(boot: Boot, environ: Mapping[str, str] | None = None) -> Signa
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
+        resources=ON_HEAD,
         max_restarts=-1,
         max_concurrency=1_000,
         **environment,
