@@ -1,9 +1,9 @@
 """What Ray Serve's controller asks for a number of replicas: policies that answer what `octavo-signal` has decided.
 
 Serve makes a policy in its controller, from this module pickled by value, and calls it on the controller's event loop
-in every turn, each 0.1 s: it never blocks and never raises. It asks the actor beside that loop and answers what it
-heard last; without a fresh answer it holds the number that there is. Serve's own delays and bounds are set so that they
-change nothing. Knows nothing of demand.
+in every turn, each 0.1 s: it never blocks and never raises. It asks the actor beside that loop, which answers if there
+is something new or after a second, and says what it heard last; without a fresh answer it holds the number that there
+is. Serve's own delays and bounds are set so that they change nothing. Knows nothing of demand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 ACTOR: Final = "octavo-signal"
 NAMESPACE: Final = "octavo"
 POLL_S: Final = 0.1
-ANSWER_S: Final = 2.0
+"""Between two questions at least."""
+NODES_POLL_S: Final = 1.0
+"""The same for the number of nodes, which is answered at once."""
+ANSWER_S: Final = 3.0
 """How long an answer may take, and holds."""
 
 
@@ -61,9 +64,10 @@ def _config(policy: str, kwargs: dict[str, Any], *, initial: int) -> Autoscaling
 
 
 class _AskingPolicy:
-    """Asks the actor every `POLL_S`, once at a time. Subclasses say what."""
+    """Asks the actor every `poll_s` at most, once at a time. Subclasses say what."""
 
-    def __init__(self) -> None:
+    def __init__(self, poll_s: float) -> None:
+        self._poll_s = poll_s
         self._actor: Any = None
         self._task: asyncio.Task[None] | None = None
         self._asked_at = self._heard_at = float("-inf")
@@ -78,7 +82,7 @@ class _AskingPolicy:
         """Return how many replicas there shall be, for Serve, and no state."""
         now = time.monotonic()
         try:
-            if (self._task is None or self._task.done()) and now - self._asked_at >= POLL_S:
+            if (self._task is None or self._task.done()) and now - self._asked_at >= self._poll_s:
                 self._asked_at = now
                 self._task = asyncio.get_running_loop().create_task(self._poll(context))
         except Exception as error:
@@ -111,7 +115,7 @@ class SignalPolicy(_AskingPolicy):
     """For the replicas of one model. `scaling` is a `ScalingConfig` as a dict."""
 
     def __init__(self, *, model: str, scaling: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__(POLL_S)
         self._model = model
         self._scaling = scaling
 
@@ -123,6 +127,9 @@ class SignalPolicy(_AskingPolicy):
 
 class NodesPolicy(_AskingPolicy):
     """For routers: as many as there are nodes."""
+
+    def __init__(self) -> None:
+        super().__init__(NODES_POLL_S)
 
     def _ask(self, context: AutoscalingContext) -> Any:
         return self._actor.num_nodes.remote()

@@ -1,12 +1,14 @@
 """The process of `octavo-signal`: a `SignalBoard` behind a Ray actor, and a span and metrics for each change.
 
-Everything runs on the actor's one event loop and answers at once. A change of a target is a span `octavo.scale` of its
+Everything runs on the actor's one event loop. Decisions are made when reports come, and policies hear of them at once:
+each of them has one question open, and asks again once a second. A change of a target is a span `octavo.scale` of its
 own trace, a count and a gauge, with the reason, and a line of the log.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any, Final
@@ -19,6 +21,8 @@ from cluster.signal_board import SignalBoard, StartProgress, TargetChange
 from router.signal import Outlook, RouterReport
 from workers.types import Boot
 
+HOLD_S: Final = 1.0
+"""How long a policy waits for an answer that is no other than the one before."""
 NODES_PERIOD_S: Final = 1.0
 """How old a count of the nodes may be."""
 
@@ -36,19 +40,29 @@ class SignalActor:
         self._target = meter.create_gauge(Metric.REPLICAS_TARGET, "{replica}", "replicas that there shall be")
         self._changes = meter.create_counter(Metric.SCALE_DECISIONS, "{decision}", "changes of the number of replicas")
         self._tracer = trace.get_tracer("octavo.cluster")
+        self._news = asyncio.Event()
         self._num_nodes: int | None = None
         self._counted_at = float("-inf")
 
     async def report(self, report: RouterReport) -> Outlook:
-        return self._board.report(report, self._now())
+        outlook = self._board.report(report, self._now())
+        self._has_news()
+        return outlook
 
     async def desired(self, model: str, scaling: dict[str, Any], current: int, target: int) -> int:
-        """Return how many replicas of `model` there shall be. `scaling`: a `ScalingConfig` as a dict."""
+        """Return how many replicas of `model` there shall be, where a policy has `current` and has been told `target`:
+        as soon as that is another number, or after `HOLD_S`. `scaling`: a `ScalingConfig` as a dict."""
         config = ScalingConfig(**{**scaling, "schedule": tuple(scaling["schedule"])})
-        desired, change = self._board.desired(model, config, self._now(), current=current, target=target)
-        if change is not None:
-            self._tell(change)
-        return desired
+        end = time.monotonic() + HOLD_S
+        while True:
+            desired, change = self._board.desired(model, config, self._now(), current=current, target=target)
+            if change is not None:
+                self._tell(change)
+            left_s = end - time.monotonic()
+            if desired != target or left_s <= 0:
+                return desired
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), min(left_s, self._board.look_again_s(model)))
 
     async def num_nodes(self) -> int | None:
         """Return how many nodes there are; None while that is not known."""
@@ -62,12 +76,18 @@ class SignalActor:
 
     async def scale(self, model: str, num_replicas: int | None) -> None:
         self._board.scale(model, num_replicas)
+        self._has_news()
         _log.info(
             "an operator asks for %s replicas of %s", "any number of" if num_replicas is None else num_replicas, model
         )
 
     async def view(self) -> Outlook:
         return self._board.outlook(self._now())
+
+    def _has_news(self) -> None:
+        """Wake those that wait for a decision."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     def _now(self) -> float:
         """Return seconds since 1970 by a clock that does not jump when the system's is set."""

@@ -18,6 +18,7 @@ from workers.start import FAILED, READY
 ASKED_S: Final = 60.0
 ADOPT_S: Final = 5.0
 """For so long after its start a board takes over what routers know of overrides."""
+SOON_S: Final = 0.05
 START_SILENCE_S: Final = 30.0
 """A replica that starts says so every few seconds; one that does not is gone."""
 
@@ -114,6 +115,11 @@ class SignalBoard:
             model=name, before=before, after=decision.target, reason=decision.reason, demand=model.demand
         )
         return decision.target, change
+
+    def look_again_s(self, name: str) -> float:
+        """Return in what time `desired` may say something else without a report: soon, if a delay is running."""
+        model = self._models.get(name)
+        return SOON_S if model is not None and model.state.above_since is not None else ASKED_S
 
     def scale(self, model: str, num_replicas: int | None) -> None:
         """Have so many replicas of `model`, whatever its load and its bounds; None: by its load again."""

@@ -36,6 +36,7 @@ class Signal:
         self.is_there = True
         monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get_actor=self._find))
         monkeypatch.setattr(policy, "POLL_S", 0.0)
+        monkeypatch.setattr(policy, "NODES_POLL_S", 0.0)
 
     def _find(self, name: str, *, namespace: str) -> Signal:
         if not self.is_there:
