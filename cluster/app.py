@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +40,7 @@ SURGE_PERCENT = 25
 """Of its processes that a changed deployment starts before it stops as many old ones; one at least."""
 
 NO_TARGETS: Mapping[str, int] = {}
+NO_VERSIONS: Mapping[str, str] = {}
 
 
 def build(
@@ -50,17 +50,19 @@ def build(
     secret: SecretSource,
     environ: Mapping[str, str] | None,
     targets: Mapping[str, int] = NO_TARGETS,
+    versions: Mapping[str, str] = NO_VERSIONS,
     failed: Collection[str] = (),
 ) -> Any:
     """Return the Serve application of `config` for nodes of `cores`.
 
     `environ` is what routers and replicas get variables from; None if Ray itself was started with them. Ray starts a
     process that is to have variables of its own twice, for the first one sets them: 0.8 s more on a small machine.
-    `targets`: of deployments that are there already, how many processes they have been told to have. `failed`: those of
-    them whose processes did not start; Serve has given up and tries again only what is new to it.
+    `targets`, `versions`: of deployments that are there already, how many processes they have been told to have, and of
+    which version. `failed`: those of them whose processes did not start; Serve has given up and tries again only what
+    is new to it.
     """
     runtime_env = {} if environ is None else {"env_vars": forwarded(environ)}
-    parts = _Parts(config, cores, secret, runtime_env, targets, frozenset(failed))
+    parts = _Parts(config, cores, secret, runtime_env, targets, versions, frozenset(failed))
     workers = {worker_name(config, name): parts.worker(name, model) for name, model in config.deployments().items()}
     return parts.router(workers)
 
@@ -100,6 +102,7 @@ class _Parts:
     secret: SecretSource
     runtime_env: dict[str, Any]
     targets: Mapping[str, int]
+    versions: Mapping[str, str]
     failed: frozenset[str]
 
     def worker(self, name: str, model: ModelConfig) -> Any:
@@ -191,9 +194,12 @@ class _Parts:
         """Bind `deployment` to what its processes are `given`, of which it gets its version. Serve compares the options
         of its actors by itself, and gives a deployment without a version a random one: all would start anew each time.
         """
-        attempt = secrets.token_hex(4) if deployment.name in self.failed else ""
-        text = json.dumps([_installed(), attempt, given], sort_keys=True, default=_plain)
-        version = hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()[:16]
+        text = json.dumps([_installed(), given], sort_keys=True, default=_plain)
+        digest = hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()[:16]
+        last, _, attempts = self.versions.get(deployment.name, "").partition("-")
+        # What did not start is tried once more under another name; what it was to replace keeps the one that it has.
+        attempt = int(attempts or 0) + (deployment.name in self.failed) if last == digest else 0
+        version = f"{digest}-{attempt}" if attempt else digest
         # Not public: the way that Serve itself uses to set it.
         return deployment.options(version=version, _internal=True).bind(**given)
 

@@ -22,7 +22,7 @@ from cluster import app
 from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig
 from cluster.secret import ensure_secret
-from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationView, look
+from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationView, look, versions
 from cluster.signal import ensure_signal
 from workers.errors import StartupError
 
@@ -89,6 +89,7 @@ class Deployment:
             secret=ensure_secret(),
             environ=self._environ,
             targets={name: each.target for name, each in there.items()},
+            versions=versions(self._name, there),
             failed=[name for name, each in there.items() if each.failure is not None],
         )
         self._is_deployed = True

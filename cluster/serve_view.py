@@ -133,6 +133,20 @@ def look(application: str) -> ApplicationView | None:
     )
 
 
+def versions(application: str, deployments: Collection[str]) -> dict[str, str]:
+    """Return the versions of deployments that are there. Raises ray.exceptions.RayError."""
+    import ray
+    from ray.serve.context import _get_global_client
+    from ray.serve.generated.serve_pb2 import DeploymentRoute
+
+    controller = _get_global_client()._controller
+    told = ray.get([controller.get_deployment_info.remote(name, application) for name in deployments])
+    return {
+        name: DeploymentRoute.FromString(each).deployment_info.version
+        for name, each in zip(deployments, told, strict=True)
+    }
+
+
 def _deployment(details: Mapping[str, Any]) -> DeploymentView:
     return DeploymentView(
         _word(details["status"]),

@@ -18,8 +18,17 @@ import json, sys
 from cluster import app
 from cluster.config import from_tree
 
-def asked(tree, environ, failed):
-    router = app.build(from_tree(tree), cores=8, secret=bytes, environ=environ, failed=failed)._bound_deployment
+def asked(tree, environ, *failed):
+    deployments = built(tree, environ)
+    for each in failed:
+        if isinstance(each, dict):
+            tree, each = each, ["Worker-a"]
+        versions = {name: of["version"] for name, of in deployments.items()}
+        deployments = built(tree, environ, versions=versions, failed=each)
+    return deployments
+
+def built(tree, environ, **there):
+    router = app.build(from_tree(tree), cores=8, secret=bytes, environ=environ, **there)._bound_deployment
     workers = [each._bound_deployment for each in router.init_kwargs["workers"].values()]
     return {
         each.name: {
@@ -31,7 +40,7 @@ def asked(tree, environ, failed):
         for each in (router, *workers)
     }
 
-print(json.dumps([asked(tree, environ, failed) for tree, environ, *failed in json.load(sys.stdin)]))
+print(json.dumps([asked(*each) for each in json.load(sys.stdin)]))
 """
 """In a process of its own: Serve warns while it is imported."""
 
@@ -39,7 +48,7 @@ TWO = {"a": {"replicas": {"num_replicas": 2}}, "b": {"model": "fake", "scaling":
 OTHER_A = {**TWO, "a": {"replicas": {"num_replicas": 2}, "engine": {"max_num_sequences": 3}}}
 OTHER_B = {**TWO, "b": {"model": "fake", "scaling": {"max_replicas": 4, "downscale_delay_s": 7}}}
 LOUD = {"level": "debug"}
-ASKED: list[tuple[dict[str, Any], dict[str, str] | None] | tuple[dict[str, Any], None, str]] = [
+ASKED: list[tuple[Any, ...]] = [
     ({}, {"OCTAVO_CACHE_DIR": "there", "HOME": "here"}),
     ({}, None),
     ({"models": TWO}, None),
@@ -47,8 +56,13 @@ ASKED: list[tuple[dict[str, Any], dict[str, str] | None] | tuple[dict[str, Any],
     ({"models": OTHER_A}, None),
     ({"models": OTHER_B}, None),
     ({"models": TWO, "log": LOUD}, None),
-    ({"models": TWO}, None, "Worker-b"),
+    ({"models": TWO}, None, ["Worker-b"]),
+    ({"models": TWO}, None, ["Worker-b"], []),
+    ({"models": TWO}, None, ["Worker-b"], ["Worker-b"]),
+    ({"models": OTHER_A}, None, {"models": TWO}),
 ]
+"""A configuration, variables, and then what had failed each time that it was applied again; the last one is another
+configuration, applied when Worker-a had failed."""
 
 Asked = list[dict[str, dict[str, Any]]]
 
@@ -99,6 +113,15 @@ def test_only_what_changed_gets_another_version(asked: Asked) -> None:
     assert changed(2, 5) == set()  # bounds are for Serve, not for processes
     assert changed(2, 6) == {"Router", "Worker-a", "Worker-b"}
     assert changed(2, 7) == {"Worker-b"}  # it had failed: Serve tries the same version no more
+    assert changed(7, 8) == set()
+    assert changed(7, 9) == {"Worker-b"}
+
+
+def test_what_a_failed_change_was_to_replace_keeps_its_version(asked: Asked) -> None:
+    """It went on serving, and the file that it was started from was applied again: it was replaced all the same, as
+    what had failed, and once more the next time."""
+    assert asked[10]["Worker-a"]["version"] == asked[2]["Worker-a"]["version"]
+    assert asked[10]["Worker-b"]["version"] == asked[2]["Worker-b"]["version"]
 
 
 def test_variables_are_lent_to_what_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
