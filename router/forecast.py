@@ -113,6 +113,7 @@ class MeasuredForecast:
 
     def sent(self, flight: Flight, queued: Queued, now: float) -> None:
         flight.charge = queued.cost
+        flight.sent_at = now
         flight.first_token_at = None
         flight.num_tokens = 0
         self._speeds.num_sent += 1
