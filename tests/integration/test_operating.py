@@ -32,7 +32,7 @@ health_check_period_s = 0.5
 drain_grace_s = 1
 tenant_header = "{header}"
 [engine]
-engine = "fake"
+engine = "{engine}"
 num_blocks = 4096
 fake_step_s = {step_s}
 """
@@ -47,8 +47,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("operating") / "cluster.toml", step_s=STEP_S, header="octavo-tenant")
 
 
-def write(path: Path, *, step_s: float | str, header: str) -> Path:
-    path.write_text(CONFIG.format(step_s=step_s, header=header))
+def write(path: Path, *, step_s: float | str, header: str, engine: str = "fake") -> Path:
+    path.write_text(CONFIG.format(step_s=step_s, header=header, engine=engine))
     return path
 
 
@@ -141,11 +141,21 @@ async def test_a_changed_configuration_rolls_out_under_streams_that_outlive_ever
     assert applied["address"] == cluster.address
     assert applied["stopped"] == sorted({router, *before})
     assert {replica["id"] for replica in applied["replicas"] if replica["is_new"]} == (await ids(cluster))[1]
+
+
+async def test_a_change_that_does_not_start_leaves_the_old_replicas_and_is_taken_back(
+    cluster: ClusterProcess, config: Path
+) -> None:
+    before = await ids(cluster)
+    broken = write(config.with_name("broken.toml"), step_s=0.004, header="x-tenant", engine="paged")
+    code, out, errors = await octavo(cluster, "apply", str(broken))
+    assert (code, out) == (3, "")
+    assert "config.json" in errors
+    write(config, step_s=0.004, header="x-tenant")
     code, out, errors = await octavo(cluster, "apply", str(config))
     assert code == 0, errors
-    again = json.loads(out)
-    assert (again["started"], again["stopped"]) == ([], [])
-    assert "everything is as it was" in errors
+    assert json.loads(out)["started"] == []
+    assert await ids(cluster) == before
 
 
 async def test_a_wrong_configuration_changes_nothing(cluster: ClusterProcess, config: Path) -> None:
