@@ -23,6 +23,8 @@ FRESH_S: Final = 3 * REPORT_PERIOD_S
 """A router that has been silent for longer than another may be dead, and its clients may wait elsewhere already."""
 KEEP_S: Final = 2.0
 """Older reports say nothing."""
+FORGET_S: Final = 60.0
+"""A router that speaks again within this has its counters go on: what came while it was silent has come."""
 MIN_WINDOW_S: Final = 0.5
 MAX_WINDOW_S: Final = 5.0
 """Arrivals are counted since the backlog began, within these."""
@@ -89,11 +91,11 @@ class DemandMeter:
     def measure(self, now: float, start_s: float | None = None, *, is_starting: bool = False) -> Demand | None:
         """Return what is asked for by now, where a replica takes `start_s` to start, and some are starting or not; None
         if no router says."""
-        self._parts = {name: part for name, part in self._parts.items() if now - part.at <= KEEP_S}
-        if not self._parts:
+        self._parts = {name: part for name, part in self._parts.items() if now - part.at <= FORGET_S}
+        newest = max((part.at for part in self._parts.values()), default=-math.inf)
+        if now - newest > KEEP_S:
             self._measured_at = self._queued_since = None
             return None
-        newest = max(part.at for part in self._parts.values())
         signals = [part.signal for part in self._parts.values() if newest - part.at <= FRESH_S]
         num_running = max(signal.num_aboard for signal in signals)
         num_queued = sum(signal.num_queued for signal in signals)

@@ -154,6 +154,17 @@ def test_counts_of_another_process_are_no_arrivals() -> None:
     assert demand.is_idle
 
 
+def test_what_came_during_a_silence_has_come() -> None:
+    meter = Meter()
+    meter.see()
+    assert meter.ask(KEEP_S + 1) is None
+    meter.see(num_arrived=1, num_turned_away=1)
+    demand = meter.ask()
+    assert demand is not None
+    assert not demand.is_idle
+    assert demand.sequences > 0
+
+
 def test_it_is_idle_once_nothing_has_come_for_a_moment() -> None:
     meter = Meter()
     meter.see()
