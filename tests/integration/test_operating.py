@@ -32,7 +32,7 @@ health_check_period_s = 0.5
 drain_grace_s = 1
 tenant_header = "{header}"
 [engine]
-engine = "{engine}"
+engine = "fake"
 num_blocks = 4096
 fake_step_s = {step_s}
 """
@@ -47,9 +47,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("operating") / "cluster.toml", step_s=STEP_S, header="octavo-tenant")
 
 
-def write(path: Path, *, step_s: float | str, header: str, engine: str = "fake") -> Path:
-    path.write_text(CONFIG.format(step_s=step_s, header=header, engine=engine))
+def write(path: Path, *, step_s: float, header: str) -> Path:
+    path.write_text(CONFIG.format(step_s=step_s, header=header))
     return path
+
+
+def changed(path: Path, old: str, new: str) -> Path:
+    """Return a file with what `path` says, but for one thing."""
+    other = path.with_name("other.toml")
+    other.write_text(path.read_text().replace(old, new))
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +154,10 @@ async def test_a_change_that_does_not_start_leaves_the_old_replicas_and_is_taken
     cluster: ClusterProcess, config: Path
 ) -> None:
     before = await ids(cluster)
-    broken = write(config.with_name("broken.toml"), step_s=0.004, header="x-tenant", engine="paged")
+    broken = changed(config, 'engine = "fake"', 'engine = "paged"')
     code, out, errors = await octavo(cluster, "apply", str(broken))
     assert (code, out) == (3, "")
     assert "config.json" in errors
-    write(config, step_s=0.004, header="x-tenant")
     code, out, errors = await octavo(cluster, "apply", str(config))
     assert code == 0, errors
     assert json.loads(out)["started"] == []
@@ -160,7 +166,7 @@ async def test_a_change_that_does_not_start_leaves_the_old_replicas_and_is_taken
 
 async def test_a_wrong_configuration_changes_nothing(cluster: ClusterProcess, config: Path) -> None:
     before = await ids(cluster)
-    wrong = write(config.with_name("wrong.toml"), step_s="0.004\nfake_steps_s = 1", header="x-tenant")
+    wrong = changed(config, "fake_step_s", "fake_steps_s")
     code, out, errors = await octavo(cluster, "apply", str(wrong))
     assert (code, out) == (2, "")
     assert "engine.fake_steps_s" in errors
