@@ -102,8 +102,9 @@ class DemandMeter:
         self._see(now, num_running, num_queued)
         if is_starting:
             self._moved_at = now
-        arrivals, refusals = self._rates(now)
         service_s = self._service_s(signals)
+        self._counts.append(_Count(now, self._arrived, self._turned_away))
+        arrivals, refusals = self._arrivals(now), self._refusals(now, service_s or 1.0)
         unserved = num_queued + refusals * max(service_s or 1.0, MIN_WINDOW_S)
         at_most = num_running + unserved
         sequences: float = at_most
@@ -141,16 +142,22 @@ class DemandMeter:
             self._queued_since = now if self._measured_at is None else self._measured_at
         self._measured_at, self._is_running = now, num_running > 0
 
-    def _rates(self, now: float) -> tuple[float, float]:
-        """Return arrivals and refusals in a second, lately."""
-        self._counts.append(_Count(now, self._arrived, self._turned_away))
+    def _arrivals(self, now: float) -> float:
+        """Return arrivals in a second since the backlog began."""
         while len(self._counts) > 1 and self._counts[1].at <= now - MAX_WINDOW_S:
             self._counts.popleft()
         since = now if self._queued_since is None else self._queued_since
-        window_s = min(max(now - since, MIN_WINDOW_S), MAX_WINDOW_S)
-        first = next((count for count in reversed(self._counts) if count.at <= now - window_s), self._counts[0])
-        window_s = max(now - first.at, MIN_WINDOW_S)
-        return (self._arrived - first.arrived) / window_s, (self._turned_away - first.turned_away) / window_s
+        first = self._count_at(now - min(max(now - since, MIN_WINDOW_S), MAX_WINDOW_S))
+        return (self._arrived - first.arrived) / max(now - first.at, MIN_WINDOW_S)
+
+    def _refusals(self, now: float, service_s: float) -> float:
+        """Return how many a second were turned away, of those that would still run: one alone is no more than one."""
+        window_s = min(max(service_s, MIN_WINDOW_S), MAX_WINDOW_S)
+        return (self._turned_away - self._count_at(now - window_s).turned_away) / window_s
+
+    def _count_at(self, at: float) -> _Count:
+        """Return the last count that is as old as that, else the oldest."""
+        return next((count for count in reversed(self._counts) if count.at <= at), self._counts[0])
 
 
 def _cause(num_running: int, num_queued: int, refusals: float) -> str:

@@ -34,6 +34,7 @@ def build_engine(
     if config.engine == "fake":
         from workers.fake import FakeEngine
 
+        time.sleep(config.fake_load_s)
         return FakeEngine(config, manifest=manifest, hash_key=hash_key, clock=clock)
     from workers.paged import build_paged
 

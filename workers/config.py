@@ -56,6 +56,8 @@ class EngineConfig:
     wait; the more do, the shorter. The first and the last of an answer never wait. 0: a message for each step."""
     fake_step_s: float = 0.0
     """Engine `fake` only: how long a step takes."""
+    fake_load_s: float = 0.0
+    """Engine `fake` only: how long a replica is about to load its model."""
 
     def check(self) -> None:
         """Raises ConfigError with the rule and the value."""
@@ -85,6 +87,7 @@ class EngineConfig:
                 self.max_token_age_s,
             ),
             (self.fake_step_s >= 0, "engine.fake_step_s", "must be >= 0", self.fake_step_s),
+            (self.fake_load_s >= 0, "engine.fake_load_s", "must be >= 0", self.fake_load_s),
         ]
         for holds, key, rule, value in rules:
             if not holds:

@@ -35,6 +35,7 @@ def cluster(collector: Collector) -> Iterator[ClusterProcess]:
         OCTAVO_SCALING__ZERO_DELAY_S="2",
         OCTAVO_ENGINE__MAX_NUM_SEQUENCES=str(PLACES),
         OCTAVO_ENGINE__FAKE_STEP_S="0.02",
+        OCTAVO_ENGINE__FAKE_LOAD_S="1",
         OCTAVO_ROUTER__DRAIN_GRACE_S="5",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
         OTEL_BSP_SCHEDULE_DELAY="200",
