@@ -109,12 +109,14 @@ async def test_the_actor_may_die(cluster: ClusterProcess) -> None:
     """Requests go on without it, and its successor takes over what is there."""
     async with connected(cluster.address) as channel:
         asked = asyncio.create_task(generate(channel, request([9], 200)))
-        await await_status(channel, lambda found: model(found).num_ready == 1 and model(found).num_running == 1)
+        found = await await_status(channel, lambda found: model(found).num_ready == 1 and model(found).num_running == 1)
+        decided_at = model(found).decided_at
         (pid,) = (pid for pid, command in marked(cluster.mark).items() if "SignalActor" in command)
         os.kill(pid, signal.SIGKILL)
-        await await_status(channel, lambda found: not model(found).has_outlook)
-        found = await await_status(channel, lambda found: model(found).has_outlook)
-        assert model(found).target == 1
+        found = await await_status(
+            channel, lambda found: model(found).has_outlook and model(found).decided_at != decided_at
+        )
+        assert (model(found).target, model(found).reason) == (1, "as it was started")
         assert_right(await asked, [9], 200)
 
 
