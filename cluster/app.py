@@ -24,7 +24,7 @@ from ray.serve.config import RequestRouterConfig
 
 from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig, ModelConfig, load
-from cluster.policy import model_scaling, router_scaling
+from cluster.policy import actor_name, model_scaling, router_scaling
 from cluster.secret import SecretSource, ensure_secret
 from cluster.signal import SignalSource, StartTeller, ensure_signal
 from router.model import ModelSource
@@ -73,7 +73,7 @@ def app(args: dict[str, Any]) -> Any:
     Raises ConfigError.
     """
     config = load(None, os.environ, args)
-    ensure_signal(ClusterBoot(config.log), os.environ)
+    ensure_signal(ClusterBoot(config.log), config.serve.app, os.environ)
     return build(config, cores=cores_of_node(), secret=ensure_secret(), environ=os.environ)
 
 
@@ -105,6 +105,10 @@ class _Parts:
     versions: Mapping[str, str]
     failed: frozenset[str]
 
+    @property
+    def signal(self) -> SignalSource:
+        return SignalSource(actor_name(self.config.serve.app))
+
     def worker(self, name: str, model: ModelConfig) -> Any:
         """Return the bound deployment of the replicas of `model`."""
         resources: dict[str, Any] = {
@@ -123,6 +127,7 @@ class _Parts:
                 num_replicas=model.initial_replicas,
                 max_num_sequences=model.engine.max_num_sequences,
                 target=self.targets.get(group),
+                actor=self.signal.actor,
             ),
             request_router_config=RequestRouterConfig(
                 request_router_class="router.serve.MembershipRouter", request_router_kwargs={"group": group}
@@ -138,7 +143,7 @@ class _Parts:
             model=model.model,
             secret=self.secret,
             graceful_shutdown_timeout_s=graceful_shutdown_timeout_s(self.config),
-            progress=StartTeller(name),
+            progress=StartTeller(name, self.signal),
         )
 
     def router(self, workers: Mapping[str, Any]) -> Any:
@@ -147,7 +152,8 @@ class _Parts:
         num_routers: dict[str, Any] = {"num_replicas": config.serve.num_routers}
         if not config.serve.num_routers:
             # Two on a node: one that starts and the one that it replaces.
-            num_routers = {"autoscaling_config": router_scaling(self.targets.get(ROUTER)), "max_replicas_per_node": 2}
+            scaling = router_scaling(self.targets.get(ROUTER), actor=self.signal.actor)
+            num_routers = {"autoscaling_config": scaling, "max_replicas_per_node": 2}
         deployment = serve.deployment(
             name=ROUTER,
             ray_actor_options=self._actor_options({"num_cpus": 0}),
@@ -174,7 +180,7 @@ class _Parts:
             secret=self.secret,
             workers=dict(workers),
             version=_installed(),
-            signal=SignalSource(),
+            signal=self.signal,
         )
 
     def _actor_options(self, resources: dict[str, Any]) -> dict[str, Any]:

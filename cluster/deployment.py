@@ -23,7 +23,7 @@ from cluster.boot import ClusterBoot, forwarded
 from cluster.config import ClusterConfig
 from cluster.secret import ensure_secret
 from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationView, look, versions
-from cluster.signal import ensure_signal
+from cluster.signal import SignalSource, ensure_signal
 from workers.errors import StartupError
 
 POLL_S = 0.1
@@ -76,13 +76,14 @@ class Deployment:
         self._is_deployed = False
         self._before: ApplicationView | None = None
         self._has_routers = False
+        self._signal: SignalSource | None = None
 
     def deploy(self) -> None:
         """Hand the application to Serve, which puts it there or changes what is there, step by step; returns before
         anything of it runs."""
         self._before = look(self._name)
         there = {} if self._before is None else self._before.deployments
-        ensure_signal(ClusterBoot(self._config.log), self._environ)
+        self._signal = ensure_signal(ClusterBoot(self._config.log), self._name, self._environ)
         application = app.build(
             self._config,
             cores=app.cores_of_node(),
@@ -178,6 +179,8 @@ class Deployment:
         serve.delete(self._name, _blocking=False)
         while self._name in serve.status().applications and not is_over():
             time.sleep(POLL_S)
+        if self._signal is not None:
+            self._signal.end()
 
 
 def _attempt(step: Callable[[Callable[[], bool]], None], timeout_s: float, is_hurried: Callable[[], bool]) -> None:

@@ -24,6 +24,7 @@ from cluster.app import ROUTER, WORKER
 from cluster.config import ClusterConfig
 from cluster.deployment import CALL_TIMEOUT_S, Deployment, router_views, start_serve
 from cluster.lifecycle import reserved_port
+from cluster.policy import actor_name
 from cluster.serve_view import ApplicationView, DeploymentView, Progress, look
 from cluster.signal import SignalSource
 from router.signal import ModelOutlook
@@ -113,7 +114,7 @@ def scale(application: str, model: str, num_replicas: int | None, *, timeout_s: 
 
     Raises ConfigError for a model that there is not, StartupError if it takes longer than `timeout_s`.
     """
-    source = SignalSource()
+    source = SignalSource(actor_name(application))
     _outlook(source, model)
     source.scale(model, num_replicas)
     if num_replicas is None:
@@ -158,7 +159,7 @@ def drain(application: str, replica: str, *, timeout_s: float, note: Note) -> st
 def _one_more(application: str, name: str, *, timeout_s: float, note: Note) -> Iterator[None]:
     """Have one more replica of a deployment for the scope, so that the others need not carry what one of them did; go
     without it if there is no room."""
-    source = SignalSource()
+    source = SignalSource(actor_name(application))
     deployment = _there(application).deployments[name]
     try:
         model = _model_of(application, name)

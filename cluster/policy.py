@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 ACTOR: Final = "octavo-signal"
+"""Of the application called octavo; others' have the application's name behind it."""
 NAMESPACE: Final = "octavo"
 POLL_S: Final = 0.1
 """Between two questions at least."""
@@ -29,8 +30,19 @@ ANSWER_S: Final = 3.0
 """How long an answer may take, and holds."""
 
 
+def actor_name(app: str) -> str:
+    """Return the name of the actor that decides for a Serve application."""
+    return ACTOR if app == "octavo" else f"{ACTOR}-{app}"
+
+
 def model_scaling(
-    model: str, scaling: ScalingConfig, *, num_replicas: int, max_num_sequences: int, target: int | None = None
+    model: str,
+    scaling: ScalingConfig,
+    *,
+    num_replicas: int,
+    max_num_sequences: int,
+    target: int | None = None,
+    actor: str = ACTOR,
 ) -> AutoscalingConfig:
     """Return what the deployment of `model`, by the name that requests call it, is to be given as
     ``autoscaling_config``, whether its number of replicas is fixed or not: an operator may change it either way.
@@ -38,15 +50,16 @@ def model_scaling(
     `target`: how many it has been told to have already. A changed deployment begins with that number until the policy
     is heard, not with the one that is configured."""
     kwargs = {
+        "actor": actor,
         "model": model,
         "scaling": dataclasses.asdict(scaling.of_replicas(num_replicas, max_num_sequences)),
     }
     return _config("cluster.policy:SignalPolicy", kwargs, initial=num_replicas if target is None else target)
 
 
-def router_scaling(target: int | None = None) -> AutoscalingConfig:
+def router_scaling(target: int | None = None, *, actor: str = ACTOR) -> AutoscalingConfig:
     """Return the same for routers of which each node shall have one."""
-    return _config("cluster.policy:NodesPolicy", {}, initial=1 if target is None else target)
+    return _config("cluster.policy:NodesPolicy", {"actor": actor}, initial=1 if target is None else target)
 
 
 def _config(policy: str, kwargs: dict[str, Any], *, initial: int) -> AutoscalingConfig:
@@ -66,8 +79,9 @@ def _config(policy: str, kwargs: dict[str, Any], *, initial: int) -> Autoscaling
 class _AskingPolicy:
     """Asks the actor every `poll_s` at most, once at a time. Subclasses say what."""
 
-    def __init__(self, poll_s: float) -> None:
+    def __init__(self, poll_s: float, actor: str) -> None:
         self._poll_s = poll_s
+        self._name = actor
         self._actor: Any = None
         self._task: asyncio.Task[None] | None = None
         self._asked_at = self._heard_at = float("-inf")
@@ -95,7 +109,7 @@ class _AskingPolicy:
 
         try:
             if self._actor is None:
-                self._actor = await asyncio.to_thread(ray.get_actor, ACTOR, namespace=NAMESPACE)
+                self._actor = await asyncio.to_thread(ray.get_actor, self._name, namespace=NAMESPACE)
             self._answer = await asyncio.wait_for(self._ask(context), ANSWER_S)
             self._heard_at = time.monotonic()
             self._is_silent = False
@@ -107,15 +121,15 @@ class _AskingPolicy:
         if not self._is_silent:
             self._is_silent = True
             logging.getLogger("ray.serve").warning(
-                "the number of replicas is held: %s does not answer (%r)", ACTOR, error
+                "the number of replicas is held: %s does not answer (%r)", self._name, error
             )
 
 
 class SignalPolicy(_AskingPolicy):
     """For the replicas of one model. `scaling` is a `ScalingConfig` as a dict."""
 
-    def __init__(self, *, model: str, scaling: dict[str, Any]) -> None:
-        super().__init__(POLL_S)
+    def __init__(self, *, model: str, scaling: dict[str, Any], actor: str = ACTOR) -> None:
+        super().__init__(POLL_S, actor)
         self._model = model
         self._scaling = scaling
 
@@ -128,8 +142,8 @@ class SignalPolicy(_AskingPolicy):
 class NodesPolicy(_AskingPolicy):
     """For routers: as many as there are nodes."""
 
-    def __init__(self) -> None:
-        super().__init__(NODES_POLL_S)
+    def __init__(self, *, actor: str = ACTOR) -> None:
+        super().__init__(NODES_POLL_S, actor)
 
     def _ask(self, context: AutoscalingContext) -> Any:
         return self._actor.num_nodes.remote()

@@ -1,4 +1,4 @@
-"""The way to `octavo-signal`, the one detached actor (namespace ``octavo``) that decides how many replicas there are.
+"""The way to `octavo-signal`, the detached actor (namespace ``octavo``) that decides how many replicas there are.
 
     routers ---reports--> octavo-signal <--asks-- policies in Serve's controller (cluster/policy.py)
     replicas --stages---> (cluster/signal_actor.py) <--overrides-- octavo scale
@@ -9,13 +9,14 @@ Requests do not wait for it: while it is gone, or restarts, they go on as before
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.policy import ACTOR, NAMESPACE
+from cluster.policy import ACTOR, NAMESPACE, actor_name
 from cluster.secret import ON_HEAD
 from cluster.signal_board import StartProgress
 from router.signal import Outlook, RouterReport
@@ -67,6 +68,13 @@ class SignalSource:
         outlook: Outlook = self._call("view")
         return outlook
 
+    def end(self) -> None:
+        """End the actor, if there is one: its application is gone. Blocks."""
+        import ray
+
+        with contextlib.suppress(ValueError):
+            ray.kill(self.find())
+
     def _call(self, method: str, *arguments: object) -> Any:
         import ray
 
@@ -103,8 +111,9 @@ class StartTeller:
             _log.info("nobody hears that %s is %s: %s", replica_id, stage, error)
 
 
-def ensure_signal(boot: Boot, environ: Mapping[str, str] | None = None) -> SignalSource:
-    """Return the way to the actor; makes it unless an earlier build did. Ray must be connected; nobody waits for it.
+def ensure_signal(boot: Boot, app: str, environ: Mapping[str, str] | None = None) -> SignalSource:
+    """Return the way to the actor that decides for a Serve application; makes it unless an earlier build did. Ray must
+    be connected; nobody waits for it.
 
     `environ` as in `cluster.app.build`.
     """
@@ -114,8 +123,9 @@ def ensure_signal(boot: Boot, environ: Mapping[str, str] | None = None) -> Signa
     from cluster.signal_actor import SignalActor
 
     environment = {} if environ is None else {"runtime_env": {"env_vars": forwarded(environ)}}
+    source = SignalSource(actor_name(app))
     ray.remote(SignalActor).options(
-        name=ACTOR,
+        name=source.actor,
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -125,4 +135,4 @@ def ensure_signal(boot: Boot, environ: Mapping[str, str] | None = None) -> Signa
         max_concurrency=1_000,
         **environment,
     ).remote(boot)
-    return SignalSource()
+    return source
