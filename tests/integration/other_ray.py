@@ -1,7 +1,7 @@
 """A Ray that somebody else runs: started here, told to end by SIGTERM, and looked at before it does.
 
 Run as a script. Prints a "ready" line with its address and that of its dashboard, and at its end one with the Serve
-applications that it has.
+applications and the named actors that it has.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> None:
         dashboard=f"http://{context.address_info['webui_url']}",
     )
     stop.wait()
-    say(event="end", nodes=len(ray.nodes()), applications=sorted(serve.status().applications))
+    actors = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    say(event="end", nodes=len(ray.nodes()), applications=sorted(serve.status().applications), actors=actors)
     ray.shutdown()
 
 

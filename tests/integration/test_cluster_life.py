@@ -77,6 +77,7 @@ def other_ray() -> Iterator[ClusterProcess]:
         ray.signal()
         assert ray.await_exit() == 0
         end = json.loads((ray.directory / "stdout").read_text().splitlines()[-1])
+        assert "octavo-signal-attached" not in end.pop("actors")
         assert end == {"event": "end", "nodes": 1, "applications": []}
         assert ray.left() == {}
     finally:
@@ -98,7 +99,7 @@ async def drain_during(cluster: ClusterProcess, channel: grpc.aio.Channel, *, nu
 @pytest.mark.cluster
 async def test_attached_to_a_ray_of_others_it_drains_and_takes_only_itself_away(other_ray: ClusterProcess) -> None:
     cluster = ClusterProcess.serve(
-        *("--ray-address", other_ray.address, "--model", "fake", "--engine", "fake"),
+        *("--ray-address", other_ray.address, "--model", "fake", "--engine", "fake", "--app", "attached"),
         OCTAVO_ENGINE__FAKE_STEP_S="0.02",
         OCTAVO_ROUTER__DRAIN_GRACE_S="20",
     )
