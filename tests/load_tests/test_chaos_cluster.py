@@ -16,6 +16,7 @@ from tests.cluster import ClusterProcess
 
 pytestmark = pytest.mark.cluster
 
+STREAMS = 2
 CUT_S = 5.0
 """More than a router lets a replica be silent."""
 
@@ -30,10 +31,12 @@ async def test_answers_of_a_replica_that_the_router_does_not_reach_go_on_elsewhe
     async with Capacity(fake_cluster.address, routers=1, replicas=2) as capacity:
         assert await capacity.restored()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(clients.run(pool, clients=4, streams=2))
-            await asyncio.sleep(0.5)
-            (status,) = capacity.view.routers.values()
-            replica = capacity.view.replicas[0]
+            tasks.create_task(clients.run(pool, clients=4, streams=STREAMS))
+            replica = None
+            while replica is None or replica.num_running < STREAMS:
+                await asyncio.sleep(0.1)
+                (status,) = capacity.view.routers.values()
+                replica = max(status.replicas, key=lambda each: each.num_running)
             struck_s = clients.now_s
             try:
                 with cut(status.router.pid, replica.pid, int(replica.address.rpartition(":")[2])):
