@@ -26,6 +26,8 @@ from cluster.serve_view import DEPLOYING, FAILED, RUNNING, SETTLED, ApplicationV
 from cluster.signal import SignalSource, ensure_signal
 from workers.errors import StartupError
 
+STALE_S = 10.0
+"""For so long after a change a failure that was there before it may be the former one's."""
 POLL_S = 0.1
 CALL_TIMEOUT_S = 10.0
 DELETE_TIMEOUT_S = 65.0
@@ -75,6 +77,7 @@ class Deployment:
         self._environ = None if needed.items() <= variables.items() else os.environ
         self._is_deployed = False
         self._before: ApplicationView | None = None
+        self._deployed_at = 0.0
         self._has_routers = False
         self._signal: SignalSource | None = None
 
@@ -94,6 +97,7 @@ class Deployment:
             failed=[name for name, each in there.items() if each.failure is not None],
         )
         self._is_deployed = True
+        self._deployed_at = time.monotonic()
         serve.run_many(
             [serve.RunTarget(application, name=self._name, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
@@ -122,12 +126,20 @@ class Deployment:
         if view.status == DEPLOYING and self._before is not None and view.deployments == self._before.deployments:
             return False  # the controller has yet to look at the change
         failures = {name: failure for name, each in view.deployments.items() if (failure := each.failure) is not None}
+        if time.monotonic() < self._deployed_at + STALE_S and any(map(self._was_there, failures.items())):
+            return False  # nor has it taken back what it said of a former one
         if failures and (app.ROUTER in failures or len(failures) >= len(view.deployments) - 1):
             raise failures.get(app.ROUTER) or next(iter(failures.values()))
         if view.status == FAILED and not failures:
             raise StartupError(f"the application does not start: {view.message}")
         others = [each for name, each in view.deployments.items() if name not in failures]
         return view.status == RUNNING or (bool(failures) and all(each.status in SETTLED for each in others))
+
+    def _was_there(self, failure: tuple[str, StartupError]) -> bool:
+        """Whether a deployment had failed in the same way before."""
+        name, error = failure
+        before = None if self._before is None else self._before.deployments.get(name)
+        return before is not None and str(before.failure) == str(error)
 
     def _complete(self, view: ApplicationView) -> list[RouterView]:
         """Return the routers if there are all and each has all replicas, else none. Raises StartupError if a router
