@@ -1,6 +1,6 @@
 # The interface of this repository. Each target works on a fresh clone: it makes .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust bench-elastic chaos protos baseline
+.PHONY: help setup demo serve check test exact bench bench-peers bench-router bench-trust bench-elastic bench-telemetry bench-engines chaos protos docs baseline
 
 help:  ## show the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1	\2/p' Makefile | expand -t 20
@@ -20,7 +20,8 @@ check: setup  ## format, lint, types, protobuf rules, stubs up to date, import a
 test: setup  ## all tests but the long ones
 	@.venv/bin/python -m pytest -m "not exact" $(ARGS)
 
-exact: setup  ## the long form of the oracle: engine against plain transformers, reference tokens made anew
+exact: setup  ## the long form of the oracle: engines, vLLM too, against plain transformers; reference tokens made anew
+	@bash load_tests/engines/vllm_env.sh || echo "exact: no vLLM, its tests are skipped" >&2
 	@.venv/bin/python -m pytest -m exact --timeout 1800 -o faulthandler_timeout=0 $(ARGS)
 
 bench: setup  ## measure this machine; writes load_tests/results/
@@ -39,11 +40,23 @@ bench-trust: setup  ## isolation, resume, several routers and what trust costs, 
 bench-elastic: setup  ## scaling with load and nodes, changes under load, an idle cluster, held to their bars
 	@.venv/bin/python -m load_tests.bench_elastic $(ARGS)
 
+bench-telemetry: setup  ## what telemetry costs, dead collectors, whole traces, a slow step, dashboards' queries, held to their bars
+	@.venv/bin/python -m load_tests.bench_telemetry $(ARGS)
+
+bench-engines: setup  ## vLLM behind Octavo against its own server, embeddings against sentence-transformers; 16 minutes, quiet
+	@bash load_tests/engines/vllm_env.sh
+	@bash load_tests/engines/sentence_env.sh
+	@.venv/bin/python -m load_tests.bench_engines $(ARGS)
+
 chaos: setup  ## faults every 20 s under load, every answer checked; 2 x 10 minutes; ARGS="--quick"
 	@.venv/bin/python -m load_tests.chaos $(ARGS)
 
 protos:  ## rewrite the generated stubs from the .proto files
 	@bash scripts/protos.sh
+
+docs: setup  ## rewrite what follows from code: pages of docs/, Grafana's dashboards
+	@.venv/bin/python -m scripts.reference
+	@.venv/bin/python -m scripts.dashboards
 
 baseline: setup  ## accept the present contract as the one that `buf breaking` compares with
 	@.venv/bin/buf build protos -o protos/baseline.binpb

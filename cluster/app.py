@@ -27,6 +27,7 @@ from cluster.config import ClusterConfig, ModelConfig, load
 from cluster.policy import actor_name, model_scaling, router_scaling
 from cluster.secret import SecretSource, ensure_secret
 from cluster.signal import SignalSource, StartTeller, ensure_signal
+from router.config import ObserverConfig, RouterSetup
 from router.model import ModelSource
 from router.serve import Router
 from workers.serve import STOP_MARGIN_S, Worker
@@ -73,7 +74,7 @@ def app(args: dict[str, Any]) -> Any:
     Raises ConfigError.
     """
     config = load(None, os.environ, args)
-    ensure_signal(ClusterBoot(config.log), config.serve.app, os.environ)
+    ensure_signal(ClusterBoot.of(config), config.serve.app, os.environ)
     return build(config, cores=cores_of_node(), secret=ensure_secret(), environ=os.environ)
 
 
@@ -117,10 +118,12 @@ class _Parts:
         }
         if model.resources.memory_bytes:
             resources["memory"] = model.resources.memory_bytes
+        if model.resources.num_gpus:
+            resources["num_gpus"] = model.resources.num_gpus
         group = worker_name(self.config, name)
         deployment = serve.deployment(
             name=group,
-            ray_actor_options=self._actor_options(resources),
+            ray_actor_options=self._actor_options(resources, python=model.engine.python),
             autoscaling_config=model_scaling(
                 name,
                 model.scaling,
@@ -138,12 +141,13 @@ class _Parts:
         )(Worker)
         return self._bound(
             deployment,
-            boot=ClusterBoot(self.config.log),
+            boot=ClusterBoot.of(self.config, model),
             config=self.config.engine_config(model, self.cores),
             model=model.model,
             secret=self.secret,
             graceful_shutdown_timeout_s=graceful_shutdown_timeout_s(self.config),
             progress=StartTeller(name, self.signal),
+            name=name,
         )
 
     def router(self, workers: Mapping[str, Any]) -> Any:
@@ -173,18 +177,20 @@ class _Parts:
         )
         return self._bound(
             deployment,
-            boot=ClusterBoot(config.log),
-            config=config.router,
+            boot=ClusterBoot.of(config),
+            setup=RouterSetup(
+                config=config.router, observer=_observer(config), listen=(config.serve.host, config.serve.port)
+            ),
             models=models,
-            listen=(config.serve.host, config.serve.port),
             secret=self.secret,
             workers=dict(workers),
             version=_installed(),
             signal=self.signal,
         )
 
-    def _actor_options(self, resources: dict[str, Any]) -> dict[str, Any]:
-        return resources | ({"runtime_env": self.runtime_env} if self.runtime_env else {})
+    def _actor_options(self, resources: dict[str, Any], *, python: str = "") -> dict[str, Any]:
+        runtime_env = self.runtime_env | ({"py_executable": python} if python else {})
+        return resources | ({"runtime_env": runtime_env} if runtime_env else {})
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -208,6 +214,15 @@ class _Parts:
         version = f"{digest}-{attempt}" if attempt else digest
         # Not public: the way that Serve itself uses to set it.
         return deployment.options(version=version, _internal=True).bind(**given)
+
+
+def _observer(config: ClusterConfig) -> ObserverConfig:
+    return ObserverConfig(
+        max_kept_requests=config.telemetry.max_kept_requests,
+        max_tenants=config.telemetry.max_tenants,
+        logs_requests=config.log.requests,
+        logs_prompts=config.log.prompts,
+    )
 
 
 def _plain(value: object) -> object:

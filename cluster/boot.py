@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from cluster import telemetry
-from cluster.config_sections import LogConfig
+from cluster.config import ClusterConfig, ModelConfig
+from cluster.config_sections import LogConfig, TelemetryConfig
 from cluster.grpc_environment import grpc_environment
 from cluster.secret import SECRET_FILE
-from workers.types import ModelFiles
+from workers.config import ENGINES_OF_OTHERS
+from workers.types import ModelFiles, Process
 
 FORWARDED = ("OTEL_", "RAY_SERVE_", "OCTAVO_CACHE_DIR", SECRET_FILE)
 """Beginnings of the variables that replicas and routers get from the process that builds the application: those that
@@ -24,10 +27,20 @@ class ClusterBoot:
     """Implements `workers.types.Boot` from the environment of the process that it finds itself in."""
 
     log: LogConfig
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    models_of_others: tuple[str, ...] = ()
+    """Models that are served by engines with model code of others, so that their architecture may be any."""
 
-    def start_process(self, role: str) -> Callable[[], None]:
-        """Set up tracing and logging for `role`; call what is returned before the process ends."""
-        return telemetry.start(role, os.environ, self.log)
+    @classmethod
+    def of(cls, config: ClusterConfig, *models: ModelConfig) -> ClusterBoot:
+        """Return what a process is given that has to do with `models`, or with all of a cluster."""
+        each = models or tuple(config.deployments().values())
+        names = {model.model for model in each if model.engine.engine in ENGINES_OF_OTHERS}
+        return cls(config.log, config.telemetry, tuple(sorted(names)))
+
+    def start_process(self, role: str) -> Process:
+        """Set up tracing, metrics and logging for `role`."""
+        return telemetry.start(role, os.environ, self.log, self.telemetry, _node_host(self.telemetry.metrics_host))
 
     def model_files(self, name: str) -> ModelFiles:
         """Return a model's files in this node's cache, fetched first if need be. Blocks. Raises ModelFileError."""
@@ -35,7 +48,22 @@ class ClusterBoot:
         from cluster.model_fake import FAKE, fake_files
         from cluster.models import fetch_model
 
-        return fake_files(ModelCache()) if name == FAKE else fetch_model(name)
+        if name == FAKE:
+            return fake_files(ModelCache())
+        return fetch_model(name, any_architecture=name in self.models_of_others)
+
+
+def _node_host(host: str) -> str:
+    """Return where other nodes find what listens on `host` here."""
+    try:
+        is_every = ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        return host
+    if not is_every:
+        return host
+    import ray
+
+    return str(ray.util.get_node_ip_address())
 
 
 def forwarded(environ: Mapping[str, str]) -> dict[str, str]:

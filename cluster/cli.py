@@ -21,7 +21,18 @@ from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from cluster import cli_client, cli_demo, cli_isolation, cli_keys, cli_models, cli_operate, cli_plan, telemetry
+from cluster import (
+    cli_client,
+    cli_demo,
+    cli_embed,
+    cli_isolation,
+    cli_keys,
+    cli_models,
+    cli_operate,
+    cli_plan,
+    cli_trace,
+    telemetry,
+)
 from cluster.config import ClusterConfig, load
 from cluster.config_sections import LogConfig
 from workers.errors import ConfigError, OctavoError, StartupError
@@ -35,13 +46,15 @@ app = typer.Typer(
 )
 app.add_typer(cli_client.app)
 app.add_typer(cli_demo.app)
+app.add_typer(cli_embed.app)
 app.add_typer(cli_isolation.app)
 app.add_typer(cli_operate.app)
 app.add_typer(cli_plan.app)
+app.add_typer(cli_trace.app)
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_keys.app, name="keys")
 
-CLIENTS = frozenset({"generate", "chat", "status", "demo"})
+CLIENTS = frozenset({"generate", "chat", "embed", "status", "demo"})
 """Commands whose spans are a client's."""
 
 ConfigFile = Annotated[
@@ -49,12 +62,14 @@ ConfigFile = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="default, fake, FILE.gguf, a directory, or ORG/NAME[@revision] on the Hugging Face hub."),
+    typer.Option(help="default, minilm, fake, FILE.gguf, a directory, or ORG/NAME[@revision] on the Hugging Face hub."),
 ]
 Replicas = Annotated[int | None, typer.Option(help="How many replicas.")]
 Host = Annotated[str | None, typer.Option(help="Where the router listens.")]
 Port = Annotated[int | None, typer.Option(help="The router's port; 0: a free one.")]
-EngineName = Annotated[str | None, typer.Option(help="paged, or fake: no model, for measuring the cluster.")]
+EngineName = Annotated[
+    str | None, typer.Option(help="paged, transformers, vllm, or fake: no model, for measuring the cluster.")
+]
 AppName = Annotated[str | None, typer.Option(help="Name of the Ray Serve application.")]
 RayAddress = Annotated[
     str | None, typer.Option(help="auto or HOST:PORT: attach to a running Ray. Otherwise one is started on loopback.")
@@ -74,7 +89,8 @@ def root(
     """An inference cluster on Ray for microservices that speak gRPC.
 
     Configuration: a TOML file (--config, OCTAVO_CONFIG), and OCTAVO_* variables over it, for instance
-    OCTAVO_ENGINE__DTYPE=fp32; `octavo config` prints the result. Traces: the OTEL_* variables of OpenTelemetry.
+    OCTAVO_ENGINE__DTYPE=fp32; `octavo config` prints the result. Traces and metrics over OTLP:
+    the OTEL_* variables of OpenTelemetry.
     """
     if version:
         from cluster.lifecycle import version as installed
@@ -82,7 +98,7 @@ def root(
         typer.echo(installed())
         raise typer.Exit
     if context.invoked_subcommand in CLIENTS:
-        context.call_on_close(telemetry.start("client", os.environ, LogConfig(level="warning")))
+        context.call_on_close(telemetry.start("client", os.environ, LogConfig(level="warning")).stop)
 
 
 @app.command()
@@ -105,8 +121,8 @@ def serve(  # noqa: PLR0913, PLR0917  # a parameter for each option
     Killed with SIGKILL it drains nothing. A Ray of its own then ends by itself: at once, but for two of Ray's agents,
     which go within about a minute. Its temporary directory stays.
 
-    When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "routers", "pid", "ray_address",
-    "models", "failures", "replicas", "version"}; "failures" says why other models cannot be served.
+    When it is ready, one JSON line on stdout says so: {"event": "ready", "address", "routers", "metrics", "pid",
+    "ray_address", "models", "failures", "replicas", "version"}; "failures" says why other models cannot be served.
 
     Examples: `octavo serve`, `octavo serve --model ./model.gguf --replicas 2 --port 0`,
     `octavo serve --config cluster.toml --ray-address auto`.

@@ -25,11 +25,11 @@ from cluster.cli_answer import answer_record, error_record, printable, report
 from cluster.cli_dial import dial
 from cluster.config_sections import ServeConfig
 
-_REACH_S = 3.0
+REACH_S = 3.0
 """How long an interactive command looks for a router."""
 
 _DEFAULTS = ServeConfig()
-_EXIT_CODES = "Exit codes: 0 done; 1 a request failed; 2 wrong usage; 4 no router was reached."
+EXIT_CODES = "Exit codes: 0 done; 1 a request failed; 2 wrong usage; 4 no router was reached."
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -53,7 +53,7 @@ OutputFile = Annotated[Path | None, typer.Option("--output", help="Answers, one 
 DEFAULT_ADDRESS = f"{_DEFAULTS.host}:{_DEFAULTS.port}"
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
     prompts: Prompts = None,
     model: ModelName = "",
@@ -85,7 +85,7 @@ def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
     - `octavo generate --input prompts.jsonl --output answers.jsonl --concurrency 128`
     """
     options = _options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop or None)
-    targets = _targets(address)
+    targets = router_targets(address)
     if input_file is not None and output_file is not None and not prompts:
         from cluster.cli_batch import run_batch
 
@@ -105,7 +105,7 @@ def generate(  # noqa: PLR0913, PLR0917  # a parameter for each option
     raise typer.Exit(_run(_answer(targets, asked, model, timeout, options, as_json=as_json)))
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def chat(  # a parameter for each option
     model: ModelName = "",
     system: Annotated[str, typer.Option(help="What the conversation begins with, as the system's message.")] = "",
@@ -128,11 +128,11 @@ def chat(  # a parameter for each option
     from cluster.cli_chat import Chat
 
     options = _options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=None)
-    client = dial(_targets(address), options=ClientOptions(retry_timeout_s=_REACH_S))
+    client = dial(router_targets(address), options=ClientOptions(retry_timeout_s=REACH_S))
     raise typer.Exit(Chat(client, model=model, system=system, timeout_s=timeout, options=options).run())
 
 
-@app.command(epilog=_EXIT_CODES)
+@app.command(epilog=EXIT_CODES)
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
@@ -155,7 +155,7 @@ def status(
     from cluster.cli_watch import watch as keep_watching
 
     async def ask() -> int:
-        async with dial(_targets(address)) as client:
+        async with dial(router_targets(address)) as client:
             if watch:
                 return await keep_watching(client.status, period_s=interval, as_json=as_json, console=Console())
             answer = await client.status()
@@ -187,7 +187,7 @@ async def _answer(
 ) -> int:
     """Ask all at once, print in order; each answer streams as soon as those before it are printed."""
     exit_code = 0
-    async with dial(targets, options=ClientOptions(retry_timeout_s=_REACH_S)) as client:
+    async with dial(targets, options=ClientOptions(retry_timeout_s=REACH_S)) as client:
         generations = [client.generate(prompt, model=model, timeout=timeout_s, **options) for prompt in prompts]
         for generation in generations:
             try:
@@ -242,7 +242,8 @@ def _options(
     return options
 
 
-def _targets(address: str) -> list[str]:
+def router_targets(address: str) -> list[str]:
+    """Return the addresses in an option. Raises BadParameter for what is none."""
     targets = [each.strip() for each in address.split(",")]
     for target in targets:
         if not target.rpartition(":")[2].isdigit() or not target.rpartition(":")[0]:

@@ -146,7 +146,7 @@ def _check_files(config: ClusterConfig) -> None:
 
     check_trust(config.router)
     for model in config.deployments().values():
-        ClusterBoot(config.log).model_files(model.model)
+        ClusterBoot.of(config).model_files(model.model)
 
 
 def _number(text: str) -> int | None:

@@ -75,6 +75,8 @@ def status_view(status: pb.GetStatusResponse, rates: Rates = NO_RATES, *, now: f
         parts += ["", _models(status.models, now)]
     parts += ["", _router_table(_routers(status), rates), ""]
     parts.append(_replicas(status.replicas, rates) if status.replicas else Text("no replica", style="yellow"))
+    if status.router.metrics_address:
+        parts += ["", Text.assemble(("metrics ", "bold"), printable(status.router.metrics_address))]
     return Group(*parts)
 
 

@@ -31,6 +31,7 @@ from cluster.config_sections import (
     ReplicasConfig,
     ResourcesConfig,
     ServeConfig,
+    TelemetryConfig,
     is_loopback,
     rule,
 )
@@ -82,6 +83,13 @@ class ModelConfig:
             "must be >= 1 unless scaling.max_replicas is set",
             self.replicas.num_replicas,
         )
+        devices = self.engine.devices_of_vllm
+        rule(
+            self.resources.num_gpus == 0 or self.resources.num_gpus >= devices,
+            "resources.num_gpus",
+            f"must be 0 or >= {devices}, over which engine.vllm spreads a replica",
+            self.resources.num_gpus,
+        )
         rule(
             not self.scaling.is_elastic or self.scaling.max_replicas >= self.replicas.num_replicas,
             "scaling.max_replicas",
@@ -106,6 +114,7 @@ class ClusterConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     models: Mapping[str, ModelConfig] = field(default_factory=dict)
     """By the names that requests call them. Empty: one model, which is called what its files are."""
 
@@ -113,7 +122,7 @@ class ClusterConfig:
         """Raises ConfigError with the rule and the value."""
         for section in (self.serve, self.replicas, self.resources, self.engine, self.scaling):
             section.check()
-        for other in (self.router, self.ray, self.log):
+        for other in (self.router, self.ray, self.log, self.telemetry):
             other.check()
         if not self.models:
             self._only().check()

@@ -42,7 +42,9 @@ class ReplicasConfig:
     max_replicas: int = 0
     """What a node must have room for; 0: num_replicas or scaling.max_replicas, whichever is more."""
     health_check_period_s: float = 2.0
+    """How often Serve asks each router and replica whether it is well."""
     health_check_timeout_s: float = 30.0
+    """After so long without an answer Serve replaces it."""
 
     def check(self) -> None:
         rule(self.num_replicas >= 0, "replicas.num_replicas", "must be >= 0", self.num_replicas)
@@ -63,6 +65,8 @@ class ResourcesConfig:
     num_cpus: float = 0.0
     """0: cores of a node / (replicas that it must have room for, of all models, + 1), so that the replacement of a
     draining replica fits."""
+    num_gpus: float = 0.0
+    """Those of one replica are GPUs of one node, for Ray places a process on a node that has all it asks for."""
     memory_bytes: int = 0
     """0: none."""
     custom: Mapping[str, float] = field(default_factory=dict)
@@ -70,6 +74,7 @@ class ResourcesConfig:
 
     def check(self) -> None:
         rule(self.num_cpus >= 0, "resources.num_cpus", "must be >= 0", self.num_cpus)
+        rule(self.num_gpus >= 0, "resources.num_gpus", "must be >= 0", self.num_gpus)
         rule(self.memory_bytes >= 0, "resources.memory_bytes", "must be >= 0", self.memory_bytes)
         for name, amount in self.custom.items():
             rule(amount > 0, f"resources.custom.{name}", "must be > 0", amount)
@@ -103,13 +108,47 @@ class RayConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogConfig:
     level: str = "info"
+    """Of what is written at all."""
     format: str = "plain"
     """plain, or json: one object a line."""
+    requests: bool = False
+    """Write a line for each request that has ended: ids, tenant, model, times, tokens, reason."""
+    prompts: bool = False
+    """Put the text of prompts and answers into those lines. Nothing else ever logs them."""
 
     def check(self) -> None:
         levels = ("debug", "info", "warning", "error")
         rule(self.level in levels, "log.level", f"must be one of {', '.join(levels)}", self.level)
         rule(self.format in ("plain", "json"), "log.format", "must be one of plain, json", self.format)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig:
+    """Where spans and metrics go by OTLP is said by the OTEL_* variables of the OpenTelemetry specification."""
+
+    metrics: bool = True
+    """Whether each router and replica serves its metrics as Prometheus text over HTTP, without TLS or credentials."""
+    metrics_host: str = "127.0.0.1"
+    """Where they listen for it, each at a port of its own."""
+    metrics_port: int = 0
+    """Where routers serve the metrics of all processes together; those of one node share it. 0: a free one each."""
+    vllm_aliases: bool = True
+    """Serve metrics that vLLM has as well under its names, too."""
+    max_tenants: int = 50
+    """So many tenants have series of their own; the others count as "other"."""
+    max_kept_requests: int = 2048
+    """So many ended requests each router remembers for `octavo trace`; 0: none."""
+
+    def check(self) -> None:
+        rule(
+            _is_host(self.metrics_host),
+            "telemetry.metrics_host",
+            "must be an IP address or a host name",
+            self.metrics_host,
+        )
+        rule(0 <= self.metrics_port <= 65535, "telemetry.metrics_port", "must be in [0, 65535]", self.metrics_port)
+        rule(self.max_tenants >= 0, "telemetry.max_tenants", "must be >= 0", self.max_tenants)
+        rule(self.max_kept_requests >= 0, "telemetry.max_kept_requests", "must be >= 0", self.max_kept_requests)
 
 
 def rule(holds: bool, key: str, text: str, value: object) -> None:

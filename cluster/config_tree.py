@@ -31,8 +31,8 @@ ENV_CREDENTIALS = frozenset(
 """Clients' (cluster/cli_dial.py, cluster/cli_isolation.py)."""
 ENV_RESERVED = ENV_CREDENTIALS | {"OCTAVO_CONFIG", "OCTAVO_CACHE_DIR", "OCTAVO_SECRET_FILE", "OCTAVO_ADDRESS"}
 """Variables that are no configuration keys: those, the file, the node's cache, the node's secret, a client's router."""
-_KUBERNETES_LINK = re.compile(r"OCTAVO_(SERVICE_|PORT$|PORT_)|OCTAVO_\w+_SERVICE_(HOST|PORT)|OCTAVO_\w+_PORT(_|$)")
-"""Kubernetes puts these into every pod beside a service called octavo."""
+_KUBERNETES_LINK = re.compile(r"OCTAVO_(?!\w*__)(\w+_)?(SERVICE_(HOST|PORT)|PORT(_|$))")
+"""Kubernetes puts these into every pod beside a service called octavo or octavo-something; none has a section."""
 
 Tree = Mapping[str, Any]
 Section = TypeVar("Section")
@@ -111,7 +111,10 @@ def _value(kind: Any, value: object, name: str) -> Any:
             value = [part.strip() for part in value.split(",") if part.strip()]
         rule(isinstance(value, list | tuple), name, "must be a list of strings", value)
         return tuple(_value(str, item, f"{name}[{i}]") for i, item in enumerate(value))  # type: ignore[var-annotated, arg-type]
-    if kind not in (bool, int, float, str):  # the one mapping: resources.custom
+    if kind == Mapping[str, Any]:
+        rule(isinstance(value, Mapping), name, "must be a table", value)
+        return {key: _any(item) for key, item in value.items()}  # type: ignore[attr-defined]
+    if kind not in (bool, int, float, str):  # the one other mapping: resources.custom
         rule(isinstance(value, Mapping), name, "must be a table of numbers", value)
         return {key: _value(float, amount, f"{name}.{key}") for key, amount in value.items()}  # type: ignore[attr-defined]
     if isinstance(value, _Text):
@@ -125,6 +128,18 @@ def _value(kind: Any, value: object, name: str) -> Any:
 
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _any(value: object) -> Any:
+    """Return a value whose kind nobody has said: what a variable's text is in JSON, else the text."""
+    if isinstance(value, Mapping):
+        return {key: _any(item) for key, item in value.items()}
+    if not isinstance(value, _Text):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return str(value)
 
 
 def _parse(kind: type, text: _Text, name: str) -> object:

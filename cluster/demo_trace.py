@@ -76,7 +76,11 @@ class Collector:
     @property
     def variables(self) -> dict[str, str]:
         """What sends a process's spans here."""
-        return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": str(EXPORT_DELAY_MS)}
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint,
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_BSP_SCHEDULE_DELAY": str(EXPORT_DELAY_MS),
+        }
 
     def await_trace(self, trace_id: str, is_whole: Callable[[Sequence[Span]], bool], timeout_s: float) -> list[Span]:
         """Return the spans of a trace once they are all there, or those that are after `timeout_s`. Blocks."""

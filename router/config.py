@@ -15,8 +15,11 @@ class RouterConfig:
     max_queued_requests: int = 4_096
     """Requests that may wait for replicas of one model, each counted once for every choice that is generated for it."""
     max_batch_tokens: int = 8_192
+    """Prompt tokens of requests that go to one replica together."""
     max_batch_requests: int = 64
+    """Of those that go together."""
     max_batch_wait_s: float = 0.004
+    """After a lack of credit a batch goes when it is full, or when its oldest request has waited for so long."""
     batching: bool = True
     """False: first come, first served, one by one, whatever the priority, tenant and beginning, and no deadline is
     foreseen: for comparison."""
@@ -45,10 +48,13 @@ class RouterConfig:
     default_timeout_s: float = 600.0
     """For requests that bring no deadline."""
     max_message_bytes: int = 16 * 1024 * 1024
+    """Of one gRPC message, either way."""
     max_choices: int = 16
     """Of one request: `n`, and `best_of`."""
     max_stop_strings: int = 16
+    """Of one request."""
     max_stop_bytes: int = 256
+    """Of one stop string, in UTF-8."""
     max_session_requests: int = 4_096
     """Live requests of one Session."""
     session_grace_s: float = 30.0
@@ -60,6 +66,7 @@ class RouterConfig:
     no_replica_wait_s: float = 30.0
     """How long a request waits while no replica is ready."""
     keepalive_s: float = 30.0
+    """How often a quiet connection is asked whether its other end is there."""
     max_connection_age_s: float = 1800.0
     """After about so long clients are told to connect anew, so that they spread over routers that have come since; what
     runs on the old connection goes on."""
@@ -88,6 +95,30 @@ class RouterConfig:
             value = getattr(self, name)
             if not isinstance(value, bool | str) and not value > 0 and name != "health_port":
                 raise ConfigError(f"router.{name} must be > 0, is {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObserverConfig:
+    """What is told of requests that have ended."""
+
+    max_kept_requests: int = 2_048
+    """So many are remembered, for `octavo trace`."""
+    max_tenants: int = 50
+    """So many tenants have series of their own in metrics."""
+    logs_requests: bool = False
+    """A line for each of them."""
+    logs_prompts: bool = False
+    """The texts of prompts and answers in that line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSetup:
+    """What a router's process is given of the configuration."""
+
+    config: RouterConfig
+    observer: ObserverConfig
+    listen: tuple[str, int]
+    """The public host and port; 0: any."""
 
 
 def _check_trust(config: RouterConfig) -> None:

@@ -1,7 +1,8 @@
 """Placement decisions as lines of JSON in a file, for looking into and for replaying. Optional.
 
     {"at": 1700000000.25, "router": ..., "request": ..., "attempt": 1, "affinity_key": "", "replica": ..., "rule": ...,
-     "matched": 512, "candidates": [{"replica", "matched", "owed", "uncached", "decode", "displaced", "cost"}, ...]}
+     "matched": 512, "candidates": [{"replica", "matched", "owed", "uncached", "decode", "displaced", "recent", "cost"},
+     ...]}
     {"at": ..., "router": ..., "dropped": 17}            so many decisions before this line were not written
 
 The event loop hands a decision over and goes on; a thread turns it into text and writes. When the disk is slower than
@@ -37,6 +38,7 @@ _TERMS: Final = (
     ("uncached", "uncached_tokens"),
     ("decode", "decode_tokens"),
     ("displaced", "displaced_tokens"),
+    ("recent", "recent_tokens"),
 )
 """(name in the log, field of Candidate)"""
 
@@ -99,8 +101,9 @@ class DecisionLog:
             is_open = None not in entries
             written = [entry for entry in entries if entry is not None]
             try:
-                file = self._with_room(file)
-                self._write(file, written)
+                if written or self.num_dropped != self._num_told:  # else a full file would make way for an empty one
+                    file = self._with_room(file)
+                    self._write(file, written)
                 self._is_failing = False
             except OSError as error:  # what was not flushed is lost, with the file
                 if not self._is_failing:

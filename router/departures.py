@@ -18,17 +18,20 @@ from router.admission import Admission, Permit
 from router.alarm import Alarm
 from router.batcher import DispatchBatch
 from router.config import RouterConfig
+from router.dispatch_spans import DispatchSpans, tell_batch
 from router.fleet import Fleet
 from router.flight import Flight
 from router.flights import Flights
 from router.forecast import make_queue
 from router.link import ReplicaLink
+from router.metrics import RouterMetrics
 from router.queued import Queued
 from router.replica_wait import ReplicaWait, ready_in_s
 from router.sender import Sender
 from router.signal import ModelOutlook, ModelSignal
 from router.traffic import Traffic
-from router.types import Backlog, Request
+from router.types import Backlog, BatchShape, ModelStanding, Request
+from router.wait_clock import WaitClock
 from workers.errors import CapabilityError, OctavoError
 
 
@@ -61,20 +64,23 @@ class Departures:
         """Says what is known of replicas to come."""
         self._batcher, self._forecast = make_queue(config)
         self._replica_wait = ReplicaWait(config.no_replica_wait_s, clock())
+        self._waits = WaitClock(clock())
+        self.metrics: RouterMetrics | None = None
+        """Told of each batch."""
         self._alarm = Alarm(self._on_alarm)
         self._is_pump_due = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def signal(self, backlog: Backlog) -> ModelSignal:
         """Return how it stands, for the cluster's scaling."""
-        now, traffic, oldest = self._clock(), self.traffic, self._batcher.oldest_since
+        now, traffic = self._clock(), self.traffic
         return ModelSignal(
             num_queued=backlog.num_queued_sequences,
             queued_tokens=backlog.num_queued_tokens,
             num_running=traffic.num_running,
             num_aboard=self._fleet.num_aboard_all,
             owed_prefill_tokens=self._fleet.owed_tokens,
-            oldest_wait_s=0.0 if oldest is None else now - oldest,
+            oldest_wait_s=self.oldest_wait_s,
             num_arrived_total=traffic.num_arrived,
             num_turned_away_total=traffic.num_turned_away,
             num_ended_total=traffic.num_ended,
@@ -82,6 +88,19 @@ class Departures:
             running_s=traffic.running_s(now),
             num_ready=self._fleet.num_ready,
         )
+
+    def standing(self, backlog: Backlog) -> ModelStanding:
+        """Return how it stands, for gauges."""
+        roster = self._fleet.roster
+        queued, tokens, running = backlog.num_queued_requests, backlog.num_queued_tokens, backlog.num_running_requests
+        credit_tokens, num_blocks = max(roster.credit_tokens, 0), roster.index.num_entries
+        return ModelStanding(queued, tokens, self.oldest_wait_s, running, credit_tokens, num_blocks)
+
+    @property
+    def oldest_wait_s(self) -> float:
+        """How long the one that has waited longest has; 0 without one."""
+        oldest = self._batcher.oldest_since
+        return 0.0 if oldest is None else self._clock() - oldest
 
     @property
     def num_waiting(self) -> int:
@@ -139,6 +158,10 @@ class Departures:
 
     def add(self, flight: Flight, now: float) -> None:
         """Let `flight` wait, as short as possible."""
+        num_waiting = self._batcher.num_requests
+        if not num_waiting:
+            self._look(now)
+        flight.mark = self._waits.begin(now, num_waiting)
         self._batcher.add(self._forecast.queued(flight, now))
         self.pump_soon()
 
@@ -150,8 +173,10 @@ class Departures:
         """Take a request off its replica's books, if it is on any; return that link."""
         link = self._flights.leave(flight)
         if link is not None:
-            self.traffic.left(flight.request.n, flight.sent_at, self._clock())
-            self._forecast.over(flight, self._clock(), is_answered=is_answered, is_lost=is_lost)
+            now = self._clock()
+            flight.left(now)
+            self.traffic.left(flight.request.n, flight.sent_at, now)
+            self._forecast.over(flight, now, is_answered=is_answered, is_lost=is_lost)
         return link
 
     def pump_soon(self) -> None:
@@ -177,7 +202,13 @@ class Departures:
         if (limit := self._replica_wait.overdue_since(now)) is not None:
             for queued in self._batcher.waiting_since(limit, now):
                 self._end_queued(queued, dispatch_errors.no_replica_error(self._replica_wait.max_wait_s))
+        self._look(now)
         self._arm(now, self._fleet.credit_tokens)
+
+    def _look(self, now: float) -> None:
+        """Note what keeps those that wait, from now on."""
+        has_room = self._fleet.credit_tokens > 0 and self._fleet.credit_sequences > 0
+        self._waits.see(now, has_replica=self._fleet.has_ready, has_room=has_room)
 
     def _expire(self, now: float) -> None:
         for queued in self._batcher.expire(now):
@@ -200,6 +231,10 @@ class Departures:
         """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
         credit for each request of a batch.)"""
         left: list[Queued] = []
+        traced: list[DispatchSpans] = []
+        shape = BatchShape(batch.batch_id, sum(map(len, batch.groups)), batch.num_tokens)
+        if self.metrics is not None:
+            self.metrics.batch_left(batch.groups[0][0].request.model, shape)
         for queued in itertools.chain.from_iterable(batch.groups):
             flight = self._flights.find(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
@@ -210,12 +245,19 @@ class Departures:
             self._forecast.sent(flight, queued, now)
             self.traffic.boarded(flight.request.n, now)
             try:
-                if not self._sender.send(flight, batch.batch_id, now):
+                assert flight.mark is not None, "who is sent has waited"
+                if self._sender.send(flight, shape, self._waits.wait(flight.mark, now), now):
+                    self._waits.gone()
+                    if flight.spans is not None:
+                        traced.append(flight.spans)
+                else:
                     self._recall(queued, now)
                     left.append(queued)
             except CapabilityError as error:
                 self._recall(queued, now)
                 self._owner.end(flight, error)
+        if traced:
+            tell_batch(shape, traced, self._clock() - now)
         return left
 
     def _recall(self, queued: Queued, now: float) -> None:

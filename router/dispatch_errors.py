@@ -16,12 +16,22 @@ from workers.errors import (
     UnavailableError,
     Violation,
 )
-from workers.types import CAPABILITY_LOGIT_BIAS, CAPABILITY_LOGPROBS, CAPABILITY_RECEIVED_CHOICES
+from workers.types import (
+    CAPABILITY_FORMAT,
+    CAPABILITY_LOGIT_BIAS,
+    CAPABILITY_LOGPROBS,
+    CAPABILITY_RECEIVED_CHOICES,
+    CAPABILITY_RECEIVED_FORMAT,
+    CAPABILITY_RECEIVED_PENALTIES,
+)
 
 _FIELDS: Final = {
     CAPABILITY_LOGPROBS: "logprobs",
     CAPABILITY_LOGIT_BIAS: "sampling.logit_bias",
+    CAPABILITY_FORMAT: "response_format",
+    CAPABILITY_RECEIVED_FORMAT: "received_token_ids",
     CAPABILITY_RECEIVED_CHOICES: "received_token_ids",
+    CAPABILITY_RECEIVED_PENALTIES: "received_token_ids",
 }
 """Of a request, by the capability that they need; best_of needs that of logprobs."""
 

@@ -35,20 +35,22 @@ from router.flight import Flight
 from router.flights import Flights
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
+from router.metrics import RouterMetrics
 from router.placement import LeastCost, Placement, PromptHashes
 from router.resume import continued, finish_of
 from router.sender import Sender
 from router.signal import ModelOutlook, ModelSignal
-from router.types import Backlog, Cancel, ReplicaAddress, ReplicaView, Request, Sink
+from router.types import Backlog, Cancel, ModelStanding, ReplicaAddress, ReplicaView, Request, Sink
 from router.wire import from_finish, from_logprobs, from_tokens
 from workers.errors import OctavoError
-from workers.types import Finish, FinishReason
+from workers.types import CAPABILITY_GENERATE, Finish, FinishReason
 
 MAX_IDLE_LOSSES: Final = 3
 """A request that was on so many replicas when they were lost, one after the other and without a token from any of them,
 is not tried again: it may be what kills them."""
 MAX_LOSSES: Final = 32
 """The same with tokens in between."""
+_GENERATES: Final = frozenset({CAPABILITY_GENERATE})
 
 
 class Dispatcher:
@@ -77,8 +79,9 @@ class Dispatcher:
         self._flights = Flights(self._fleet)
         path = config.decision_log
         self._decision_log = DecisionLog(Path(path), identity.router_id) if path else None
-        sender = Sender(self._fleet, self._flights, placement or LeastCost(self._rng), log=self._decision_log)
-        self._departures = Departures(config, self._fleet, self._flights, sender, self, clock=clock)
+        placement = placement or LeastCost(self._rng)
+        self._sender = Sender(self._fleet, self._flights, placement, log=self._decision_log)
+        self._departures = Departures(config, self._fleet, self._flights, self._sender, self, clock=clock)
         self._is_draining = False
         self._last_ended = asyncio.Event()
         """Set when no request is left after `drain` began."""
@@ -128,13 +131,13 @@ class Dispatcher:
     def submit(self, request: Request, sink: Sink) -> Cancel:
         if self._is_draining:
             raise dispatch_errors.draining_error()
-        if missing := self._fleet.lacks(request.needed_capabilities):
+        if missing := self._fleet.lacks(request.needed_capabilities or _GENERATES):
             raise dispatch_errors.capability_error(missing)
         now = self._clock()
         permit = self._departures.permit(request, self._admission, now)
         flight = self._flights.add(request, sink, permit)
         flight.hashes = PromptHashes(self._identity.keys.prefix_hash, request)
-        flight.spans = DispatchSpans.begin(request, self._identity.router_id, now)
+        flight.spans = DispatchSpans.begin(request, self._identity.router_id)
         self._departures.add(flight, now)
         return partial(self._cancel, flight)
 
@@ -153,6 +156,16 @@ class Dispatcher:
     def signal(self, model: str) -> ModelSignal:
         """`model` is the one that it serves."""
         return self._departures.signal(self.backlog())
+
+    # Telemetry.
+
+    def measure(self, metrics: RouterMetrics | None) -> None:
+        """Tell `metrics` from now on of batches and placements."""
+        self._departures.metrics = self._sender.metrics = metrics
+
+    def standing(self, model: str) -> ModelStanding:
+        """`model` is the one that it serves."""
+        return self._departures.standing(self.backlog())
 
     # What replicas say: the LinkListener.
 
@@ -174,6 +187,8 @@ class Dispatcher:
                 flight.count(len(delta.token_ids), now)
                 logprobs = from_logprobs(delta.logprobs) if delta.logprobs else ()
                 flight.sink.tokens(delta.index, list(delta.token_ids), logprobs)
+            if delta.pooled:
+                flight.sink.pooled(delta.index, list(delta.pooled))
             if delta.HasField("finish") and delta.index in flight.open_choices and not flight.is_ended:
                 self._finish(flight, delta.index, from_finish(delta.finish))
         for number, token_ids in from_tokens(batch.tokens):
@@ -220,6 +235,8 @@ class Dispatcher:
             return
         request, sink = flight.request, flight.sink
         self._departures.leave(flight, is_lost=True)
+        if flight.record is not None:
+            flight.record.loss_reason, flight.record.loss = reason, message
         flight.open_choices = set(range(request.n)) - flight.closed_choices
         for index in sorted(flight.open_choices):
             finish = finish_of(sink.known(index), request)
@@ -239,7 +256,7 @@ class Dispatcher:
         flight.go_on(request, PromptHashes(self._identity.keys.prefix_hash, request))
         flight.permit.requeued(request.num_known_tokens)
         if flight.spans is not None:
-            flight.spans.requeued(reason)
+            flight.spans.requeued(reason, sum(map(len, request.received)))
         self._departures.add(flight, self._clock())
 
     @staticmethod
@@ -269,9 +286,9 @@ class Dispatcher:
         if (link := self._departures.leave(flight)) is not None:
             link.abort(work_id)
         flight.permit.release()
+        flight.sink.ended(error)
         if flight.spans is not None:
             flight.spans.ended(error)
-        flight.sink.ended(error)
         if self._is_draining and not self._flights:
             self._last_ended.set()
 

@@ -31,7 +31,7 @@ class Entry:
         self.answer = answer
         self.stream: Stream | None = stream
         self.is_delivered = False
-        """Its Terminal was written, and nobody has attached since."""
+        """Its Terminal was given to a stream, and nobody has attached since."""
         self.num_detached = 0
         """How often it has lost its stream; tells a grace that is over from one that began later."""
 

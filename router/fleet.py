@@ -45,8 +45,15 @@ class Fleet:
         has said yet what it can do."""
         if not needed:
             return needed
-        known = [link.capabilities for link in self._present.values() if link.capabilities]
-        return min((needed - each for each in known), key=len, default=frozenset())
+        least: frozenset[str] | None = None
+        for link in self._present.values():
+            if link.capabilities:
+                missing = needed - link.capabilities
+                if not missing:
+                    return missing
+                if least is None or len(missing) < len(least):
+                    least = missing
+        return least or frozenset()
 
     @property
     def has_ready(self) -> bool:

@@ -6,7 +6,8 @@ from router.admission import Permit
 from router.dispatch_spans import DispatchSpans
 from router.link import ReplicaLink
 from router.placement import PromptHashes
-from router.types import Request, Sink
+from router.types import Attempt, Request, Sink
+from router.wait_clock import Mark
 
 
 class Flight:
@@ -21,12 +22,14 @@ class Flight:
         "is_ended",
         "key",
         "link",
+        "mark",
         "max_num_tokens",
         "num_idle_losses",
         "num_losses",
         "num_tokens",
         "open_choices",
         "permit",
+        "record",
         "request",
         "sent_at",
         "sink",
@@ -49,6 +52,10 @@ class Flight:
         """Those that have ended well or that nobody wants: not in any attempt."""
         self.hashes: PromptHashes | None = None
         self.spans: DispatchSpans | None = None
+        self.record: Attempt | None = None
+        """What is told of the present attempt, or of the last one."""
+        self.mark: Mark | None = None
+        """When its last wait began."""
         self.link: ReplicaLink | None = None
         self.work_id = 0
         # Of the present attempt, or of the last one.
@@ -69,6 +76,12 @@ class Flight:
         self.num_tokens += num_tokens
         if self.num_tokens > self.max_num_tokens:
             raise ValueError(f"a work of at most {self.max_num_tokens} tokens has {self.num_tokens}")
+
+    def left(self, now: float) -> None:
+        """Its attempt is over."""
+        if self.record is not None:
+            self.record.left_at = now
+            self.record.first_token_at, self.record.num_tokens = self.first_token_at, self.num_tokens
 
     def go_on(self, request: Request, hashes: PromptHashes) -> None:
         """Another attempt follows, for what is left."""

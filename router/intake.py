@@ -19,10 +19,14 @@ from octavo.v1.inference_service_pb2 import GenerateRequest
 
 from router import status
 from router.answer import Answer
-from router.config import RouterConfig
+from router.config import ObserverConfig, RouterConfig
 from router.identity import Identities
-from router.model import Models
+from router.model import Models, ServedModel
+from router.observer import RequestObserver
+from router.pool_call import PoolCall
+from router.pool_validation import PoolMessage, PoolValidator
 from router.quotas import Charge, Quotas
+from router.request_record import Recorded, RequestRecord
 from router.span import RequestSpan
 from router.stream_writer import StreamWriter, slow_consumer
 from router.types import Backend, Cancel, Request
@@ -54,9 +58,12 @@ class Intake:
         self._backend = backend
         self._router_id = router_id
         self._identities = identities or Identities()
+        self.observer = RequestObserver(ObserverConfig(max_kept_requests=0))
+        """Who is told of requests that have ended; nobody by default."""
         self._quotas = Quotas()
-        self._charges: dict[Answer, Charge] = {}
+        self._charges: dict[Answer | PoolCall, Charge] = {}
         self._answers: set[Answer] = set()
+        self._calls: set[PoolCall] = set()
         self._writers: set[StreamWriter] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -89,13 +96,15 @@ class Intake:
     ) -> Answer:
         """Return the answer of a request that has just come in. `admit` or `close` must follow; `name`: the span's."""
         span = RequestSpan(name, envelope, model=model, router_id=self._router_id)
-        answer = Answer(envelope, span, self, on_ready=on_ready, window=window)
+        answer = Answer(envelope, span, self, model=model, on_ready=on_ready, window=window)
         self._answers.add(answer)
         self._idle.clear()
         return answer
 
     async def admit(self, answer: Answer, message: GenerateRequest) -> None:
         """Check `message` and submit it; suspends only if `Validator.is_quick` says no."""
+        if self.observer.keeps_prompts:
+            answer.prompt = message.prompt
         try:
             identity = self._identities.current(answer.envelope.identity)
             if identity is not answer.envelope.identity:
@@ -110,19 +119,57 @@ class Intake:
         except Exception as error:
             answer.fail(status.unexpected(error))
 
+    # Calls for numbers: many requests, one end.
+
+    def open_pool(self, envelope: Envelope, *, name: str, model: str) -> PoolCall:
+        """Return a call that has just come in; `close_pool` must follow."""
+        span = RequestSpan(name, envelope, model=model, router_id=self._router_id)
+        call = PoolCall(envelope, span, model=model)
+        self._calls.add(call)
+        self._idle.clear()
+        return call
+
+    async def admit_pool(self, call: PoolCall, message: PoolMessage) -> ServedModel:
+        """Check `message` and submit its inputs. Raises OctavoError."""
+        call.envelope = replace(call.envelope, identity=self._identities.current(call.envelope.identity))
+        self._refuse_if_hopeless(call.envelope)
+        validator = PoolValidator(self.validator)
+        model, requests = await validator.accept(message, call.envelope, traceparent=call.span.traceparent)
+        self._refuse_if_hopeless(call.envelope)
+        self._charge(call, requests[0].tenant, sum(len(request.prompt) for request in requests))
+        call.begin(requests, self._backend.submit)
+        self.num_accepted += 1
+        return model
+
+    def close_pool(self, call: PoolCall) -> None:
+        call.close()
+        self._calls.discard(call)
+        charge = self._charges.pop(call, None)
+        if call.has_begun:
+            self.num_ended += 1
+            if charge is not None:
+                self._quotas.settle(charge, call.num_used)
+        elif charge is not None:
+            self._quotas.refund(charge)
+        self.observer.ended(call)
+        if not self._answers and not self._calls:
+            self._idle.set()
+
     def _submit(self, request: Request, answer: Answer) -> Cancel:
         """Charge the request to its tenant and hand it to the back."""
-        terms, num_tokens = self._identities.terms(request.tenant), max_num_tokens(request)
-        charge = self._quotas.charge(request.tenant, terms, num_tokens, time.monotonic())
+        self._charge(answer, request.tenant, max_num_tokens(request))
         try:
-            cancel = self._backend.submit(request, answer)
+            return self._backend.submit(request, answer)
         except BaseException:
-            if charge is not None:
+            if (charge := self._charges.pop(answer, None)) is not None:
                 self._quotas.refund(charge)
             raise
+
+    def _charge(self, answer: Answer | PoolCall, tenant: str, num_tokens: int) -> None:
+        """Take what `answer` may use at most from its tenant's quota. Raises OverloadedError."""
+        charge = self._quotas.charge(tenant, self._identities.terms(tenant), num_tokens, time.monotonic())
         if charge is not None:
             self._charges[answer] = charge
-        return cancel
 
     def _refuse_if_hopeless(self, envelope: Envelope) -> None:
         if self.is_draining:
@@ -143,7 +190,22 @@ class Intake:
     @property
     def num_open(self) -> int:
         """Answers whose terminal was not sent."""
-        return len(self._answers)
+        return len(self._answers) + len(self._calls)
+
+    def find(self, name: str, *, tenant: str) -> list[RequestRecord]:
+        """Return the tenant's requests with this id, or of the trace with this id: those that have ended lately, then
+        those that have not."""
+        if not name:  # as is the trace of each request that has none
+            return []
+        now, trace_id = time.monotonic(), name.lower()
+        found = self.observer.records.find(name, tenant=tenant)
+        running: list[Recorded] = [*self._answers, *self._calls]
+        for answer in running:
+            envelope = answer.envelope
+            is_meant = name == envelope.request_id or answer.span.traceparent[3:35] == trace_id
+            if is_meant and envelope.identity.tenant == tenant:
+                found.append(RequestRecord(answer, now, is_ended=False))
+        return found
 
     async def wait_idle(self) -> None:
         """Return when no answer is left whose terminal was not sent."""
@@ -153,6 +215,8 @@ class Intake:
         """End every answer that has not ended, with UNAVAILABLE; the terminals have yet to be sent."""
         for answer in list(self._answers):
             answer.fail(UnavailableError("this router is stopping; use another one", reason=Reason.DRAINING))
+        for call in list(self._calls):
+            call.fail(UnavailableError("this router is stopping; use another one", reason=Reason.DRAINING))
 
     # What answers tell their owner.
 
@@ -166,7 +230,8 @@ class Intake:
 
     def closed(self, answer: Answer) -> None:
         self._answers.discard(answer)
-        if not self._answers:
+        self.observer.ended(answer)
+        if not self._answers and not self._calls:
             self._idle.set()
 
     async def _sweep_forever(self) -> None:

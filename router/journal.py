@@ -101,6 +101,11 @@ class Journal:
         finishes = [choice.finish for choice in self._choices if choice.finish is not None]
         return ["length" if finish.reason == pb.FINISH_REASON_LENGTH else "stop" for finish in finishes]
 
+    @property
+    def texts(self) -> list[str]:
+        """What each choice of the answer says so far."""
+        return ["".join(choice.pieces) + choice.tail for choice in self._choices]
+
     def has_deltas(self, window: int | None) -> bool:
         """Whether `take` would give something; with a `window`, within so many tokens."""
         for choice in self._choices:

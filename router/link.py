@@ -161,7 +161,7 @@ class ReplicaLink:
         """Send `work`, of which `num_tokens` are to be computed, with others of the same batch. Only while
         `can_send`."""
         assert self.can_send
-        self.state.sent(batch_id, num_tokens, num_choices=work.generate.n)
+        self.state.sent(batch_id, num_tokens, num_choices=work.generate.n or 1)
         self._outbox.add(batch_id, work)
         self._wake.set()
 

@@ -28,6 +28,12 @@ def publish(group: str, members: Members) -> None:
             watcher(members)
 
 
+def members() -> Members:
+    """Return the replicas of all groups."""
+    with _lock:
+        return tuple(member for group in _members.values() for member in group)
+
+
 def watch(group: str, watcher: Callable[[Members], object]) -> None:
     """Call `watcher` with every new set, on the publisher's thread, and with the present one, if there is one, now.
 

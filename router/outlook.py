@@ -38,6 +38,11 @@ class LastOutlook:
         return self._outlook.routers if self._clock() - self._heard_at <= MAX_AGE_S else ()
 
     @property
+    def signal_metrics(self) -> tuple[str, str]:
+        """Where `octavo-signal` tells its metrics, and on which node."""
+        return self._outlook.metrics_address, self._outlook.node_id
+
+    @property
     def overrides(self) -> dict[str, int]:
         """What operators have asked for, also if that is old."""
         models = self._outlook.models.items()

@@ -1,7 +1,7 @@
 """Where a request goes: the replica with the least cost in tokens. Pure: no clock, no asyncio, no gRPC.
 
     cost = prefill that the replica owes others + what of this prompt is not cached there + its decode load
-           + what it would have to forget
+           + what it would have to forget + what it has computed lately beyond its part
 
 A block that was sent to a replica with an earlier prompt and is not computed yet counts as cached there: the engine
 shares it while it computes it. What is owed of it is owed to this request as well and not to others; and to compute it
@@ -9,9 +9,8 @@ on another replica at the same time costs double, as half of that is wasted. So 
 together until the rest of what is owed there is twice the prefix.
 
 Replicas without credit are not asked, unless all that they lack it for is such a shared prefix. Ties go to the affinity
-key's favourite, or to chance, within this router's own part of the replicas if some of it are among them: a fixed
-tie-break would send everything to one replica, and several routers that do not know yet of each other's work would meet
-on some. The decision is a value with all its terms, so that it can be logged and replayed.
+key's favourite, or to chance: a fixed tie-break would send everything to one replica. The decision is a value with all
+its terms, so that it can be logged and replayed.
 """
 
 from __future__ import annotations
@@ -81,11 +80,13 @@ class _Group(NamedTuple):
     matched_tokens: int
     uncached_tokens: float
     """The rest of it, by what that costs."""
+    surplus_tokens: int = 0
+    """What of the matched ones does not count, as these replicas have computed more than their part lately."""
 
 
-_Level = tuple[float, int, int, float]
+_Level = tuple[float, int, int, float, int]
 """Replicas of one group, or one that computes a part of the prompt, with the same cost: that cost, their slots, and
-matched and uncached tokens as in `_Group`. A plain one, as a decision makes a dozen of them."""
+matched, uncached and surplus tokens as in `_Group`. A plain one, as a decision makes a dozen of them."""
 
 
 class LeastCost:
@@ -99,7 +100,7 @@ class LeastCost:
         if not levels:
             return None
         least, ties = levels[0][0], 0
-        for cost, slots, _, _ in levels:
+        for cost, slots, *_ in levels:
             if cost != least:
                 break
             ties |= slots
@@ -107,7 +108,7 @@ class LeastCost:
         if is_tie and request.affinity_key:
             slot = roster.circle.favourite(request.affinity_key, ties)
         else:
-            slot = _draw(self._rng, ties & roster.own or ties) if is_tie else ties.bit_length() - 1
+            slot = _draw(self._rng, ties) if is_tie else ties.bit_length() - 1
         candidates = _listed(slot, levels, dict(sharing), roster)
         return Decision(
             replica=candidates[0].replica,
@@ -157,31 +158,44 @@ def _offers(
             matched, resident = min(num_blocks * size, longest), min(num_resident * size, longest)
             replica = roster[slot]
             if replica.credit_sequences > 0 and replica.credit_tokens + matched - resident > 0:
-                sharing.append((slot, _candidate(roster, slot, matched, num_tokens - matched, matched - resident)))
+                sharing.append(
+                    (slot, _candidate(roster, slot, matched, num_tokens - matched, shared_tokens=matched - resident))
+                )
                 computed = max(computed, [resident, matched], key=lambda part: (part[1], -part[0]))
-    groups = []
+    groups, recent = [], roster.recent
     for slots, matched in (*matches, (rest, 0)):
         wasted = max(computed[1] - max(computed[0], matched), 0)
-        groups.append(_Group(slots, matched, num_tokens - matched + wasted))
+        uncached, overworked = num_tokens - matched + wasted, slots & recent.overworked if matched else 0
+        groups.append(_Group(slots & ~overworked, matched, uncached))
+        if overworked:
+            for surplus, equals in recent.by_surplus.items():
+                groups.append(_Group(slots & equals, matched, uncached, min(surplus, matched)))
     return sharing, groups
 
 
 def _candidate(
-    roster: Roster, slot: int, matched_tokens: int, uncached_tokens: float, shared_tokens: int = 0
+    roster: Roster,
+    slot: int,
+    matched_tokens: int,
+    uncached_tokens: float,
+    *,
+    shared_tokens: int = 0,
+    surplus_tokens: int = 0,
 ) -> Candidate:
     """`shared_tokens` is what it owes of this very prompt."""
-    name, owed, decode, displaced = roster.terms(slot)
+    name, owed, decode, displaced, recent = roster.terms(slot)
     if shared_tokens:
         owed = max(owed - shared_tokens, 0.0)
-    return Candidate(name, matched_tokens, owed, float(uncached_tokens), decode, displaced)
+    return Candidate(name, matched_tokens, owed, float(uncached_tokens), decode, displaced, recent + surplus_tokens)
 
 
 def _levels(sharing: Sequence[tuple[int, Candidate]], groups: Sequence[_Group], roster: Roster) -> list[_Level]:
     """Return who can take the request, the cheapest first, as far as that may be listed."""
-    levels: list[_Level] = [(candidate.cost, 1 << slot, 0, 0.0) for slot, candidate in sharing]
-    for slots, matched, uncached in groups:
+    levels: list[_Level] = [(candidate.cost, 1 << slot, 0, 0.0, 0) for slot, candidate in sharing]
+    for slots, matched, uncached, surplus in groups:
         levels += [
-            (load + uncached, equals, matched, uncached) for load, equals in roster.by_load(slots, MAX_CANDIDATES)
+            (load + uncached + surplus, equals, matched, uncached, surplus)
+            for load, equals in roster.by_load(slots, MAX_CANDIDATES)
         ]
     levels.sort()
     return levels
@@ -191,16 +205,16 @@ def _listed(chosen: int, levels: Sequence[_Level], shared: Mapping[int, Candidat
     """Return the chosen candidate and the cheapest of the others, in the order of their cost."""
     first: list[Candidate] = []
     others: list[Candidate] = []
-    for _, slots, matched, uncached in levels:
+    for _, slots, matched, uncached, surplus in levels:
         left = slots
         if not first and left >> chosen & 1:
-            first.append(shared.get(chosen) or _candidate(roster, chosen, matched, uncached))
+            first.append(shared.get(chosen) or _candidate(roster, chosen, matched, uncached, surplus_tokens=surplus))
             left ^= 1 << chosen
         while left and len(others) < MAX_CANDIDATES - 1:
             lowest = left & -left
             left ^= lowest
             slot = lowest.bit_length() - 1
-            others.append(shared.get(slot) or _candidate(roster, slot, matched, uncached))
+            others.append(shared.get(slot) or _candidate(roster, slot, matched, uncached, surplus_tokens=surplus))
         if first and len(others) == MAX_CANDIDATES - 1:
             break
     return first + others

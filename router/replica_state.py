@@ -155,8 +155,9 @@ class ReplicaState:
             if batch.HasField("kv_events"):
                 self._changed()
             return False
-        self.load = from_load(batch.load, batch.step)
-        self._roster.stand(self.load.router_rank, self.load.num_routers)
+        before, self.load = self.load.num_computed_tokens, from_load(batch.load, batch.step)
+        if self._slot is not None and self.load.num_computed_tokens > before:
+            self._roster.recent.add(self._slot, self.load.num_computed_tokens - before)
         while self._sent and self._sent[0][0] <= batch.last_batch_id:
             _, num_tokens, num_choices = self._sent.popleft()
             self._sent_tokens -= num_tokens

@@ -1,8 +1,9 @@
 """All replicas that may be sent work, as placement sees them: who can take something, in the order of their load.
 
-Owns the slots by which replicas are named in sets (an int with a bit for each), the order by load, the sum of credits
-and the prefix index. Whoever mirrors a replica lets it `join`, says when something about it has changed, and lets it
-`leave`. Pure; a change costs a search in a sorted list, a question no more than the loads it has to look at.
+Owns the slots by which replicas are named in sets (an int with a bit for each), the order by load, the sum of credits,
+the prefix index and what replicas have computed lately. Whoever mirrors a replica lets it `join`, says when something
+about it has changed, and lets it `leave`. Pure; a change costs a search in a sorted list, a question no more than the
+loads it has to look at.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 
 from router.affinity import Circle
 from router.prefix_index import MAX_ENTRIES, PrefixIndex, slots_of
+from router.recent_work import RecentWork
 
 DECODE_TOKENS: Final = 8.0
 """What a running sequence weighs: it takes a token of each of its replica's next steps, those among them in which a new
@@ -24,8 +26,6 @@ _EIGHTHS: Final = 8
 another. So prefixes spread over caches that have room, also while nothing queues that could spread them. In steps, so
 that replicas of about the same fill are equal."""
 Key = TypeVar("Key")
-MAX_STANDINGS: Final = 16
-"""Of so many its part of the replicas is remembered: for a while replicas may differ in which routers they see."""
 _FEW: Final = 32
 """So few replicas are looked at one by one; of more, the loads in their order."""
 
@@ -70,6 +70,8 @@ class Terms(NamedTuple):
     decode_tokens: float
     displaced_tokens: float
     """What it would have to forget for a new prompt."""
+    recent_tokens: float
+    """What it has computed lately beyond the mean, weighed."""
 
 
 class _Place:
@@ -79,7 +81,7 @@ class _Place:
 
     def __init__(self, replica: Placeable) -> None:
         self.replica = replica
-        self.terms = terms_of(replica)
+        self.terms = terms_of(replica, 0.0)
         self.load: float | None = None
         """None: it is not in the order, as it has no credit or takes no work."""
         self.credit_tokens = 0
@@ -90,6 +92,7 @@ class Roster:
     def __init__(self, *, max_index_entries: int = MAX_ENTRIES) -> None:
         self.index = PrefixIndex(max_index_entries)
         self.circle = Circle()
+        self.recent = RecentWork()
         self.credit_tokens = 0
         """What all replicas together can still take."""
         self.credit_sequences = 0
@@ -107,9 +110,6 @@ class Roster:
         self._by_size: dict[int, int] = {}
         """Slots by block size."""
         self._by_capabilities: dict[frozenset[str], int] = {}
-        self._standing = (0, 1)
-        self._parts: dict[tuple[int, int], int] = {}
-        """Slots of the replicas that would be this router's own, by its standing."""
 
     def __getitem__(self, slot: int) -> Placeable:
         return self._places[slot].replica
@@ -129,7 +129,7 @@ class Roster:
         self._by_size[replica.block_size] = self._by_size.get(replica.block_size, 0) | bit
         self._by_capabilities[replica.capabilities] = self._by_capabilities.get(replica.capabilities, 0) | bit
         self.circle.join(slot, replica.replica)
-        self._parts.clear()
+        self.recent.join(slot)
         self.changed(slot)
         return slot
 
@@ -141,10 +141,10 @@ class Roster:
         self.open &= ~(1 << slot)
         self.index.clear(slot)
         self.circle.leave(slot, place.replica.replica)
+        self.recent.leave(slot)
         _drop(self._by_size, place.replica.block_size, slot)
         _drop(self._by_capabilities, place.replica.capabilities, slot)
         del self._places[slot]
-        self._parts.clear()
         self._free.append(slot)
 
     def changed(self, slot: int) -> None:
@@ -157,29 +157,13 @@ class Roster:
             self._move(slot, place, None, 0)
             return
         self.open |= bit
-        place.terms = terms = terms_of(replica)
+        recent = self.recent.look(slot, is_busy=replica.num_running > 0)
+        place.terms = terms = terms_of(replica, recent)
         credit = max(replica.credit_tokens, 0)
-        load = terms.owed_tokens + terms.decode_tokens + terms.displaced_tokens if credit else None
+        load = _sum(terms) if credit else None
         self._count_sequences(place, max(replica.credit_sequences, 0) if credit else 0)
         if load != place.load or credit != place.credit_tokens:
             self._move(slot, place, load, credit)
-
-    def stand(self, rank: int, num_routers: int) -> None:
-        """This router is the one of `rank` among so many that share the replicas."""
-        self._standing = rank, num_routers
-
-    @property
-    def own(self) -> int:
-        """This router's equal part of the replicas, no two routers' the same: where it goes first if all cost the same,
-        for until they hear of it, others would choose the same ones."""
-        part = self._parts.get(self._standing)
-        if part is None:
-            if len(self._parts) == MAX_STANDINGS:
-                self._parts.clear()
-            rank, num_routers = self._standing
-            slots = sorted(self._places, key=lambda slot: self._places[slot].replica.replica)
-            part = self._parts[self._standing] = sum(1 << slot for slot in slots[rank::num_routers])
-        return part
 
     def able_to(self, needed: frozenset[str]) -> int:
         """Return the slots of the replicas that may be sent work and have all `needed` capabilities."""
@@ -259,14 +243,15 @@ class Roster:
     def check_integrity(self) -> None:
         """Assert every invariant; for tests."""
         self.index.check_integrity()
+        self.recent.check_integrity()
         assert self._loads == sorted(self._by_load)
         for slot, place in self._places.items():
             replica, bit = place.replica, 1 << slot
             is_able = replica.is_open and replica.credit_tokens > 0
             assert bool(self.open & bit) == replica.is_open
             assert bool(self.able & bit) == is_able
-            assert not is_able or place.terms == terms_of(replica)
-            assert place.load == (load_of(replica) if is_able else None)
+            assert not is_able or place.terms == terms_of(replica, place.terms.recent_tokens)
+            assert place.load == (_sum(place.terms) if is_able else None)
             assert place.load is None or self._by_load[place.load] & bit
             assert self._by_size[replica.block_size] & bit
             assert self._by_capabilities[replica.capabilities] & bit
@@ -278,17 +263,22 @@ class Roster:
 
 def load_of(replica: Placeable) -> float:
     """Return what a replica has on its hands, in tokens."""
-    _, owed, decode, displaced = terms_of(replica)
-    return owed + decode + displaced
+    return _sum(terms_of(replica, 0.0))
 
 
-def terms_of(replica: Placeable) -> Terms:
+def terms_of(replica: Placeable, recent_tokens: float) -> Terms:
     return Terms(
         replica.replica,
         float(replica.owed_tokens),
         DECODE_TOKENS * replica.num_running,
         DISPLACED_TOKENS * int(_EIGHTHS * replica.cache_use),
+        recent_tokens,
     )
+
+
+def _sum(terms: Terms) -> float:
+    _, owed, decode, displaced, recent = terms
+    return owed + decode + displaced + recent
 
 
 def _drop(slots: dict[Key, int], key: Key, slot: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
 from octavo.names import Reason
-from octavo.v1.types_pb2 import Sampling
+from octavo.v1.types_pb2 import ResponseFormat, Sampling
 
 from router.model import ServedModel
 from router.violations import Violations
@@ -14,6 +15,7 @@ from workers.types import SamplingParams
 
 MAX_LOGIT_BIASES = 1_024
 MAX_LOGIT_BIAS = 100.0
+MAX_FORMAT_BYTES = 65_536
 _seeds = random.Random()  # repeatable by nobody, but no secret
 
 _RULES = (
@@ -53,8 +55,29 @@ def _check_logit_bias(sampling: Sampling, model: ServedModel, violations: Violat
         violations.require(holds, field, f"must be in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]", bias)
 
 
-def make_sampling(sampling: Sampling) -> SamplingParams:
-    """Return what `check_sampling` found nothing against, with every default filled in."""
+def check_format(asked: ResponseFormat, violations: Violations) -> None:
+    """Whether the engine can hold an answer to it is the engine's to say."""
+    kind = asked.WhichOneof("format")
+    violations.require(kind is not None, "response_format", "must have one of its fields", "none")
+    if kind in (None, "json_object"):
+        return
+    field, text = f"response_format.{kind}", getattr(asked, kind)
+    size = len(text.encode())
+    violations.require(1 <= size <= MAX_FORMAT_BYTES, field, f"must have 1 to {MAX_FORMAT_BYTES} bytes", size)
+    if kind == "json_schema" and size <= MAX_FORMAT_BYTES:
+        violations.require(_is_schema(text), field, "must be a JSON object or a boolean", text[:40])
+
+
+def _is_schema(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | bool)
+    except (ValueError, RecursionError):
+        return False
+
+
+def make_sampling(sampling: Sampling, asked: ResponseFormat | None = None) -> SamplingParams:
+    """Return what `check_sampling` and `check_format` found nothing against, with every default filled in."""
+    kind = None if asked is None else asked.WhichOneof("format")
     return SamplingParams(
         temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
@@ -65,4 +88,5 @@ def make_sampling(sampling: Sampling) -> SamplingParams:
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed if sampling.HasField("seed") else _seeds.getrandbits(64),
         logit_bias=dict(sampling.logit_bias),
+        format=None if kind is None else (kind, "" if kind == "json_object" else getattr(asked, kind)),
     )

@@ -16,7 +16,7 @@ from router.types import Backend, ReplicaView
 
 class SelfReport:
     """`models` are the names of all that it serves or should; may grow. Whoever has bound the ports says where they are
-    in `address`, of all routers of the node, and `own_address`."""
+    in `address`, of all routers of the node, and `own_address`, and where metrics are told in the other two."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class SelfReport:
         self.router_id = router_id
         self.epoch = time.time_ns()
         self.address = self.own_address = self.node_id = ""
+        self.metrics_address = self.cluster_metrics_address = ""
         self.outlook = outlook
         """What was heard of the others, and of scaling."""
         self.token_rates = TokenRates()
@@ -47,6 +48,8 @@ class SelfReport:
             epoch=self.epoch,
             address=self.address,
             own_address=self.own_address,
+            metrics_address=self.metrics_address,
+            cluster_metrics_address=self.cluster_metrics_address,
             pid=os.getpid(),
             node_id=self.node_id,
             state="draining" if self._intake.is_draining else "serving",

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from octavo.metrics import recording_meter
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
@@ -23,11 +24,14 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from router import garbage, membership
 from router.backends import Backends
 from router.catalogue import Catalogue
-from router.config import RouterConfig
+from router.config import RouterSetup
 from router.dispatcher import Dispatcher
 from router.health_port import HealthPort
 from router.hello import RouterIdentity
+from router.metrics import RouterMetrics
+from router.metrics_targets import metrics_targets
 from router.model import ModelSource, ServedModel
+from router.observer import RequestObserver
 from router.outlook import LastOutlook
 from router.reporter import Reporter
 from router.server import RouterServer
@@ -62,25 +66,24 @@ class MembershipRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]  # ray h
 class Router:
     """The user class of the deployment.
 
-    `workers` are the handles of the deployments whose replicas do the work, by the names of their groups; `listen` is
-    the public host and port, 0 for any; `secret` says the cluster's secret, blocks, and is called once.
+    `workers` are the handles of the deployments whose replicas do the work, by the names of their groups;
+    `secret` says the cluster's secret, blocks, and is called once.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         *,
         boot: Boot,
-        config: RouterConfig,
+        setup: RouterSetup,
         models: tuple[ModelSource, ...],
-        listen: tuple[str, int],
         secret: Callable[[], bytes],
         workers: Mapping[str, DeploymentHandle],
         version: str,
         signal: SignalLine,
     ) -> None:
-        self._config = config
+        self._config = setup.config
         self._workers = workers
-        self._stop_process = await asyncio.to_thread(boot.start_process, "router")
+        self._process = await asyncio.to_thread(boot.start_process, "router")
         self._router_id = serve.get_replica_context().replica_id.unique_id
         self._identity = RouterIdentity(
             router_id=self._router_id,
@@ -88,11 +91,14 @@ class Router:
             keys=ClusterKeys.derive(await asyncio.to_thread(secret)),
         )
         self._outlook = LastOutlook()
+        meter, names = recording_meter("octavo.router"), [source.name for source in models]
+        metrics = None if meter is None else RouterMetrics(meter, names, max_tenants=setup.observer.max_tenants)
+        self._observer = RequestObserver(setup.observer, metrics)
         self._backends = Backends()
         self._catalogue = Catalogue(models, boot.model_files, self._serve_model)
         await self._catalogue.load()
         self._server = RouterServer(
-            config,
+            setup.config,
             self._catalogue.models,
             self._backends,
             router_id=self._router_id,
@@ -101,10 +107,15 @@ class Router:
             salt_key=self._identity.keys.tenant_salt,
             outlook=self._outlook,
         )
-        await self._listen(*listen)
+        self._server.observe(self._observer)
+        await self._listen(*setup.listen)
         about = self._server.about
         about.address, about.own_address = self._address, self._own_address
         about.node_id = ray.get_runtime_context().get_node_id()
+        about.metrics_address = self._process.metrics_address
+        about.cluster_metrics_address = await asyncio.to_thread(
+            self._process.merge, self._router_id, partial(metrics_targets, self._outlook, about.node_id)
+        )
         self._reporter = Reporter(signal, about, after=self._server.health.refresh)
         self._reporter.start()
         garbage.settle()
@@ -140,6 +151,7 @@ class Router:
         return {
             "address": self._address,
             "own_address": self._own_address,
+            "metrics": self._server.about.cluster_metrics_address,
             "models": [name for name in self._catalogue.models if name not in self._catalogue.failures],
             "failures": self._catalogue.failures,
             "replicas": replicas,
@@ -168,7 +180,7 @@ class Router:
         if self._health_port is not None:
             await self._health_port.stop()
         await self._backends.stop()
-        await asyncio.to_thread(self._stop_process)
+        await asyncio.to_thread(self._process.stop)
 
     def _serve_model(self, source: ModelSource, model: ServedModel) -> None:
         """Take requests for `model` on, and hear of its replicas from now on."""
@@ -179,6 +191,7 @@ class Router:
         )
         dispatcher = Dispatcher(self._config, identity)
         dispatcher.look_out(partial(self._outlook.model, source.name))
+        dispatcher.measure(self._observer.metrics)
         dispatcher.start()
         self._backends.add(source.name, dispatcher)
         loop = asyncio.get_running_loop()
@@ -195,4 +208,5 @@ def _address(replica: RunningReplica) -> ReplicaAddress:
         node_id=metadata["node_id"],
         is_encrypted=metadata["is_encrypted"],
         memory=metadata["memory"],
+        metrics=metadata.get("metrics", ""),
     )

@@ -28,11 +28,13 @@ from octavo.v1.status_service_pb2_grpc import add_StatusServiceServicer_to_serve
 
 from router import status
 from router.config import RouterConfig
+from router.gauges import RouterGauges
 from router.health import Health
 from router.identity import Identities
 from router.intake import Intake
 from router.key_file import KeyFile
 from router.model import Models
+from router.observer import RequestObserver
 from router.outlook import LastOutlook
 from router.registrar import Registrar
 from router.self_report import SelfReport
@@ -101,7 +103,8 @@ class RouterServer:
             self._intake, self._sessions, backend, models, router_id=router_id, outlook=outlook or LastOutlook()
         )
         self.health = Health(SERVICES, models, self.about)
-        status_servicer = StatusServicer(models, self.about, version=version)
+        self._gauges = RouterGauges(backend, self.about, tuple(models), num_sessions=lambda: self._sessions.num_open)
+        status_servicer = StatusServicer(models, self.about, self._intake, identities, version=version)
         self._add(add_StatusServiceServicer_to_server, status_servicer, identities.identify)
         self._add(health_pb2_grpc.add_HealthServicer_to_server, self.health.servicer, is_ours=False)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -120,6 +123,10 @@ class RouterServer:
     @property
     def sessions(self) -> Sessions:
         return self._sessions
+
+    def observe(self, observer: RequestObserver) -> None:
+        """Tell `observer`, instead of nobody, of requests that have ended. Before `start`."""
+        self._intake.observer = observer
 
     def bind(self, host: str, port: int) -> int:
         """Listen on ``host:port`` (0: any free port) once started; return the port. May be called for several.
@@ -149,6 +156,8 @@ class RouterServer:
         assert self._is_bound
         self._intake.start()
         self._identities.start()
+        if (metrics := self._intake.observer.metrics) is not None:
+            self._gauges.start(metrics.meter)
         await self._server.start()
         await self.health.set_serving(True)
 
@@ -184,6 +193,7 @@ class RouterServer:
         await self._sessions.stop()
         await self._intake.stop()
         await self._identities.stop()
+        self._gauges.stop()
 
     def _add(
         self,

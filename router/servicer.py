@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc.aio
 from octavo.names import Metadata, Span
+from octavo.v1 import pooling_pb2 as pb
 from octavo.v1.inference_service_pb2 import GenerateRequest, GenerateResponse, SessionRequest
 from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
@@ -21,6 +22,7 @@ from router import status
 from router.answer import MAX_MESSAGE_TOKENS, Answer
 from router.identity import Identities
 from router.intake import Intake
+from router.pool_servicer import Context, PoolServicer
 from router.sessions import Sessions
 from router.stream_writer import StreamWriter
 from router.validation import MAX_ID_BYTES, Envelope
@@ -39,6 +41,7 @@ class InferenceServicer(InferenceServiceServicer):
         self._intake = intake
         self._identities = identities
         self._sessions = sessions
+        self._pools = PoolServicer(intake, identities)
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
@@ -48,6 +51,7 @@ class InferenceServicer(InferenceServiceServicer):
         try:
             envelope = self._envelope(request, context)
         except OctavoError as error:
+            self._intake.observer.refused(request.model, error.reason)
             await status.abort(context, error)
         answer = self._intake.open(
             envelope, name=Span.GENERATE, model=request.model, on_ready=lambda _answer: ready.set()
@@ -69,6 +73,18 @@ class InferenceServicer(InferenceServiceServicer):
         self, request_iterator: AsyncIterator[SessionRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         await self._sessions.serve(context)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        return await self._pools.embed(request, context)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # noqa: N802
+        return await self._pools.score(request, context)
+
+    async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankResponse:  # noqa: N802
+        return await self._pools.rerank(request, context)
+
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:  # noqa: N802
+        return await self._pools.classify(request, context)
 
     def _envelope(self, request: GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]) -> Envelope:
         now = time.monotonic()

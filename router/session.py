@@ -129,6 +129,7 @@ class Session:
                 try:
                     await self._start(start)
                 except OctavoError as error:
+                    self._intake.observer.refused(start.request.model, error.reason)
                     self._outbox.refuse(start.request_id, error)
                 except Exception as error:
                     self._outbox.refuse(start.request_id, status.unexpected(error))
@@ -256,8 +257,10 @@ class Session:
         await status.abort(self._context, error if isinstance(error, OctavoError) else status.unexpected(error))
 
     def _end(self, entries: list[Entry]) -> None:
-        """Their Terminals are in the message: nothing may change them any more, or be told after them."""
+        """Their Terminals are in the message: nothing may change them any more, or be told after them. The client may
+        have them before the message counts as written, and use their ids again."""
         for entry in entries:
+            entry.is_delivered = True
             del self._live[entry.request_id]
             entry.answer.close()
             entry.answer.detach()
@@ -269,7 +272,6 @@ class Session:
         for entry in self._ending:
             # One that was attached again meanwhile has its Terminal still before it.
             if entry.stream is self and self._live.get(entry.request_id) is not entry:
-                entry.is_delivered = True
                 self._lingering.append((now, entry))
         self._ending.clear()
         while self._lingering and (len(self._lingering) > MAX_LINGERING or now - self._lingering[0][0] > LINGER_S):

@@ -44,6 +44,7 @@ class Sessions:
         try:
             identity = self._identities.identify(context)
         except OctavoError as error:
+            self._intake.observer.refused("", error.reason)
             await status.abort(context, error)
         session = Session(self._intake, self._entries, context, identity)
         self._open.add(session)

@@ -56,6 +56,10 @@ class RouterReport:
     """Of all routers of its node."""
     own_address: str = ""
     """Of this router alone."""
+    metrics_address: str = ""
+    """Where it tells its own metrics; empty if nowhere."""
+    cluster_metrics_address: str = ""
+    """Where it tells those of all processes."""
     pid: int = 0
     node_id: str = ""
     state: str = "serving"
@@ -121,6 +125,10 @@ class Outlook:
     models: Mapping[str, ModelOutlook] = field(default_factory=dict)
     routers: tuple[RouterReport, ...] = ()
     """All routers of which something was heard lately, whoever asks among them."""
+    metrics_address: str = ""
+    """Where the actor tells its own metrics."""
+    node_id: str = ""
+    """Of the actor."""
 
 
 class SignalLine(Protocol):

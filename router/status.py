@@ -56,8 +56,12 @@ def unexpected(error: BaseException) -> OctavoError:
 
 def message_of(error: OctavoError) -> str:
     """Return the text for the client: of an INTERNAL one at most one line, so that it is no stack trace."""
-    text = str(error)
-    if error.code == "INTERNAL" and ("\n" in text or not text):
+    return message_of_text(str(error), error.code)
+
+
+def message_of_text(text: str, code: str) -> str:
+    """Return what a client may be told of an error of `code` that says `text`."""
+    if code == "INTERNAL" and ("\n" in text or not text):
         return INTERNAL_MESSAGE
     return _cut(text, MAX_MESSAGE)
 

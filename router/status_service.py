@@ -1,25 +1,40 @@
-"""StatusService: the cluster as this router sees it, and what it has heard of scaling and of other routers."""
+"""StatusService: the cluster as this router sees it, what it has heard of scaling and of other routers, and what it can
+tell of single requests: to each tenant of its own."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
+from octavo.names import Reason
 from octavo.v1 import status_service_pb2 as pb
 from octavo.v1.status_service_pb2_grpc import StatusServiceServicer
 
+from router import status
+from router.identity import Identities
+from router.intake import Intake
 from router.model import Models, UnservedModel
+from router.record_messages import to_message
 from router.self_report import SelfReport
 from router.signal import ModelOutlook, ModelSignal, RouterReport
 from router.types import ReplicaView
+from router.violations import shown
+from workers.errors import NotFoundError
+
+DEFAULT_LISTED: Final = 10
+MAX_LISTED: Final = 100
 
 
 class StatusServicer(StatusServiceServicer):
-    def __init__(self, models: Models, about: SelfReport, *, version: str) -> None:
+    def __init__(
+        self, models: Models, about: SelfReport, intake: Intake, identities: Identities, *, version: str
+    ) -> None:
         self._models = models
         self._about = about
+        self._intake = intake
+        self._identities = identities
         self._version = version
 
     async def GetStatus(  # noqa: N802
@@ -34,6 +49,35 @@ class StatusServicer(StatusServiceServicer):
             replicas=[_replica(view, about.token_rates.per_second(view.replica_id)) for view in about.replicas()],
             models=[self._model(name, own.models) for name in self._models],
             routers=[_router(report, now) for report in routers.values()],
+        )
+
+    async def GetRequestRecord(  # noqa: N802
+        self, request: pb.GetRequestRecordRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetRequestRecordResponse:
+        found = self._intake.find(request.id.strip(), tenant=self._identities.identify(context).tenant)
+        if not found:
+            limit = self._intake.observer.records.max_records
+            error = NotFoundError(
+                f"this router remembers no request and no trace {shown(request.id)} of yours; it knows those that "
+                f"it has, and the last {limit} that have ended",
+                reason=Reason.REQUEST_NOT_FOUND,
+            )
+            await status.abort(context, error)
+        router_id = self._about.router_id
+        return pb.GetRequestRecordResponse(records=[to_message(record, router_id) for record in found])
+
+    async def ListRequestRecords(  # noqa: N802
+        self, request: pb.ListRequestRecordsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListRequestRecordsResponse:
+        records, tenant = self._intake.observer.records, self._identities.identify(context).tenant
+        number = min(request.max_records or DEFAULT_LISTED, MAX_LISTED)
+        return pb.ListRequestRecordsResponse(
+            records=[
+                to_message(record, self._about.router_id)
+                for record in records.slowest(number, tenant=tenant, model=request.model)
+            ],
+            num_kept=len(records),
+            max_kept=records.max_records,
         )
 
     def _model(self, name: str, signals: Mapping[str, ModelSignal]) -> pb.ModelStatus:
@@ -85,6 +129,7 @@ def _router(report: RouterReport, now: float) -> pb.RouterStatus:
         address=report.address,
         own_address=report.own_address,
         node_id=report.node_id,
+        metrics_address=report.cluster_metrics_address,
     )
 
 

@@ -46,6 +46,31 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def encode_at_most(self, text: str, limit: int | None) -> list[int]:
+        """Return the ids of `text`, blocking; no more than `limit`, special tokens at its end kept."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        if limit is None or len(ids) <= limit:
+            return ids
+        inner = self._tokenizer.encode(text, add_special_tokens=False)
+        inner.truncate(max(0, limit - self._tokenizer.num_special_tokens_to_add(False)))
+        found: list[int] = self._tokenizer.post_process(inner).ids
+        return found
+
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int]:
+        """Return the ids of a pair of texts, as the model's tokenizer puts them together, and how many are of the
+        first; blocking. Of more than `limit` the longer text loses its end."""
+        encoding = self._tokenizer.encode(first, second)
+        if limit is not None and len(encoding.ids) > limit:
+            one, other = (self._tokenizer.encode(text, add_special_tokens=False) for text in (first, second))
+            room = max(0, limit - self._tokenizer.num_special_tokens_to_add(True))
+            shorter, longer = sorted((one, other), key=lambda part: len(part.ids))
+            kept = min(len(shorter.ids), room // 2)
+            shorter.truncate(kept)
+            longer.truncate(room - kept)
+            encoding = self._tokenizer.post_process(one, other)
+        segments: list[int] = encoding.type_ids
+        return encoding.ids, segments.index(1) if 1 in segments else 0
+
     async def encode_text(self, text: str) -> list[int]:
         """Return the ids of `text`; suspends only if it is longer than `MAX_INLINE_CHARACTERS`."""
         return self.encode(text) if len(text) <= MAX_INLINE_CHARACTERS else await asyncio.to_thread(self.encode, text)

@@ -13,7 +13,15 @@ from typing import NamedTuple, Protocol
 
 from router.signal import ModelSignal
 from workers.errors import OctavoError
-from workers.types import Finish, Load, SamplingParams, TokenLogprobs, needed_capabilities
+from workers.types import Finish, Load, SamplingParams, TokenLogprobs, needed_capabilities, pool_capabilities
+
+
+class PoolTask(NamedTuple):
+    """What is to be made of a request that generates nothing: see `workers.types.PoolWork`."""
+
+    method: str
+    normalize: bool | None
+    num_first_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +41,8 @@ class Request:
     n: int = 1
     """How many choices are generated; with best_of the front answers fewer."""
     num_logprobs: int | None = None
+    pool: PoolTask | None = None
+    """None: it generates. Else numbers are made of its prompt, and what is said of generating means nothing."""
     priority: int = 0
     affinity_key: str = ""
     tenant: str = ""
@@ -48,6 +58,8 @@ class Request:
     @property
     def needed_capabilities(self) -> frozenset[str]:
         """What a replica's engine must be able to do for it, beyond generating."""
+        if self.pool is not None:
+            return pool_capabilities(self.pool.method)
         return needed_capabilities(self.sampling, self.num_logprobs, self.received)
 
     @property
@@ -69,10 +81,13 @@ class Candidate(NamedTuple):
     decode_tokens: float = 0.0
     displaced_tokens: float = 0.0
     """What it would have to forget for this prompt, by how full its cache is."""
+    recent_tokens: float = 0.0
+    """What it has computed lately beyond its part, weighed."""
 
     @property
     def cost(self) -> float:
-        return self.owed_tokens + self.uncached_tokens + self.decode_tokens + self.displaced_tokens
+        load = self.owed_tokens + self.decode_tokens + self.displaced_tokens
+        return load + self.uncached_tokens + self.recent_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +101,103 @@ class Decision:
     attempt: int = 1
 
 
+class Wait(NamedTuple):
+    """One wait in the queue, and why it was one. What is left of `duration_s` it was not the request's turn, or the
+    batch that it went with was awaited."""
+
+    since: float = 0.0
+    """On ``time.monotonic``."""
+    duration_s: float = 0.0
+    no_replica_s: float = 0.0
+    """So long no replica was ready."""
+    full_s: float = 0.0
+    """So long some were, and none could take more."""
+    num_waiting: int = 0
+    """Requests that waited already when this one came."""
+    num_gone: int = 0
+    """Requests that were sent while it waited."""
+
+
+class BatchShape(NamedTuple):
+    """What left the queue together."""
+
+    batch_id: int = 0
+    num_requests: int = 1
+    num_tokens: int = 0
+    """Prompt tokens; of those that are shared, each once."""
+
+
+class Attempt:
+    """A request at one replica: why it had waited, where it went and why, and what came of it. The back goes on to
+    fill it in while it lasts, the front notes `num_cached`. Times are on ``time.monotonic``."""
+
+    __slots__ = (
+        "batch",
+        "decision",
+        "first_token_at",
+        "left_at",
+        "loss",
+        "loss_reason",
+        "num_cached",
+        "num_tokens",
+        "queue_s",
+        "sent_at",
+        "wait",
+    )
+
+    def __init__(
+        self,
+        decision: Decision,
+        queue_s: float,
+        *,
+        sent_at: float = 0.0,
+        wait: Wait = Wait(),  # noqa: B008  # a value
+        batch: BatchShape = BatchShape(),  # noqa: B008
+    ) -> None:
+        self.decision = decision
+        self.queue_s = queue_s
+        """From the request's acceptance until it was sent."""
+        self.sent_at = sent_at
+        self.wait = wait
+        self.batch = batch
+        self.num_cached = 0
+        """Prompt tokens that the replica had."""
+        self.first_token_at: float | None = None
+        self.num_tokens = 0
+        """Generated there, of all choices."""
+        self.left_at: float | None = None
+        """When it was over there; None while it lasts."""
+        self.loss_reason = self.loss = ""
+        """Why it has to go on elsewhere: a reason of `octavo.names.Reason`, and in words."""
+
+
+class ModelStanding(NamedTuple):
+    """How it stands with one model in this router, for gauges."""
+
+    num_queued_requests: int = 0
+    num_queued_tokens: int = 0
+    oldest_wait_s: float = 0.0
+    num_dispatched: int = 0
+    """Requests that replicas have."""
+    credit_tokens: int = 0
+    """Prompt tokens that may still be sent."""
+    num_index_blocks: int = 0
+    """Blocks of caches that it knows."""
+
+
 class Sink(Protocol):
     """Where the back delivers one request's answer. None of these blocks or raises."""
 
-    def dispatched(self, decision: Decision, queue_s: float) -> None:
-        """The request was sent to `decision.replica`, `queue_s` after its acceptance."""
+    def dispatched(self, attempt: Attempt) -> None:
+        """The request was sent to a replica."""
 
     def cached(self, num_tokens: int) -> None:
         """The replica found this many prompt tokens in its cache. Before the first tokens of each attempt."""
 
     def tokens(self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None: ...
+
+    def pooled(self, index: int, values: Sequence[float]) -> None:
+        """What was made of the prompt of a request with a `PoolTask`, whole."""
 
     def known(self, index: int) -> Sequence[int]:
         """Return the tokens of a choice so far, what the client had before included."""
@@ -119,6 +221,8 @@ class ReplicaAddress:
     """Whether the port speaks TLS, with routers of this cluster alone."""
     memory: str = ""
     """How its KV memory was sized, as a sum for people."""
+    metrics: str = ""
+    """Where it tells its metrics, if it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,3 +285,6 @@ class Backend(Protocol):
 
     def signal(self, model: str) -> ModelSignal:
         """Return how it stands with a model, for the cluster's scaling."""
+
+    def standing(self, model: str) -> ModelStanding:
+        """Return what gauges show of a model."""

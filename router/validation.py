@@ -22,7 +22,7 @@ from router.identity import ANYBODY, Identity
 from router.model import Models, ServedModel, UnservedModel
 from router.prompt import is_quick, prompt_ids
 from router.received import MAX_INLINE_RECEIVED, check_received, new_choices, num_received
-from router.sampling import check_sampling, make_sampling
+from router.sampling import check_format, check_sampling, make_sampling
 from router.types import Request
 from router.violations import Violations, check_token_ids, shown
 from workers.errors import NotFoundError, NotServedError, Violation
@@ -81,6 +81,9 @@ class Validator:
         violations = Violations()
         self._check_fields(message, envelope, model, violations)
         check_sampling(message.sampling, model, violations)
+        asked = message.response_format if message.HasField("response_format") else None
+        if asked is not None:
+            check_format(asked, violations)
         _check_not_served(message, violations)
         num_choices, num_generated = self._check_choices(message, violations)
         prompt = await prompt_ids(message.prompt, model, violations)
@@ -96,7 +99,7 @@ class Validator:
             model=name,
             prompt=prompt,
             received=received,
-            sampling=make_sampling(message.sampling),
+            sampling=make_sampling(message.sampling, asked),
             max_tokens=max_tokens,
             min_tokens=message.min_tokens,
             n=num_generated,
@@ -216,4 +219,3 @@ def _check_not_served(message: GenerateRequest, violations: Violations) -> None:
     violations.serve(
         message.truncate in (TRUNCATE_UNSPECIFIED, TRUNCATE_NONE), "truncate", "any value other than TRUNCATE_NONE"
     )
-    violations.serve(not message.HasField("response_format"), "response_format")

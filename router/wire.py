@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from router.types import Request
+from router.types import PoolTask, Request
 from workers.types import Finish, FinishReason, Load, SamplingParams, TokenLogprobs
 
 
@@ -22,22 +22,35 @@ def to_work(request: Request, *, work_id: int, attempt: int, now: float, tracepa
         tracestate=tracestate,
         adapter=request.adapter,
         salt=request.salt,
-        generate=pb.Generate(
-            prompt_token_ids=request.prompt,
-            max_tokens=request.max_tokens,
-            min_tokens=request.min_tokens,
-            stop_token_ids=sorted(request.stop_token_ids),
-            n=request.n,
-            sampling=_to_sampling(request.sampling),
-        ),
     )
-    if len(request.received) == 1:
-        work.generate.received_token_ids.extend(request.received[0])
+    if request.pool is not None:
+        _fill_pool(work.pool, request.prompt, request.pool)
     else:
-        work.generate.received_choices.extend(pb.TokenIds(ids=token_ids) for token_ids in request.received)
-    if request.num_logprobs is not None:
-        work.generate.num_logprobs = request.num_logprobs
+        _fill_generate(work.generate, request)
     return work
+
+
+def _fill_pool(message: pb.Pool, tokens: Sequence[int], task: PoolTask) -> None:
+    message.token_ids.extend(tokens)
+    message.method = task.method
+    message.normalize = bool(task.normalize)
+    message.normalizes_by_model = task.normalize is None
+    message.num_first_tokens = task.num_first_tokens
+
+
+def _fill_generate(message: pb.Generate, request: Request) -> None:
+    message.prompt_token_ids.extend(request.prompt)
+    message.max_tokens = request.max_tokens
+    message.min_tokens = request.min_tokens
+    message.stop_token_ids.extend(sorted(request.stop_token_ids))
+    message.n = request.n
+    message.sampling.CopyFrom(_to_sampling(request.sampling))
+    if len(request.received) == 1:
+        message.received_token_ids.extend(request.received[0])
+    else:
+        message.received_choices.extend(pb.TokenIds(ids=token_ids) for token_ids in request.received)
+    if request.num_logprobs is not None:
+        message.num_logprobs = request.num_logprobs
 
 
 def _timeout_us(left_s: float) -> int:
@@ -46,6 +59,7 @@ def _timeout_us(left_s: float) -> int:
 
 
 def _to_sampling(sampling: SamplingParams) -> pb.SamplingParams:
+    kind, text = sampling.format or ("", "")
     return pb.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -56,6 +70,8 @@ def _to_sampling(sampling: SamplingParams) -> pb.SamplingParams:
         frequency_penalty=sampling.frequency_penalty,
         seed=sampling.seed,
         logit_bias=sampling.logit_bias,
+        format_kind=kind,
+        format=text,
     )
 
 
@@ -95,6 +111,7 @@ def from_finish(message: pb.Finish) -> Finish:
         prefill_s=message.prefill_s,
         decode_s=message.decode_s,
         num_preemptions=message.num_preemptions,
+        num_steps=message.num_steps,
     )
 
 
@@ -114,6 +131,4 @@ def from_load(message: pb.Load, num_steps: int = 0) -> Load:
         num_steps=num_steps,
         num_drafted_tokens=message.num_drafted_tokens,
         num_accepted_tokens=message.num_accepted_tokens,
-        num_routers=max(message.num_routers, 1),
-        router_rank=message.router_rank,
     )

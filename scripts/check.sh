@@ -18,4 +18,5 @@ bash scripts/protos.sh "$fresh"
   diff -q "$fresh/$file" "protos/$file" >/dev/null || { echo "check: protos/${file#./} is not what its .proto says: run 'make protos'" >&2; exit 1; }
 done
 step "stubs beside protobuf 6.33 and 7.x"; "$bin/python" scripts/check_protobuf_matrix.py
+step "docs written from code"; "$bin/python" -m scripts.reference --check; "$bin/python" -m scripts.dashboards --check
 step "import arrows, names, manifests";    "$bin/python" -m pytest -q tests/checks

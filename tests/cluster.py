@@ -66,8 +66,8 @@ class ClusterProcess:
         """The replicas that were there when the cluster got ready."""
         return [int(replica["pid"]) for replica in self.ready["replicas"]]
 
-    def await_ready(self) -> ClusterProcess:
-        end = time.monotonic() + START_TIMEOUT_S
+    def await_ready(self, timeout_s: float = START_TIMEOUT_S) -> ClusterProcess:
+        end = time.monotonic() + timeout_s
         while not (line := (self.directory / "stdout").read_text()).endswith("\n"):
             assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.errors()}"
             assert time.monotonic() < end, f"it is not ready:\n{self.errors()}"

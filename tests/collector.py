@@ -1,4 +1,5 @@
-"""A tiny OTLP/gRPC collector in the test's process: keeps the spans that it is sent and finds whole traces in them."""
+"""A tiny OTLP/gRPC collector in the test's process: keeps the spans that it is sent and finds whole traces in them; of
+metrics it keeps the names."""
 
 from __future__ import annotations
 
@@ -7,31 +8,21 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import grpc
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from load_tests.span_collector import Span, read_spans
+
 TIMEOUT_S = 15.0
-
-
-@dataclass(frozen=True)
-class Span:
-    service: str
-    name: str
-    trace_id: str
-    span_id: str
-    parent_id: str
-    attributes: dict[str, Any]
-    links: tuple[str, ...]
-    """Span ids."""
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
@@ -40,8 +31,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spans: list[Span] = []
+        self._metrics: set[str] = set()
         self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
+        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_Metrics(self._lock, self._metrics), self._server)
         self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Collector:
@@ -68,8 +61,13 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  # the method's name on the wire
         with self._lock:
-            self._spans += _spans(request)
+            self._spans += read_spans(request)
         return trace_service_pb2.ExportTraceServiceResponse()
+
+    def metrics(self) -> set[str]:
+        """Return the names of all metrics that came."""
+        with self._lock:
+            return set(self._metrics)
 
     def spans(self, trace_id: str) -> list[Span]:
         with self._lock:
@@ -79,6 +77,11 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         """Return the spans of all traces that are called `name`, in the order in which they came."""
         with self._lock:
             return [span for span in self._spans if span.name == name]
+
+    def since(self, number: int = 0) -> list[Span]:
+        """Return the spans of all traces, but for the first ones that came."""
+        with self._lock:
+            return self._spans[number:]
 
     def await_spans(self, trace_id: str, names: set[str]) -> dict[str, Span]:
         """Return one trace's spans by name, once those called `names` are among them."""
@@ -91,22 +94,14 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             time.sleep(0.05)
 
 
-def _spans(request: Any) -> Iterator[Span]:
-    for resource in request.resource_spans:
-        about = {item.key: item.value.string_value for item in resource.resource.attributes}
-        for scope in resource.scope_spans:
-            for span in scope.spans:
-                yield Span(
-                    service=about["service.name"],
-                    name=span.name,
-                    trace_id=span.trace_id.hex(),
-                    span_id=span.span_id.hex(),
-                    parent_id=span.parent_span_id.hex(),
-                    attributes={item.key: _value(item.value) for item in span.attributes},
-                    links=tuple(link.span_id.hex() for link in span.links),
-                )
+class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
+    """Keeps the names alone."""
 
+    def __init__(self, lock: threading.Lock, names: set[str]) -> None:
+        self._lock, self._names = lock, names
 
-def _value(value: Any) -> Any:
-    kind = value.WhichOneof("value")
-    return None if kind is None else getattr(value, kind)
+    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802  # the method's name on the wire
+        scopes = (scope for resource in request.resource_metrics for scope in resource.scope_metrics)
+        with self._lock:
+            self._names.update(metric.name for scope in scopes for metric in scope.metrics)
+        return metrics_service_pb2.ExportMetricsServiceResponse()

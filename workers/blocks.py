@@ -46,6 +46,10 @@ class BlockPool:
         """Of the hashes in `_resident`."""
         self._promised: dict[bytes, int] = {}
         self._events: list[KvEvent] = []
+        self.num_cached = 0
+        """Free blocks whose content can be found."""
+        self.num_evictions = 0
+        """How often content that could be found made way for other content."""
 
     @property
     def num_blocks(self) -> int:
@@ -98,6 +102,7 @@ class BlockPool:
             assert block.references or block.hash is not None
             if block.references == 0:
                 del self._free[number]
+                self.num_cached -= 1
             block.references += 1
 
     def allocate(self, count: int, filler: Hashable) -> list[int] | None:
@@ -167,6 +172,8 @@ class BlockPool:
             self._free[number] = None
             if block.hash is None:
                 self._free.move_to_end(number, last=False)
+            else:
+                self.num_cached += 1
 
     def drain_events(self) -> list[KvEvent]:
         """Return the events since the last call, in order."""
@@ -199,6 +206,7 @@ class BlockPool:
         assert len(self._free) + sum(block.references > 0 for block in self._blocks) == self.num_blocks
         has_hash = [self._blocks[number].hash is not None for number in self._free]
         assert has_hash == sorted(has_hash), "a block with content stands before one without in the free list"
+        assert self.num_cached == sum(has_hash)
         if tables is not None:
             counted = [0] * self.num_blocks
             for table in tables:
@@ -209,18 +217,21 @@ class BlockPool:
     def _take(self, filler: Hashable) -> int:
         number, _ = self._free.popitem(last=False)
         block = self._blocks[number]
-        self._forget(block)
+        if block.hash is not None:
+            self.num_cached -= 1
+            self._forget(block)
         block.references = 1
         block.filler = filler
         return number
 
     def _forget(self, block: Block) -> None:
-        """Make a block that is not pending unfindable."""
-        if block.hash is not None:
-            del self._resident[block.hash]
-            self._digest = toggle(self._digest, block.hash)
-            self._events.append(KvEvent(KvEventKind.REMOVED, block.hash))
-            block.hash = None
+        """Make a block that can be found, and is not pending, unfindable."""
+        assert block.hash is not None
+        del self._resident[block.hash]
+        self._digest = toggle(self._digest, block.hash)
+        self._events.append(KvEvent(KvEventKind.REMOVED, block.hash))
+        self.num_evictions += 1
+        block.hash = None
 
     def _break_promise(self, block: Block) -> None:
         if block.hash is not None:

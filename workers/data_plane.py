@@ -33,6 +33,7 @@ from octavo.names import Reason
 from workers.errors import StartupError
 from workers.handshake import MIN_PROTOCOL, NONCE_BYTES, PROTOCOL, TOKENS_PROTOCOL, is_proven
 from workers.router_stream import ProtocolError, RouterStream
+from workers.step_telemetry import StepTelemetry
 from workers.types import Engine
 from workers.wire import to_hello_ack
 from workers.work_ledger import BadDispatchError, WorkLedger
@@ -109,11 +110,12 @@ class DataPlaneServer(DataPlaneServiceServicer):
     def num_routers(self) -> int:
         return len(self._streams)
 
-    async def start(self, engine: Engine) -> None:
-        """Listen. `engine` calls `notify` when it has news. Raises StartupError when the port cannot be had."""
+    async def start(self, engine: Engine, steps: StepTelemetry | None = None) -> None:
+        """Listen. `engine` calls `notify` when it has news; `steps` hears of its steps. Raises StartupError when the
+        port cannot be had."""
         assert self._server is None
         self._engine = engine
-        self._ledger = WorkLedger(engine, self._replica_id)
+        self._ledger = WorkLedger(engine, self._replica_id, steps)
         self._loop = asyncio.get_running_loop()
         server = grpc.aio.server(
             options=[

@@ -10,21 +10,40 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 from octavo.names import Reason
 
 from workers.blocks import BlockPool
-from workers.config import EngineConfig
+from workers.config import CHUNK_TOKENS, EngineConfig
 from workers.errors import ConfigError
 from workers.lookup import PromptLookup
 from workers.plan import Constraint, Proposer, Runner, StepPlan, Ticket, verifies_drafts
 from workers.prefix import PrefixHasher
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence
-from workers.types import EngineInfo, Finish, FinishReason, GenerateWork, KvEvent, Load, TokenDelta, Work, WorkId
+from workers.stall import StallingRunner
+from workers.standing import counts_of, load_of
+from workers.step_watch import StepWatch
+from workers.types import (
+    EngineCounts,
+    EngineInfo,
+    Finish,
+    FinishReason,
+    GenerateWork,
+    KvEvent,
+    Load,
+    TokenDelta,
+    Work,
+    WorkId,
+)
 
 CHECK_INTERVAL_S = 10.0
 """An engine that becomes idle checks its blocks, this often at most."""
+CHECK_PAUSE = 1_000
+"""And then not for so many times as long as that took: a request that comes meanwhile waits for it."""
+MAX_FAILED_STEPS = 3
+"""So many in a row on a device that works ahead: then it is broken, and with it the engine."""
 
 _log = logging.getLogger(__name__)
 
@@ -56,18 +75,21 @@ class PagedEngine:
             )
         self._config = config
         self._info = info
-        self._runner = runner
+        self._runner: Runner = StallingRunner(runner, Path(config.stall_file)) if config.stall_file else runner
         self._clock = clock
         self._lag = lag
+        self._fatal_errors: tuple[type[Exception], ...] = getattr(runner, "fatal_errors", ())
         self._constraint_for = constraint_for
+        self._chunk_tokens = config.chunk_tokens or CHUNK_TOKENS
         self._pool = BlockPool(info.num_blocks)
         self._scheduler = Scheduler(
             pool=self._pool,
             hasher=hasher,
-            chunk_tokens=config.chunk_tokens,
+            chunk_tokens=self._chunk_tokens,
             max_num_sequences=config.max_num_sequences,
             prefix_cache=config.prefix_cache,
             reserve=config.reserve,
+            prefill_interval=getattr(runner, "prefill_interval", 1),
         )
         self._works: dict[WorkId, list[Sequence]] = {}
         """The sequences of each work that has not ended."""
@@ -75,7 +97,10 @@ class PagedEngine:
         self._outputs: list[TokenDelta] = []
         self._num_arrivals = 0
         self._num_taken = 0
-        self._checked_at = clock()
+        self._num_failed_steps = 0
+        """Since the last one that could be read."""
+        self._check_at = clock() + CHECK_INTERVAL_S
+        self._watch: StepWatch | None = None
         self._is_closed = False
 
     @property
@@ -107,8 +132,11 @@ class PagedEngine:
         self._collect()
 
     def step(self) -> bool:
-        """Run one step; return whether there was anything to do."""
-        plan = self._scheduler.schedule(self._clock())
+        """Run one step; return whether there was anything to do. Raises what the device says once it is broken."""
+        watch, began = self._watch, self._clock()
+        plan = self._scheduler.schedule(began)
+        if watch is not None:
+            watch.scheduled(plan, began)
         try:
             if plan.chunks:
                 self._launched.append(self._runner.launch(plan))
@@ -119,7 +147,13 @@ class PagedEngine:
             is_due = True
         else:
             if output is not None:
-                self._scheduler.commit(self._launched.popleft().plan, output, self._clock())
+                ticket, now = self._launched.popleft(), self._clock()
+                self._num_failed_steps = 0
+                if watch is not None:
+                    watch.computed(ticket, now)
+                for i, own_error in output.errors.items():
+                    self._fail(ticket.plan.chunks[i].sequence, own_error)
+                self._scheduler.commit(ticket.plan, output, now)
         self._collect()
         if plan.chunks or is_due:
             return True
@@ -134,27 +168,17 @@ class PagedEngine:
         return self._pool.events_anew() if anew else self._pool.drain_events()
 
     def load(self) -> Load:
-        scheduler = self._scheduler
-        owed = scheduler.owed_prefill_tokens
-        places = self._credit_sequences()
-        return Load(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_blocks=self._pool.num_blocks,
-            num_free_blocks=self._pool.num_free,
-            owed_prefill_tokens=owed,
-            credit_tokens=self._credit_tokens(owed) if places else 0,
-            credit_sequences=places,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
-            num_computed_tokens=scheduler.num_computed_tokens,
-            num_steps=scheduler.num_steps,
-            num_drafted_tokens=scheduler.num_drafted_tokens,
-            num_accepted_tokens=scheduler.num_accepted_tokens,
-            num_taken=self._num_taken,
-            resident=self._pool.resident(),
-        )
+        config = self._config
+        return load_of(self._scheduler, self._pool, self._chunk_tokens, config.max_num_sequences, self._num_taken)
+
+    def counts(self) -> EngineCounts:
+        """Return what only metrics need. From any thread; its numbers may be of two steps that follow each other."""
+        return counts_of(self._scheduler, self._pool)
+
+    def watch(self) -> StepWatch:
+        """Have steps timed from now on. Who steps the engine says `ended` after each, and whoever wants to drains."""
+        self._watch = StepWatch(self._scheduler, self._pool, self._clock)
+        return self._watch
 
     def close(self) -> None:
         if self._is_closed:
@@ -182,7 +206,7 @@ class PagedEngine:
                     work,
                     index=index,
                     arrival=self._num_arrivals,
-                    arrived_at=now,
+                    arrived_at=now if work.arrived_at is None else work.arrived_at,
                     constraint=constraint,
                     # Choices that go on after tokens of their own share what the cache has, and no block in part.
                     leader=sequences[0] if sequences and not work.received else None,
@@ -223,9 +247,13 @@ class PagedEngine:
         """Find out whose fault a failed step is: compute its chunks one by one, and end those that fail alone.
 
         A chunk computed twice writes the same values to the same places, and blocks that were copied from are still
-        held. With steps in flight this cannot be told, and all their sequences end.
+        held. With steps in flight this cannot be told, and all their sequences end. Raises `error` if the engine is
+        broken by now.
         """
         if self._lag:
+            self._num_failed_steps += 1
+            if self._num_failed_steps == MAX_FAILED_STEPS or isinstance(error, self._fatal_errors):
+                raise error
             plans = [*(ticket.plan for ticket in self._launched), plan]
             self._launched.clear()
             for failed in plans:
@@ -250,36 +278,22 @@ class PagedEngine:
         self._scheduler.end_copies(plan)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        _log.error("sequence %s of %s failed", sequence.index, sequence.work.work_id, exc_info=error)
+        work = sequence.work
+        request = {"request_id": work.request_id, "traceparent": work.traceparent}
+        _log.error("sequence %s of %s failed", sequence.index, work.work_id, exc_info=error, extra=request)
         message = f"the engine could not compute this request ({type(error).__name__})"
         self._scheduler.end(sequence, FinishReason.ERROR, self._clock(), error=(Reason.INTERNAL, message))
 
     def _collect(self) -> None:
         """Take the scheduler's deltas over, and forget works all of whose choices have ended."""
-        for delta in self._scheduler.drain_deltas():
-            self._outputs.append(delta)
-            if delta.finish is not None and all(s.is_ended for s in self._works.get(delta.work_id, ())):
-                self._works.pop(delta.work_id, None)
-
-    def _credit_tokens(self, owed: int) -> int:
-        """Prompt tokens of new work that keep the next two steps full."""
-        if not self._scheduler.running and not self._scheduler.waiting:
-            return 2 * self._config.chunk_tokens
-        return 0 if self._scheduler.is_short_of_blocks else max(0, 2 * self._config.chunk_tokens - owed)
-
-    def _credit_sequences(self) -> int:
-        """New sequences that find a place now, or within the two steps that it takes a router to hear of it and to
-        send: those that end by then make way, one in any case. All others wait in the router, where order can still
-        change: one that is here goes before whatever comes there."""
-        running = self._scheduler.running
-        num_ending = sum(
-            len(s.tokens) + s.num_placeholders + 2 >= len(s.work.prompt) + s.work.max_tokens for s in running
-        )
-        num_places = self._config.max_num_sequences - len(running) - len(self._scheduler.waiting)
-        return max(0, num_places + max(1, num_ending))
+        deltas = self._scheduler.commits.drain()
+        self._outputs += deltas
+        for work_id in [delta.work_id for delta in deltas if delta.finish is not None]:
+            if all(s.is_ended for s in self._works.get(work_id, ())):
+                self._works.pop(work_id, None)
 
     def _check_when_due(self) -> None:
         now = self._clock()
-        if not self._works and now - self._checked_at >= CHECK_INTERVAL_S:
-            self._checked_at = now
+        if not self._works and now >= self._check_at:
             self.check_integrity()
+            self._check_at = now + max(CHECK_INTERVAL_S, CHECK_PAUSE * (self._clock() - now))

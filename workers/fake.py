@@ -19,7 +19,13 @@ from workers.engine import PagedEngine
 from workers.plan import Chunk, StepOutput, StepPlan, accepted
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
-from workers.types import CAPABILITY_GENERATE, CAPABILITY_RECEIVED_CHOICES, EngineInfo, ModelManifest
+from workers.types import (
+    CAPABILITY_GENERATE,
+    CAPABILITY_RECEIVED_CHOICES,
+    CAPABILITY_RECEIVED_PENALTIES,
+    EngineInfo,
+    ModelManifest,
+)
 
 _MODULUS = (1 << 61) - 1
 _FACTOR = 1_000_003
@@ -134,7 +140,7 @@ class FakeEngine(PagedEngine):
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
             weights_fingerprint=manifest.weights_fingerprint,
             hash_key_fingerprint=hasher.key_fingerprint,
-            capabilities=frozenset({CAPABILITY_GENERATE, CAPABILITY_RECEIVED_CHOICES}),
+            capabilities=frozenset({CAPABILITY_GENERATE, CAPABILITY_RECEIVED_CHOICES, CAPABILITY_RECEIVED_PENALTIES}),
         )
         self.runner = FakeRunner(manifest.vocab_size, config.fake_step_s)
         super().__init__(config, info=info, runner=self.runner, hasher=hasher, clock=clock)

@@ -1,6 +1,6 @@
 """The seam between the runner and what computes: a model over its cache turns chunks of tokens into logits.
 
-LoadedModel.over(cache) -> Forward        TorchForward   workers/models: torch, any machine
+LoadedModel.over(cache) -> Forward        TorchForward   workers/models: torch, any machine; modules of transformers too
                                           NativeForward  workers/native: one call of the C library
 """
 
@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from workers.kv_memory import KvMemory
 from workers.plan import Chunk
-from workers.weights.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +44,33 @@ class Forward(Protocol):
     def close(self) -> None: ...
 
 
+class ServedShape(Protocol):
+    """What an engine has to know of a model's sizes."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def sliding_window(self) -> int | None: ...
+
+
 class LoadedModel(Protocol):
     """Weights in memory, packed for this machine."""
 
     @property
-    def shape(self) -> ModelShape: ...
+    def shape(self) -> ServedShape: ...
 
     @property
     def dtype_name(self) -> str:
@@ -71,6 +92,7 @@ class LoadedModel(Protocol):
 
 if TYPE_CHECKING:
     from workers.models.llama import LlamaModel
+    from workers.models.transformers_model import TransformersModel
     from workers.native.model import NativeModel
 
-    _models: tuple[type[LoadedModel], ...] = (LlamaModel, NativeModel)
+    _models: tuple[type[LoadedModel], ...] = (LlamaModel, NativeModel, TransformersModel)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from workers.outbox import Outbox
-from workers.types import GenerateWork, Load, Work
+from workers.types import Load, Work
 from workers.work_spans import WorkSpans
 
 
@@ -66,7 +66,6 @@ class LiveWork:
         "is_plain",
         "is_seen",
         "num_choices",
-        "num_prompt_tokens",
         "router",
         "spans",
     )
@@ -79,11 +78,10 @@ class LiveWork:
         """Their indices."""
         self.num_choices = len(self.choices)
         """Those that have not ended."""
-        self.num_prompt_tokens = len(work.prompt) if isinstance(work, GenerateWork) else 0
         self.is_seen = False
         self.is_plain = False
         """Whether tokens of the first choice only have to be passed on: the router has heard of the work and wants all
-        of it, and nobody else looks at it."""
+        of it, and nobody else looks at them."""
         self.is_aborted = False
         self.aborted_choices: set[int] = set()
         """Those that were aborted while the others go on."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from workers.config import EngineConfig
 from workers.errors import ConfigError
-from workers.forward import LoadedModel
+from workers.forward import LoadedModel, ServedShape
 from workers.native import library
 from workers.native.model import NativeDtype, NativeModel, can_round
 from workers.types import ModelFiles, ModelManifest
@@ -36,12 +36,17 @@ def load_model(
     manifest: ModelManifest,
     *,
     threads: int,
-    check: Callable[[ModelShape], object],
+    check: Callable[[ServedShape], object],
     packs: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
     """Return the model, ready to compute with `threads` threads. `check` is called with the shape before minutes of
     loading, `packs` before minutes of packing. Raises ConfigError if `config` asks for what this machine or the model
     cannot do, and ModelFileError."""
+    if config.engine == "transformers":
+        from workers.models.transformers_loading import load_decoder
+
+        decoder: LoadedModel = load_decoder(config, files, threads, check)
+        return decoder
     reason = why_not_native(config)
     if reason is None:
         try:

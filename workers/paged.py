@@ -1,16 +1,18 @@
-"""Puts the engine `paged` together: weights, KV cache, attention, runner, scheduler."""
+"""Puts the engines `paged` and `transformers` together: weights, KV cache, attention, runner, scheduler."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from workers import memory
 from workers.config import EngineConfig
+from workers.cuda import choose_device
 from workers.engine import PagedEngine
 from workers.errors import ConfigError, ModelFileError
-from workers.forward import LoadedModel
+from workers.forward import LoadedModel, ServedShape
 from workers.kv_memory import KvMemory, bytes_per_block
 from workers.loading import load_model
 from workers.prefix import PrefixHasher
@@ -20,11 +22,11 @@ from workers.types import (
     CAPABILITY_LOGIT_BIAS,
     CAPABILITY_LOGPROBS,
     CAPABILITY_RECEIVED_CHOICES,
+    CAPABILITY_RECEIVED_PENALTIES,
     EngineInfo,
     ModelFiles,
     ModelManifest,
 )
-from workers.weights.shape import ModelShape
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ def build_paged(
     packs: Callable[[], object] = lambda: None,
 ) -> PagedEngine:
     """See `build_engine`."""
+    if config.engine == "paged" and choose_device(config) == "cuda":
+        from workers.paged_on_gpu import build_on_gpu  # imports torch
+
+        return build_on_gpu(config, files, manifest, hash_key=hash_key, clock=clock)
     started = time.monotonic()
     model = load_model(
         config,
@@ -72,29 +78,61 @@ def assemble(
     max_model_len = choose_max_model_len(config, manifest, model.shape)
     cache, memory_sum = _make_cache(config, model, max_model_len)
     hasher = PrefixHasher(hash_key, config.block_size)
-    info = EngineInfo(
-        engine="paged",
+    info = describe(config, model, manifest, num_blocks=cache.num_blocks, memory=memory_sum, hasher=hasher)
+    runner = CpuRunner(model.over(cache), cache)
+    return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)
+
+
+class Described(Protocol):
+    """What an `EngineInfo` says of a model."""
+
+    @property
+    def shape(self) -> ServedShape: ...
+
+    @property
+    def dtype_name(self) -> str: ...
+
+    @property
+    def kernels(self) -> str: ...
+
+
+def describe(
+    config: EngineConfig,
+    model: Described,
+    manifest: ModelManifest,
+    *,
+    num_blocks: int,
+    memory: str,
+    hasher: PrefixHasher,
+) -> EngineInfo:
+    """Return what an engine over `model` says of itself; `memory`: how its pool was sized, in words."""
+    return EngineInfo(
+        engine=config.engine,
         model=manifest.name,
         block_size=config.block_size,
-        num_blocks=cache.num_blocks,
-        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        max_model_len=choose_max_model_len(config, manifest, model.shape),
         vocab_size=model.shape.vocab_size,
         model_fingerprint=manifest.model_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         weights_fingerprint=manifest.weights_fingerprint,
         hash_key_fingerprint=hasher.key_fingerprint,
         capabilities=frozenset(
-            {CAPABILITY_GENERATE, CAPABILITY_LOGPROBS, CAPABILITY_LOGIT_BIAS, CAPABILITY_RECEIVED_CHOICES}
+            {
+                CAPABILITY_GENERATE,
+                CAPABILITY_LOGPROBS,
+                CAPABILITY_LOGIT_BIAS,
+                CAPABILITY_RECEIVED_CHOICES,
+                CAPABILITY_RECEIVED_PENALTIES,
+            }
         ),
         dtype=model.dtype_name,
         kernels=model.kernels,
-        memory=memory_sum,
+        memory=memory,
     )
-    runner = CpuRunner(model.over(cache), cache)
-    return PagedEngine(config, info=info, runner=runner, hasher=hasher, clock=clock)
 
 
-def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: ModelShape) -> int:
+def choose_max_model_len(config: EngineConfig, manifest: ModelManifest, shape: ServedShape) -> int:
     """Return the most tokens of prompt and answer together. Raises ConfigError or ModelFileError."""
     if manifest.vocab_size != shape.vocab_size:
         raise ModelFileError(

@@ -10,8 +10,9 @@ num_logprobs. It never writes to one. Knows no requests, no clock, no device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from workers.types import TokenLogprobs
@@ -63,7 +64,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Rows, those of drafts too: what the step's budget counts."""
-        return sum(chunk.num_rows for chunk in self.chunks)
+        return sum([chunk[2] for chunk in self.chunks]) + sum([len(chunk[4]) for chunk in self.chunks if chunk[4]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class StepOutput:
     tokens: Seq[tuple[int, ...]]
     logprobs: Seq[tuple[TokenLogprobs, ...]] = ()
     """Of each token of a sequence that has `num_logprobs`, else (); all () may be left out."""
+    errors: Mapping[int, Exception] = field(default_factory=dict)
+    """By chunk: why its sequence, and no other, cannot go on; it has no tokens."""
     pooled: Seq[tuple[float, ...]] = ()
 
 

@@ -38,6 +38,8 @@ class Precedence:
         self._due: Sequence | None = None
         self._heirs: list[Sequence] = []
         """Those whose rank is not their own."""
+        self._may_be_overdue = False
+        """Whether a sequence that runs may be: nobody is who got something in every step."""
 
     def settle(
         self, waiting: list[Sequence], running: list[Sequence], blocker: Callable[[Sequence], Hashable | None]
@@ -50,13 +52,14 @@ class Precedence:
         for heir in self._heirs:
             heir.rank = heir.own_rank
         self._heirs = []
-        if self._due is None or self._due.is_ended:
+        if (waiting or self._may_be_overdue) and (self._due is None or self._due.is_ended):
             overdue = [
                 s
                 for s in chain(waiting, running)
                 if s.num_idle_steps >= MAX_IDLE_STEPS or s.num_preemptions >= MAX_PREEMPTIONS
             ]
             self._due = min(overdue, key=lambda s: s.arrival, default=None)
+            self._may_be_overdue = bool(overdue)
             if self._due is not None:
                 self._due.is_due = is_changed = True
                 self._due.rank = self._due.own_rank
@@ -69,6 +72,7 @@ class Precedence:
 
     def count(self, served: Iterable[Sequence], waiting: Iterable[Sequence], running: Iterable[Sequence]) -> None:
         """Count a step against all that wanted some of it and got nothing; `served` got something."""
+        self._may_be_overdue = True
         lucky = set(map(id, served))
         for sequence in waiting:
             sequence.num_idle_steps += 1

@@ -6,6 +6,7 @@ computing its chunks again writes the same values to the same places.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ class CpuTicket:
 
     plan: StepPlan
     result: StepOutput
+    computed_at: float
+    """On ``time.monotonic``: all but drawing was done."""
 
     def output(self) -> StepOutput:
         return self.result
@@ -47,7 +50,8 @@ class CpuRunner:
         if plan.copies:
             self._cache.copy(plan.copies)
         self.num_computed_rows += plan.num_tokens
-        return CpuTicket(plan, _sample(plan, self._forward.compute(plan.chunks)))
+        logits, computed_at = self._forward.compute(plan.chunks), time.monotonic()
+        return CpuTicket(plan, _sample(plan, logits), computed_at)
 
     def close(self) -> None:
         self._forward.close()

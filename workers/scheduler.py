@@ -13,25 +13,27 @@ is admitted when the blocks of its longest possible answer are there, and nothin
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from heapq import merge
 
-from octavo.names import Reason
-
+from workers import decoding
 from workers.blocks import BlockPool
+from workers.commits import Commits
+from workers.pace import PrefillPace
 from workers.plan import Chunk, StepOutput, StepPlan
 from workers.precedence import Precedence, by_rank
 from workers.prefix import PrefixHasher
 from workers.sequence import Sequence
 from workers.tables import BlockTables
-from workers.types import Finish, FinishReason, TokenDelta, TokenLogprobs
+from workers.types import FinishReason, TokenLogprobs
 
 MAX_OVERTAKES = 64
 """How many sequences of a lower rank may pass one that lacks blocks; then nobody passes it any more."""
 
 
 class Scheduler:
-    """Schedules onto `pool`; not thread safe. Deltas pile up until `drain_deltas`."""
+    """Schedules onto `pool`; not thread safe. Deltas pile up in `commits`. `prefill_interval`: see `PrefillPace`."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Scheduler:
         max_num_sequences: int,
         prefix_cache: bool = True,
         reserve: bool = False,
+        prefill_interval: int = 1,
     ) -> None:
         self._tables = BlockTables(pool, hasher, prefix_cache=prefix_cache, reserve=reserve)
         self._reserve = reserve
@@ -56,24 +59,23 @@ class Scheduler:
         """Whether a sequence waited in the last step because blocks were missing."""
         self._may_admit = True
         """Whether more sequences may be admitted in the step that is being planned."""
+        self._pace = PrefillPace(prefill_interval, chunk_tokens)
+        self._next_deadline = math.inf
+        """No sequence has an earlier one."""
         self.num_steps = 0
         self.num_preemptions = 0
-        self.num_computed_tokens = 0
-        self.num_drafted_tokens = 0
-        self.num_accepted_tokens = 0
         self.prefix_cache_queries = 0
+        """In tokens: those of prompts whose first step was planned."""
         self.prefix_cache_hits = 0
-        """In tokens, as the queries are."""
-        self._deltas: list[TokenDelta] = []
+        self.commits = Commits(self._tables, self.end)
 
     @property
     def owed_prefill_tokens(self) -> int:
         """Known tokens of accepted sequences that must be computed before their next token; of those that wait, without
         what was cached when they came or is computed for another."""
-        decoding = 1
-        owed = (len(s.tokens) + s.num_placeholders - s.num_computed for s in self.running)
-        waiting = (max(s.num_tokens - s.num_spared, decoding) for s in self.waiting)
-        return sum(waiting) + sum(n for n in owed if n > decoding)
+        owed = (len(s.tokens) - s.num_computed for s in self.running if not s.quiet_until)
+        waiting = (max(s.num_tokens - s.num_spared, 1) for s in self.waiting)
+        return sum(waiting) + sum(n for n in owed if n > 1)  # 1: it decodes
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why this sequence could never run, in words for its client; None if it could run alone."""
@@ -81,6 +83,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let `sequence` wait for its first step. It has a `refusal` of None and is not complete."""
+        if sequence.work.deadline is not None:
+            self._next_deadline = min(self._next_deadline, sequence.work.deadline)
         self._wait(sequence)
 
     def end(
@@ -93,10 +97,8 @@ class Scheduler:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
-        """Emit the last delta of `sequence` and free all that it holds. Ended already: no effect.
-
-        `error` is a reason of `octavo.names.Reason` and a message.
-        """
+        """Emit the last delta of `sequence` and free all that it holds. Ended already: no effect. `error` is one of
+        `octavo.names.Reason` and a message."""
         if sequence.is_ended:
             return
         self._tables.release(sequence)
@@ -105,12 +107,8 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         sequence.is_ended = True
-        self._emit(sequence, token_ids, logprobs, sequence.finish(reason, now, error))
-
-    def drain_deltas(self) -> list[TokenDelta]:
-        """Return the deltas since the last call, in order."""
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        sequence.quiet_until = 0
+        self.commits.emit(sequence, token_ids, logprobs, sequence.finish(reason, now, error))
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. The caller launches the plan, unless it is empty, and then commits it."""
@@ -120,8 +118,11 @@ class Scheduler:
         self._may_admit = True
         chunks: list[Chunk] = []
         prefills: list[Sequence] = []
-        budget = self._decode(chunks, prefills)
-        self._draft(self._prefill(now, budget, prefills, chunks), chunks)
+        budget, num_decodes = self._decode(chunks, prefills), len(chunks)
+        if prefills or not num_decodes or self._pace.admits(self.waiting):
+            budget = self._prefill(now, budget, prefills, chunks)
+        self._pace.count(has_prefill=len(chunks) > num_decodes)
+        self._draft(budget, chunks)
         if chunks:
             self.num_steps += 1
             if self.waiting or len(chunks) < len(self.running):
@@ -135,11 +136,7 @@ class Scheduler:
         which is then drawn again.
         """
         self.end_copies(plan)
-        no_logprobs: tuple[TokenLogprobs, ...] = ()
-        for i, (chunk, tokens) in enumerate(zip(plan.chunks, output.tokens, strict=True)):
-            self.num_computed_tokens += chunk.num_tokens + len(chunk.draft)
-            if not chunk.sequence.is_ended:
-                self._commit_chunk(chunk, tokens, output.logprobs[i] if output.logprobs else no_logprobs, now)
+        self.commits.commit(plan, output, now)
 
     def end_copies(self, plan: StepPlan) -> None:
         """Let go of the blocks that `plan` copied from. `commit` does it; call it for a plan that failed."""
@@ -159,13 +156,22 @@ class Scheduler:
         self._tables.check_integrity(self.running)
 
     def _expire(self, now: float) -> None:
+        if now < self._next_deadline:
+            return
+        next_deadline = math.inf
         for sequence in [*self.waiting, *self.running]:
-            if sequence.work.deadline is not None and sequence.work.deadline <= now:
+            deadline = math.inf if sequence.work.deadline is None else sequence.work.deadline
+            if deadline <= now:
                 self.end(sequence, FinishReason.DEADLINE, now)
+            else:
+                next_deadline = min(next_deadline, deadline)
+        self._next_deadline = next_deadline
 
     def _decode(self, chunks: list[Chunk], prefills: list[Sequence]) -> int:
         """Plan a token for every running sequence that lacks one only, and note those that lack more; return what is
         left of the budget."""
+        if self._tables.has_room_for(len(self.running)):
+            return self._chunk_tokens - decoding.plan_decodes(self.running, self._tables, chunks, prefills)
         decodes: list[Sequence] = []
         for sequence in self.running:
             num_tokens = sequence.num_to_schedule
@@ -292,50 +298,3 @@ class Scheduler:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             self.prefix_cache_queries += sequence.num_prompt_tokens
             self.prefix_cache_hits += sequence.num_cached_tokens
-
-    def _commit_chunk(
-        self, chunk: Chunk, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], now: float
-    ) -> None:
-        sequence = chunk.sequence
-        assert chunk.start == sequence.num_computed
-        accepted, reason, error = 0, None, ("", "")
-        for token in tokens:
-            try:
-                reason = sequence.append(token)
-            except Exception as own_error:  # its constraint's; nobody else shall suffer for it
-                reason = FinishReason.ERROR
-                error = (Reason.INTERNAL, f"the constraint of this request failed ({type(own_error).__name__})")
-                break
-            accepted += 1
-            if reason is not None:
-                break
-        draft, num_stored = chunk.draft, 0
-        if draft:
-            num_stored = max(0, min(accepted - 1, len(draft)))
-            assert tokens[:num_stored] == draft[:num_stored]
-            self.num_drafted_tokens += len(draft)
-            self.num_accepted_tokens += num_stored
-        sequence.commit(chunk.num_tokens, samples=chunk.samples, num_drafted=len(draft), num_accepted=num_stored)
-        if chunk.samples and not tokens:
-            sequence.roll_back()
-        self._tables.publish(sequence, chunk.start)
-        if draft:
-            self._tables.shrink(sequence)
-        if accepted and sequence.first_token_at is None:
-            sequence.first_token_at = now
-        if reason is not None:
-            self.end(sequence, reason, now, error=error, token_ids=tokens[:accepted], logprobs=logprobs[:accepted])
-        elif accepted:
-            self._emit(sequence, tokens, logprobs, None)
-
-    def _emit(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
-        finish: Finish | None,
-    ) -> None:
-        index = sequence.index
-        num_cached_tokens = None if index else sequence.num_cached_tokens
-        sequence.num_cached_tokens = None
-        self._deltas.append(TokenDelta(sequence.work.work_id, index, token_ids, logprobs, finish, num_cached_tokens))

@@ -34,18 +34,23 @@ class Sequence:
         "is_due",
         "is_ended",
         "leader",
+        "max_stored_tokens",
         "num_cached_tokens",
         "num_computed",
+        "num_extra_steps",
         "num_idle_steps",
         "num_overtaken",
         "num_placeholders",
         "num_preemptions",
         "num_scheduled",
         "num_spared",
+        "num_void",
         "proposer",
+        "quiet_until",
         "rank",
         "sampling",
         "started_at",
+        "stop_token_ids",
         "tokens",
         "work",
     )
@@ -81,11 +86,21 @@ class Sequence:
         self.num_computed = 0
         self.num_scheduled = 0
         self.num_placeholders = 0
+        self.quiet_until = 0
+        """While `num_scheduled` is smaller, its next step is one token, into a block that is its own, and the answer is
+        not complete by then: nothing is to be decided; see `workers.decoding`."""
+        self.max_stored_tokens = len(work.prompt) + work.max_tokens - 1
+        """How many tokens may come to have keys and values: all of prompt and answer but the last."""
+        self.stop_token_ids = work.stop_token_ids
         self.num_cached_tokens: int | None = None
         """Prompt tokens found in the cache when it first ran; None before, and after it has been reported."""
         self.num_spared = 0
         """Tokens that it will hardly have to compute by itself, as it looked when it began to wait."""
+        self.num_void = 0
+        """Chunks in flight that were planned on tokens which have been taken back since."""
         self.num_preemptions = 0
+        self.num_extra_steps = 0
+        """Steps in which it took part, less the tokens that it generated: most steps bring it one."""
         self.num_idle_steps = 0
         """Steps in which it could have computed something and got nothing."""
         self.num_overtaken = 0
@@ -112,11 +127,6 @@ class Sequence:
     def num_answer_tokens(self) -> int:
         """Received and generated tokens and placeholders: what `max_tokens` counts."""
         return self.num_tokens - len(self.work.prompt)
-
-    @property
-    def max_stored_tokens(self) -> int:
-        """How many tokens may come to have keys and values: all of prompt and answer but the last."""
-        return len(self.work.prompt) + self.work.max_tokens - 1
 
     @property
     def adapter(self) -> str:
@@ -157,6 +167,8 @@ class Sequence:
         """Return why it ends now and where its time went. `error`: an `octavo.names.Reason` and a message."""
         started = now if self.started_at is None else self.started_at
         first = now if self.first_token_at is None else self.first_token_at
+        received = self.work.received[self.index] if self.work.received else ()
+        num_tokens = len(self.tokens) - len(self.work.prompt) - len(received)
         return Finish(
             reason=reason,
             stop_token_id=self.tokens[-1] if reason is FinishReason.STOP else None,
@@ -166,6 +178,9 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now - first,
             num_preemptions=self.num_preemptions,
+            num_steps=num_tokens + self.num_extra_steps,
+            num_tokens=num_tokens,
+            ended_at=now,
         )
 
     def schedule(self, num_tokens: int) -> bool:
@@ -188,6 +203,7 @@ class Sequence:
         """Begin to run with the keys and values of `num_computed` tokens in its blocks."""
         assert not self.is_in_flight
         self.num_computed = self.num_scheduled = num_computed
+        self.quiet_until = 0
         self.check()
 
     def commit(self, num_tokens: int, *, samples: bool, num_drafted: int = 0, num_accepted: int = 0) -> None:
@@ -213,10 +229,21 @@ class Sequence:
         return FinishReason.LENGTH if num_answer_tokens >= work.max_tokens else None
 
     def roll_back(self) -> None:
-        """Forget what was computed beyond the last known token but one, so that a next token can be drawn."""
+        """Forget what was computed beyond the last known token but one, so that a next token can be drawn. Chunks in
+        flight, one for each placeholder, went on from what is forgotten: they are void."""
+        self.num_void += self.num_placeholders
+        self.num_placeholders = 0
         self.num_computed = min(self.num_computed, len(self.tokens) - 1)
         self.num_scheduled = self.num_computed
+        self.quiet_until = 0
         self.check()
+
+    def is_void(self) -> bool:
+        """Say whether the chunk that comes back next is void; it counts as come back then."""
+        if not self.num_void:
+            return False
+        self.num_void -= 1
+        return True
 
     def block_hashes(self, hasher: PrefixHasher) -> list[bytes]:
         """Return the hashes of all full blocks of known tokens."""

@@ -15,17 +15,18 @@ import ipaddress
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import ray
 from ray import serve
 
-from workers.build import build_engine, warm
+from workers.build import start_engine
 from workers.config import EngineConfig
 from workers.data_plane import DataPlaneServer
 from workers.handshake import PROTOCOL, ClusterKeys
-from workers.start import FETCHING, LOADING, PACKING, WARMING, Progress, Start, untold
-from workers.thread import EngineThread
+from workers.start import FETCHING, LOADING, Progress, Start, untold
+from workers.step_telemetry import observe
 from workers.types import Boot
 
 LOOPBACK = "127.0.0.1"
@@ -40,7 +41,7 @@ class Worker:
     """The user class of the deployment. `secret` says the cluster's secret; it blocks, and is called once.
 
     `config.threads` is final here. `graceful_shutdown_timeout_s` is what Serve was told as well. `progress` hears how
-    far the start has come.
+    far the start has come. `name` is what requests call the model, if not as its files do.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -52,7 +53,9 @@ class Worker:
         secret: Callable[[], bytes],
         graceful_shutdown_timeout_s: float,
         progress: Progress = untold,
+        name: str = "",
     ) -> None:
+        self._name = name
         self._draining: asyncio.Task[bool] | None = None
         self._drain_grace_s = max(0.0, graceful_shutdown_timeout_s - 2 * STOP_MARGIN_S)
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -63,21 +66,11 @@ class Worker:
     async def _start(
         self, start: Start, boot: Boot, config: EngineConfig, model: str, secret: Callable[[], bytes]
     ) -> None:
-        self._stop_process = await asyncio.to_thread(boot.start_process, "worker")
+        self._process = await asyncio.to_thread(boot.start_process, "worker")
         start.reach(FETCHING)
         files = await asyncio.to_thread(boot.model_files, model)
         keys = ClusterKeys.derive(await asyncio.to_thread(secret))
         start.reach(LOADING)
-        engine = await asyncio.to_thread(
-            build_engine,
-            config,
-            files,
-            hash_key=keys.prefix_hash,
-            threads=config.threads,
-            packs=partial(start.reach, PACKING),
-        )
-        start.reach(WARMING)
-        await asyncio.to_thread(warm, engine)
         host, credentials = data_host(), None
         if host != LOOPBACK:
             from workers.peer_tls import server_credentials  # takes a while, and one node does not need it
@@ -86,9 +79,16 @@ class Worker:
         self._server = DataPlaneServer(
             replica_id=self._replica_id, key=keys.data_plane, host=host, credentials=credentials
         )
-        self._engine = EngineThread(engine, self._server.notify, max_token_age_s=config.max_token_age_s)
-        await self._server.start(self._engine)
-        _log.info("replica %s serves %s at %s", self._replica_id, engine.info.model, self._server.address)
+        # In a thread that ends: as long as a second one has a team of OpenMP's threads, libgomp counts more of them
+        # than cores, and lets those of the engine's own thread sleep after every operator of torch.
+        loader = ThreadPoolExecutor(1, "octavo-loader")
+        load = partial(start_engine, config, files, self._server.notify, hash_key=keys.prefix_hash, reach=start.reach)
+        try:
+            self._engine = await asyncio.get_running_loop().run_in_executor(loader, load)
+        finally:
+            loader.shutdown(wait=False)
+        await self._server.start(self._engine, observe(self._engine, self._replica_id, self._name))
+        _log.info("replica %s serves %s at %s", self._replica_id, self._engine.info.model, self._server.address)
 
     def record_replica_metadata(self) -> dict[str, str | int]:
         """Tell routers, through Serve, where the data port is. Serve asks once, after the start."""
@@ -101,6 +101,7 @@ class Worker:
             "node_id": ray.get_runtime_context().get_node_id(),
             "protocol": PROTOCOL,
             "memory": self._engine.info.memory,
+            "metrics": self._process.metrics_address,
         }
 
     def check_health(self) -> None:
@@ -142,7 +143,7 @@ class Worker:
         await self._server.stop()
         self._engine.close()
         await asyncio.to_thread(self._engine.join, 1.0)
-        await asyncio.to_thread(self._stop_process)
+        await asyncio.to_thread(self._process.stop)
 
 
 def data_host() -> str:

@@ -34,7 +34,7 @@ class BlockTables:
     def __init__(self, pool: BlockPool, hasher: PrefixHasher, *, prefix_cache: bool, reserve: bool = False) -> None:
         self._pool = pool
         self._hasher = hasher
-        self._block_size = hasher.block_size
+        self.block_size = hasher.block_size
         self._prefix_cache = prefix_cache
         self._reserve = reserve
         self._copies: list[tuple[int, int]] = []
@@ -46,7 +46,7 @@ class BlockTables:
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return how many blocks hold `num_tokens`."""
-        return -(-num_tokens // self._block_size)
+        return -(-num_tokens // self.block_size)
 
     def refusal(self, sequence: Sequence) -> str | None:
         """Return why there could never be enough blocks, in words for a client; None if they suffice for it alone."""
@@ -55,7 +55,7 @@ class BlockTables:
             return None
         return (
             f"prompt ({sequence.num_prompt_tokens} tokens) + max_tokens ({sequence.work.max_tokens}) needs {needed} KV "
-            f"blocks of {self._block_size} tokens, the engine has {self._pool.num_blocks}"
+            f"blocks of {self.block_size} tokens, the engine has {self._pool.num_blocks}"
         )
 
     def find(self, sequence: Sequence) -> Found | None:
@@ -75,7 +75,7 @@ class BlockTables:
         matched = self._pool.match(hashes)
         if len(matched) < len(hashes) and self._pool.is_promised(hashes[len(matched)]):
             return None
-        return Found(matched, len(matched) * self._block_size)
+        return Found(matched, len(matched) * self.block_size)
 
     def blocker(self, sequence: Sequence) -> Hashable | None:
         """Return who it is for whose work `find` gives None."""
@@ -94,13 +94,13 @@ class BlockTables:
             if not (block_hash in self._claimed or pool.is_promised(block_hash) or pool.is_resident(block_hash)):
                 break
             count += 1
-        sequence.num_spared = count * self._block_size
+        sequence.num_spared = count * self.block_size
         for block_hash in hashes[count:]:
             self._claimed.setdefault(block_hash, sequence)
 
     def unclaim(self, sequence: Sequence) -> None:
         """Idempotent."""
-        for block_hash in self._hashes(sequence)[sequence.num_spared // self._block_size :]:
+        for block_hash in self._hashes(sequence)[sequence.num_spared // self.block_size :]:
             if self._claimed.get(block_hash) is sequence:
                 del self._claimed[block_hash]
 
@@ -122,6 +122,8 @@ class BlockTables:
         if needed + spare > pool.num_free:
             return None
         pool.acquire(matched)
+        if sequence.leader is not None:
+            sequence.leader.quiet_until = 0  # others may now hold the block that it writes to
         fresh = pool.allocate(num_fresh, sequence)
         assert fresh is not None
         sequence.block_table = [*matched, *fresh]
@@ -130,7 +132,7 @@ class BlockTables:
             has_block = self._own(sequence, num_cached)
             assert has_block
         for i, block_hash in enumerate(self._hashes(sequence)):
-            if i >= num_cached // self._block_size:
+            if i >= num_cached // self.block_size:
                 pool.promise(sequence.block_table[i], block_hash)
         return num_cached
 
@@ -138,7 +140,7 @@ class BlockTables:
         """Let `sequence` write its next `num_tokens`; return False if there is no block for that. Then make room, and
         call it again."""
         table, start = sequence.block_table, sequence.num_scheduled
-        missing = -(-(start + num_tokens) // self._block_size) - len(table)
+        missing = -(-(start + num_tokens) // self.block_size) - len(table)
         if missing > 0:
             fresh = self._pool.allocate(missing, sequence)
             if fresh is None:
@@ -146,13 +148,17 @@ class BlockTables:
             table += fresh
         return self._own(sequence, start)
 
+    def has_room_for(self, num_sequences: int) -> bool:
+        """Whether so many can `extend` by a token each, whoever they are: a block is the most that takes."""
+        return self._pool.num_free >= num_sequences
+
     def extend_for_draft(self, sequence: Sequence, num_tokens: int, *, spare: int) -> int:
         """Let `sequence` write up to `num_tokens` behind those scheduled, in blocks that it has and in free ones, of
         which `spare` are left; return how many. `shrink` follows when they have been verified."""
         table = sequence.block_table
         missing = self.num_blocks(sequence.num_scheduled + num_tokens) - len(table)
         table += self._pool.allocate(max(0, min(missing, self._pool.num_free - spare)), sequence) or ()
-        return min(num_tokens, len(table) * self._block_size - sequence.num_scheduled)
+        return min(num_tokens, len(table) * self.block_size - sequence.num_scheduled)
 
     def shrink(self, sequence: Sequence) -> None:
         """Give back the blocks of guesses that were wrong."""
@@ -163,7 +169,7 @@ class BlockTables:
 
     def publish(self, sequence: Sequence, start: int) -> None:
         """Make ready the blocks that became full since `num_computed` was `start`."""
-        first, last = start // self._block_size, sequence.num_computed // self._block_size
+        first, last = start // self.block_size, sequence.num_computed // self.block_size
         if first < last:
             hashes = self._hashes(sequence)
             for i in range(first, last):
@@ -196,7 +202,7 @@ class BlockTables:
 
     def _own(self, sequence: Sequence, position: int) -> bool:
         """See that nobody else sees the block that `position` is written to; return whether that could be done."""
-        table, i = sequence.block_table, position // self._block_size
+        table, i = sequence.block_table, position // self.block_size
         block = self._pool.write(table[i], sequence)
         if block is None:
             return False

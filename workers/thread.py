@@ -18,13 +18,14 @@ from typing import Final
 from octavo.names import Reason
 
 from workers.emission import Emission
+from workers.step_watch import StepWatch, WatchableEngine
 from workers.types import (
+    EngineCounts,
     EngineInfo,
     Finish,
     FinishReason,
     KvEvent,
     Load,
-    SteppedEngine,
     TokenDelta,
     Work,
     WorkId,
@@ -46,7 +47,7 @@ class EngineThread:
 
     def __init__(
         self,
-        engine: SteppedEngine,
+        engine: WatchableEngine,
         notify: Callable[[], None],
         *,
         max_token_age_s: float = 0.0,
@@ -66,6 +67,7 @@ class EngineThread:
         self._is_closed = False
         """Whether `close` was called; a work that comes later never reaches the engine."""
         self._is_running = True
+        self._watch: StepWatch | None = None
         self.failure: BaseException | None = None
         """What `step` raised; None while the engine is sound."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -105,6 +107,15 @@ class EngineThread:
     def load(self) -> Load:
         """Return the load as it was after the last step."""
         return self._load
+
+    def counts(self) -> EngineCounts:
+        """Return what metrics need, as it is now."""
+        return self._engine.counts()
+
+    def watch(self) -> StepWatch:
+        """Have steps timed from now on. The record of a step is there before what it brought."""
+        self._watch = self._engine.watch()
+        return self._watch
 
     def close(self) -> None:
         """Stop after the step in progress; returns at once. `join` waits."""
@@ -164,7 +175,8 @@ class EngineThread:
         try:
             self._engine.submit(work)
         except Exception as error:
-            _log.error("work %s could not be taken on", work.work_id, exc_info=error)
+            request = {"request_id": work.request_id, "traceparent": work.traceparent}
+            _log.error("work %s could not be taken on", work.work_id, exc_info=error, extra=request)
             message = f"the engine could not take this request on ({type(error).__name__})"
             self._end(work.work_id, _error(Reason.INTERNAL, message))
 
@@ -184,6 +196,8 @@ class EngineThread:
             deltas, events, load = self._engine.drain_outputs(), self._engine.kv_events(), self._engine.load()
             outputs = self._still_open(deltas)  # once nothing can fail: what it counts as ended leaves
         has_news = _credit(load) != _credit(self._load)
+        if self._watch is not None:
+            self._watch.ended()
         now = time.monotonic()
         with self._lock:
             # With the events, so that a reader between two equal loads has all events that the load knows of.

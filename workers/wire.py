@@ -31,16 +31,24 @@ MAX_CHOICES = 1_024
 
 
 def from_work(message: pb.Work, owner: str, now: float) -> Work:
-    """Return the work for the engine; its deadline counts from `now`. Raises ValueError for what no engine knows."""
+    """Return the work for the engine, which has come `now`; its deadline counts from then. Raises ValueError for what
+    no engine knows."""
     shared: dict[str, Any] = {name: getattr(message, name) for name in SHARED_FIELDS}
     shared["work_id"] = WorkId(owner, message.work_id)
+    shared["arrived_at"] = now
     shared["deadline"] = now + message.timeout_us / 1e6 if message.timeout_us else None
     kind = message.WhichOneof("work")
     if kind == "generate":
         return _from_generate(message.generate, shared)
     if kind == "pool":
         pool = message.pool
-        return PoolWork(tokens=list(pool.token_ids), method=pool.method, normalize=pool.normalize, **shared)
+        return PoolWork(
+            tokens=list(pool.token_ids),
+            method=pool.method,
+            normalize=None if pool.normalizes_by_model else pool.normalize,
+            num_first_tokens=pool.num_first_tokens,
+            **shared,
+        )
     raise ValueError("this release knows works of kind generate and pool only")
 
 
@@ -80,6 +88,7 @@ def _from_sampling(message: pb.SamplingParams) -> SamplingParams:
         frequency_penalty=message.frequency_penalty,
         seed=message.seed,
         logit_bias=dict(message.logit_bias),
+        format=(message.format_kind, message.format) if message.format_kind else None,
     )
 
 
@@ -111,6 +120,7 @@ def _to_finish(message: pb.Finish, finish: Finish) -> None:
     message.prefill_s = finish.prefill_s
     message.decode_s = finish.decode_s
     message.num_preemptions = finish.num_preemptions
+    message.num_steps = finish.num_steps
 
 
 def fill_tokens(message: pb.WorkTokens, tokens: Mapping[int, Sequence[int]]) -> None:
@@ -133,8 +143,6 @@ def fill_load(message: pb.Load, load: Load) -> None:
     message.num_computed_tokens = load.num_computed_tokens
     message.num_drafted_tokens = load.num_drafted_tokens
     message.num_accepted_tokens = load.num_accepted_tokens
-    message.num_routers = load.num_routers
-    message.router_rank = load.router_rank
     if load.credit_sequences is not None:
         message.credit_sequences = load.credit_sequences
 

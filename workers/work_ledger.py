@@ -6,6 +6,7 @@ engine, what the engine says goes into the outboxes. Has no gRPC, no asyncio and
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from octavo.names import Reason
 
 from workers.ledger_entries import AttachedRouter, Batch, LiveWork
 from workers.outbox import Outbox
+from workers.step_telemetry import StepTelemetry
 from workers.types import (
     CAPABILITY_GENERATE,
     CAPABILITY_POOL,
@@ -23,10 +25,12 @@ from workers.types import (
     GenerateWork,
     KvEvent,
     KvEventKind,
+    PoolWork,
     TokenDelta,
     Work,
     WorkId,
     needed_capabilities,
+    pool_capabilities,
 )
 from workers.wire import from_work
 from workers.work_spans import WorkSpans
@@ -44,16 +48,18 @@ class BadDispatchError(Exception):
 
 
 class WorkLedger:
-    """The books over `engine`. One thread."""
+    """The books over `engine`. One thread. `steps` is told which works are sampled whenever outputs are collected."""
 
-    def __init__(self, engine: Engine, replica_id: str) -> None:
+    def __init__(self, engine: Engine, replica_id: str, steps: StepTelemetry | None = None) -> None:
         self._engine = engine
         self._replica_id = replica_id
+        self._steps = steps
         self._routers: dict[str, AttachedRouter] = {}
-        """By owner, and in that order."""
         self._works: dict[WorkId, LiveWork] = {}
+        self._traced: dict[WorkId, WorkSpans] = {}
+        """Of these works, the sampled ones."""
         self._num_choices = 0
-        """Of these works, those that have not ended."""
+        """Of all works, those that have not ended."""
         self._num_submitted = engine.load().num_taken or 0
         """As the engine counts works."""
         self.resident: dict[bytes, None] = {}
@@ -78,8 +84,7 @@ class WorkLedger:
         outbox = Outbox(
             max_kv_events=2 * self._engine.info.num_blocks, resident=lambda: self.resident, in_columns=in_columns
         )
-        router = AttachedRouter(owner, outbox, on_news)
-        self._routers = dict(sorted((self._routers | {owner: router}).items()))
+        router = self._routers[owner] = AttachedRouter(owner, outbox, on_news)
         return router
 
     def detach(self, router: AttachedRouter) -> None:
@@ -106,7 +111,10 @@ class WorkLedger:
                 continue
             if work.work_id in self._works:
                 raise BadDispatchError(f"work {work.work_id.number} is running already")
-            self._works[work.work_id] = LiveWork(router, batch, work, WorkSpans.begin(work, self._replica_id))
+            spans = WorkSpans.begin(work, self._replica_id, now)
+            if spans is not None:
+                self._traced[work.work_id] = spans
+            self._works[work.work_id] = LiveWork(router, batch, work, spans)
             batch.num_unseen += 1
             router.num_works += 1
             self._num_choices += work.num_choices
@@ -142,16 +150,16 @@ class WorkLedger:
         # If nothing happened meanwhile, the events are all that led to what the engine has now.
         of_engine = load.resident if load.resident == before.resident else None
         self._keep_resident(events)
+        if self._steps is not None:
+            self._steps.tell(self._traced)  # first: the records have all steps that led to these deltas
         self._deliver(deltas)
         num_busy = sum(1 for router in self._routers.values() if router.num_works)
         num_counted = self._num_submitted if load.num_taken is None else load.num_taken
-        num_routers = len(self._routers)
-        has_prompt = num_routers > 1 and len(events) >= PROMPT_BLOCKS
-        for rank, router in enumerate(self._routers.values()):
+        has_prompt = len(events) >= PROMPT_BLOCKS
+        for router in self._routers.values():
             router.outbox.add_kv_events(events)
             # Each gets a part of what is free: if all took the whole, all of them would wait here, out of order.
-            parts = num_busy + (not router.num_works)
-            part = load.part_of(parts, num_routers=num_routers, router_rank=rank)
+            part = load.part_of(num_busy + (not router.num_works))
             router.outbox.report(part, router.last_counted_batch(load), of_engine)
             # Until they hear of a new work, all others take this replica for the idlest and send it theirs as well;
             # until they hear of a prompt in its cache, they have others compute the same one.
@@ -202,10 +210,11 @@ class WorkLedger:
     def _deliver_one(self, delta: TokenDelta, work: LiveWork) -> None:
         if not work.is_seen:
             work.is_seen = True
-            work.is_plain = work.spans is None and not (work.is_aborted or work.aborted_choices)
+            is_told = work.spans is None or self._steps is not None
+            work.is_plain = is_told and not (work.is_aborted or work.aborted_choices)
             work.batch.num_unseen -= 1
         if work.spans is not None:
-            work.spans.observe(delta)
+            work.spans.observe(delta, time.monotonic())
         finish = delta.finish
         if finish is not None:
             work.num_choices -= 1
@@ -214,7 +223,8 @@ class WorkLedger:
                 del self._works[delta.work_id]
                 work.router.num_works -= 1
                 if work.spans is not None:
-                    work.spans.end(work.num_prompt_tokens)
+                    del self._traced[delta.work_id]
+                    work.spans.end(time.monotonic())
             if finish.reason is FinishReason.CANCELLED and not work.is_unwanted(delta.index):
                 # Nobody asked for it: the engine is being closed. To the request this is a lost replica.
                 delta = delta._replace(finish=_lost(finish, f"replica {self._replica_id} stopped"))
@@ -234,7 +244,7 @@ class WorkLedger:
 def _needed_capabilities(work: Work) -> frozenset[str]:
     if isinstance(work, GenerateWork):
         return needed_capabilities(work.sampling, work.num_logprobs, work.received) | {CAPABILITY_GENERATE}
-    return frozenset({CAPABILITY_POOL})
+    return pool_capabilities(work.method) if isinstance(work, PoolWork) else frozenset({CAPABILITY_POOL})
 
 
 def _lost(finish: Finish, message: str) -> Finish:

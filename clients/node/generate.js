@@ -4,6 +4,7 @@
 //   node generate.js [HOST:PORT] [PROMPT]
 "use strict";
 
+const { randomBytes } = require("node:crypto");
 const path = require("node:path");
 const grpc = require("@grpc/grpc-js");
 const protoLoader = require("@grpc/proto-loader");
@@ -22,11 +23,14 @@ function request(text) {
   return { prompt: { text }, maxTokens: 16, sampling: { temperature: 0 } };
 }
 
-// Prints an answer as it comes; resolves to its usage, rejects with the call's status.
-function generate(client, text) {
+// Prints an answer as it comes; resolves to its usage, rejects with the call's status. `octavo trace TRACE_ID` explains
+// the request; in a service that traces itself the traceparent is the one of its current span.
+function generate(client, text, traceId) {
   return new Promise((resolve, reject) => {
     let usage = null;
-    const call = client.Generate(request(text), { deadline: Date.now() + 60_000 });
+    const metadata = new grpc.Metadata();
+    metadata.set("traceparent", `00-${traceId}-${randomBytes(8).toString("hex")}-01`);
+    const call = client.Generate(request(text), metadata, { deadline: Date.now() + 60_000 });
     process.stdout.write("generate: ");
     call.on("data", (response) => {
       for (const delta of response.deltas) process.stdout.write(delta.text);
@@ -73,8 +77,9 @@ function session(client, prompts) {
 async function main(address, prompt) {
   const client = new octavo.v1.InferenceService(address, grpc.credentials.createInsecure());
   try {
-    const usage = await generate(client, prompt);
-    console.log(`usage: ${usage.promptTokens} prompt, ${usage.generatedTokens} generated tokens`);
+    const traceId = randomBytes(16).toString("hex");
+    const usage = await generate(client, prompt, traceId);
+    console.log(`usage: ${usage.promptTokens} prompt, ${usage.generatedTokens} generated tokens; trace ${traceId}`);
     const texts = await session(client, [prompt, "Once upon a time"]);
     for (const text of Object.values(texts)) console.log(`session: ${text}`);
   } finally {

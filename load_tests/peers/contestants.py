@@ -93,14 +93,17 @@ class Vllm:
     name: str
     dtype: str
     family: str = "vLLM"
+    program: str = "vllm/bin/vllm"
+    weights: str = "smol-hf"
+    """A directory. Both lie below the folder of the peers, unless they are absolute."""
 
     def missing(self, folder: Path) -> list[Path]:
-        return _missing(folder, "vllm/bin/vllm", "smol-hf/model.safetensors")
+        return _missing(folder, self.program, f"{self.weights}/model.safetensors")
 
     def command(self, folder: Path, port: int) -> list[str]:
         return [
-            str(folder / "vllm/bin/vllm"),
-            *("serve", str(folder / "smol-hf"), "--served-model-name", MODEL_NAME, "--dtype", self.dtype),
+            str(folder / self.program),
+            *("serve", str(folder / self.weights), "--served-model-name", MODEL_NAME, "--dtype", self.dtype),
             *("--max-model-len", "4096", "--max-num-seqs", "16", "--enable-prompt-tokens-details"),
             *("--host", "127.0.0.1", "--port", str(port)),
         ]

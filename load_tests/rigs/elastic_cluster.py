@@ -7,10 +7,11 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from octavo.client import Client
@@ -74,15 +75,19 @@ class Cluster:
 
 
 @asynccontextmanager
-async def serving(config: str, *, ray_address: str = "") -> AsyncIterator[Cluster]:
-    """A cluster of `config`, TOML, for the scope. Raises ServerError when it does not get ready."""
+async def serving(
+    config: str, *, ray_address: str = "", variables: Mapping[str, str] = MappingProxyType({})
+) -> AsyncIterator[Cluster]:
+    """A cluster of `config`, TOML, for the scope, with more environment `variables`. Raises ServerError when it does
+    not get ready."""
     command = [sys.executable, "-m", "cluster.cli", "serve"]
     if ray_address:
         command += ["--ray-address", ray_address]
     with tempfile.TemporaryDirectory(prefix="octavo-bench-") as folder:
         file = Path(folder) / "cluster.toml"
         file.write_text(config + PORT)
-        process = ServerProcess((*command, "--config", str(file)), ENVIRONMENT, Path(folder) / "log")
+        environment = {**ENVIRONMENT, **variables}
+        process = ServerProcess((*command, "--config", str(file)), environment, Path(folder) / "log")
         try:
             ready = json.loads(await asyncio.to_thread(process.await_line, "{", START_S))
             async with Client(ready["address"]) as client:

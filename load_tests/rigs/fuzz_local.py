@@ -18,7 +18,7 @@ import grpc.aio
 from octavo.internal.v1 import data_plane_pb2 as pb
 
 from router.signal import ModelSignal
-from router.types import Backlog, Cancel, Decision, ReplicaView, Request, Sink
+from router.types import Attempt, Backlog, Cancel, Decision, ModelStanding, ReplicaView, Request, Sink
 from router.wire import to_work
 from workers.errors import CancelledRequestError
 from workers.types import Finish, FinishReason, TokenLogprobs
@@ -82,6 +82,9 @@ class InstantBackend:
     def replicas(self) -> Sequence[ReplicaView]:
         return ()
 
+    def standing(self, model: str) -> ModelStanding:
+        return ModelStanding()
+
     def backlog(self) -> Backlog:
         return Backlog(num_queued_requests=0, num_queued_tokens=0, num_running_requests=0, max_queued_tokens=0)
 
@@ -99,7 +102,7 @@ class _Flight:
     def answer(self) -> None:
         if self._is_over:
             return
-        self._sink.dispatched(Decision(replica="instant", rule="only"), 0.0)
+        self._sink.dispatched(Attempt(Decision(replica="instant", rule="only"), 0.0))
         self._sink.cached(0)
         for index in range(self._request.n):
             self._choose(index)

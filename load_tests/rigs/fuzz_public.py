@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 from octavo.v1.model_service_pb2 import DetokenizeRequest, ListModelsRequest, TokenizeRequest
-from octavo.v1.status_service_pb2 import GetStatusRequest
+from octavo.v1.status_service_pb2 import GetRequestRecordRequest, GetStatusRequest, ListRequestRecordsRequest
 from octavo.v1.types_pb2 import Prompt, TokenIds
 
 from load_tests.rigs.fuzz_tally import FuzzTally, name_of, status_of
@@ -34,6 +34,8 @@ UNARY: Final = (
     ("/octavo.v1.ModelService/Detokenize", DetokenizeRequest, 30),
     ("/octavo.v1.ModelService/ListModels", ListModelsRequest, 5),
     ("/octavo.v1.StatusService/GetStatus", GetStatusRequest, 5),
+    ("/octavo.v1.StatusService/GetRequestRecord", GetRequestRecordRequest, 5),
+    ("/octavo.v1.StatusService/ListRequestRecords", ListRequestRecordsRequest, 5),
     ("/grpc.health.v1.Health/Check", HealthCheckRequest, 30),
 )
 """With their shares of the calls."""

@@ -17,7 +17,7 @@ from octavo.internal.v1 import data_plane_pb2 as data
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 from octavo.v1.model_service_pb2 import DetokenizeRequest, ListModelsRequest, TokenizeRequest
-from octavo.v1.status_service_pb2 import GetStatusRequest
+from octavo.v1.status_service_pb2 import GetRequestRecordRequest, GetStatusRequest, ListRequestRecordsRequest
 
 from load_tests.rigs.router_model import VOCAB_SIZE
 from workers.types import FinishReason
@@ -169,6 +169,8 @@ def of_kind() -> Mapping[type[Message], Sequence[bytes]]:
         [DetokenizeRequest(token_ids=[300, 301]), DetokenizeRequest(model=MODEL, skip_special_tokens=False)],
         [ListModelsRequest()],
         [GetStatusRequest()],
+        [GetRequestRecordRequest(id="request-1"), GetRequestRecordRequest(id="0af7651916cd43dd8448eb211c80319c")],
+        [ListRequestRecordsRequest(), ListRequestRecordsRequest(max_records=5, model=MODEL)],
         [HealthCheckRequest(), HealthCheckRequest(service="octavo.v1.InferenceService")],
         reflections(),
         attach_requests(),

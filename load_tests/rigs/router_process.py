@@ -98,6 +98,9 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
         so_reuseport=job["shares_port"],
         salt_key=keys.tenant_salt,
     )
+    observer = _observer(model.manifest.name)
+    server.observe(observer)
+    dispatcher.measure(observer.metrics)
     port = server.bind("127.0.0.1", job["port"])
     own_port = server.bind("127.0.0.1", 0) if job["shares_port"] else port
     await server.start()
@@ -107,6 +110,22 @@ async def _router(job: dict[str, Any], keys: ClusterKeys) -> None:
     await _serve(address=f"127.0.0.1:{port}", own_address=f"127.0.0.1:{own_port}")
     await server.stop()
     await dispatcher.stop()
+
+
+def _observer(model: str) -> Any:
+    """Return who is told of requests, as in a cluster's router: what it remembers, and metrics as Prometheus text."""
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from opentelemetry.sdk.metrics import MeterProvider
+
+    from cluster.telemetry_meter import Histograms, QuickMeterProvider, collecting
+    from router.config import ObserverConfig
+    from router.metrics import RouterMetrics
+    from router.observer import RequestObserver
+
+    histograms = Histograms()
+    reader = collecting(PrometheusMetricReader, histograms)()
+    meters = QuickMeterProvider(MeterProvider([reader], shutdown_on_exit=False), histograms)
+    return RequestObserver(ObserverConfig(), RouterMetrics(meters.get_meter("rig"), [model], max_tenants=50))
 
 
 async def _serve(**addresses: str) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import secrets
 import statistics
 import sys
 import time
@@ -59,6 +60,8 @@ class Client:
         self._stub: Any = InferenceServiceStub(self._channel)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._session = self._stub.Session(metadata=self._metadata) if call == "session" else None
+        self._name = secrets.token_hex(4)
+        """Of its requests: all clients of a tenant share one space of ids."""
         self.num_ended = 0
 
     async def first_token_s(self, prompt: Sequence[int]) -> float:
@@ -80,9 +83,8 @@ class Client:
                 if came_at is None and message.deltas:
                     came_at = time.monotonic()
         else:
-            await self._session.write(
-                pb.SessionRequest(starts=[pb.Start(request_id=str(self.num_ended), request=request)])
-            )
+            request_id = f"{self._name}-{self.num_ended}"
+            await self._session.write(pb.SessionRequest(starts=[pb.Start(request_id=request_id, request=request)]))
             is_ended = False
             while not is_ended and (message := await self._session.read()) is not grpc.aio.EOF:
                 now = time.monotonic()

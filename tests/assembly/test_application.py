@@ -14,7 +14,7 @@ from cluster.boot import ONE_LOOP
 from cluster.ray_connection import _environment
 
 PROGRAM = """
-import json, sys
+import dataclasses, json, sys
 from cluster import app
 from cluster.config import from_tree
 
@@ -36,6 +36,7 @@ def built(tree, environ, **there):
             "version": each.version,
             "scaling": each._deployment_config.autoscaling_config.policy.policy_kwargs if each is not router else {},
             "threads": each.init_kwargs["config"].threads if each is not router else 0,
+            "observer": dataclasses.asdict(each.init_kwargs["setup"].observer) if each is router else {},
         }
         for each in (router, *workers)
     }
@@ -60,8 +61,9 @@ ASKED: list[tuple[Any, ...]] = [
     ({"models": TWO}, None, ["Worker-b"], []),
     ({"models": TWO}, None, ["Worker-b"], ["Worker-b"]),
     ({"models": OTHER_A}, None, {"models": TWO}),
+    ({"log": {"requests": True}, "telemetry": {"max_tenants": 7, "max_kept_requests": 9}}, None),
 ]
-"""A configuration, variables, and then what had failed each time that it was applied again; the last one is another
+"""A configuration, variables, and then what had failed each time that it was applied again; the last but one is another
 configuration, applied when Worker-a had failed."""
 
 Asked = list[dict[str, dict[str, Any]]]
@@ -131,3 +133,8 @@ def test_variables_are_lent_to_what_is_started(monkeypatch: pytest.MonkeyPatch) 
         assert (os.environ["THERE"], os.environ["NEW"]) == ("before", "ours")
     assert os.environ["THERE"] == "before"
     assert "NEW" not in os.environ
+
+
+def test_routers_are_told_what_to_keep_and_to_log(asked: Asked) -> None:
+    told = {"max_kept_requests": 9, "max_tenants": 7, "logs_requests": True, "logs_prompts": False}
+    assert asked[-1]["Router"]["observer"] == told

@@ -25,6 +25,14 @@ def test_each_source_goes_over_the_one_before(tmp_path: Path) -> None:
     assert config.serve.insecure
 
 
+def test_a_replica_of_vllm_has_all_the_gpus_that_it_is_spread_over() -> None:
+    spread = {"engine": {"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}}
+    assert from_tree({**spread, "resources": {"num_gpus": 2}}).engine.devices_of_vllm == 2
+    assert from_tree(spread).resources.num_gpus == 0, "on CPUs"
+    others = {"engine": {"vllm": {"tensor_parallel_size": 2}}, "resources": {"num_gpus": 1}}
+    assert from_tree(others).engine.devices_of_vllm == 1, "no matter to other engines"
+
+
 def test_what_is_printed_gives_the_same_configuration() -> None:
     config = from_tree({"model": 'a "quoted" name', "resources": {"custom": {"accelerator:x y": 0.5}}})
     assert from_tree(tomllib.loads(config.to_toml())) == config
@@ -49,6 +57,11 @@ def test_what_is_printed_gives_the_same_configuration() -> None:
         ({"ray": {"address": "somewhere"}}, ["ray.address must be empty, auto or HOST:PORT", "somewhere"]),
         ({"resources": {"custom": {"gpu": -1}}}, ["resources.custom.gpu must be > 0"]),
         ({"log": {"format": "xml"}}, ["log.format must be one of plain, json", "xml"]),
+        ({"engine": {"vllm": {"tensor_parallel_size": 0}}}, ["engine.vllm.tensor_parallel_size must be", ">= 1", "0"]),
+        (
+            {"engine": {"engine": "vllm", "vllm": {"tensor_parallel_size": 4}}, "resources": {"num_gpus": 2}},
+            ["resources.num_gpus must be 0 or >= 4, over which engine.vllm spreads a replica", "2.0"],
+        ),
     ],
 )
 def test_a_refusal_names_key_rule_and_value(tree: dict[str, Any], words: list[str]) -> None:
@@ -84,6 +97,19 @@ def test_variables_that_are_no_keys_are_left_alone() -> None:
         "OCTAVO_SECRET_FILE": "/somewhere/else",
     }
     assert load(None, others, {}) == ClusterConfig()
+
+
+def test_a_key_that_ends_with_port_is_none_of_those() -> None:
+    """Variables of keys that end so were taken for Kubernetes' own, and ignored."""
+    variables = {
+        "OCTAVO_SERVE__PORT": "7",
+        "OCTAVO_ROUTER__HEALTH_PORT": "8",
+        "OCTAVO_TELEMETRY__METRICS_PORT": "9",
+        "OCTAVO_ROUTER_SERVICE_PORT_GRPC": "10",
+        "OCTAVO_ROUTER_PORT": "tcp://10.0.0.1:11",
+    }
+    config = load(None, variables, {})
+    assert (config.serve.port, config.router.health_port, config.telemetry.metrics_port) == (7, 8, 9)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

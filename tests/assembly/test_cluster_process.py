@@ -78,10 +78,10 @@ def test_the_rays_of_this_machine_are_found_by_their_raylets(tmp_path: Path) -> 
 
 
 def test_log_lines_are_json_and_hold_only_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
-    stop = telemetry.start("worker", {"OTEL_SDK_DISABLED": "true"}, LogConfig(format="json", level="warning"))
+    process = telemetry.start("worker", {"OTEL_SDK_DISABLED": "true"}, LogConfig(format="json", level="warning"))
     logging.getLogger("router.somewhere").info("too quiet")
     logging.getLogger("router.somewhere").warning("%d left", 3, extra={"prompt": "secret"})
-    stop()
+    process.stop()
     out, err = capsys.readouterr()
     line = json.loads(err)
     assert out == ""

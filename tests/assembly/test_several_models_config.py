@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from cluster.config import from_tree, load
 from cluster.lifecycle import fetch_models
 from cluster.model_name import request_name
 from workers.errors import ConfigError, ModelFileError
-from workers.types import ModelFiles
+from workers.types import ModelFiles, Process
 
 FILE = """
 model = "all.gguf"
@@ -124,7 +123,7 @@ class Shelf:
     def __init__(self, *there: str) -> None:
         self.there = there
 
-    def start_process(self, role: str) -> Callable[[], None]:
+    def start_process(self, role: str) -> Process:
         raise AssertionError(role)
 
     def model_files(self, name: str) -> ModelFiles:

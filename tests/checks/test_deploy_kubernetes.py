@@ -26,6 +26,7 @@ CORE_VERSIONS = ("1.31", "1.37")
 GROUP_VERSION = "ray.io/v1"
 CLIENTS = {"octavo/clients": "true"}
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
+PROMETHEUS = {"app.kubernetes.io/name": "prometheus"}
 
 
 @pytest.fixture(params=OVERLAYS)
@@ -169,7 +170,11 @@ def test_octavo_takes_the_application(deployed: Deployed) -> None:
 def test_the_router_serves_where_pods_services_and_policies_look(deployed: Deployed) -> None:
     config = from_tree(deployed.args)
     template = deployed.templates["routers"]
-    assert ports_of(template) == {"grpc": config.serve.port, "grpc-health": config.router.health_port}
+    assert ports_of(template) == {
+        "grpc": config.serve.port,
+        "grpc-health": config.router.health_port,
+        "metrics": config.telemetry.metrics_port,
+    }
     (container,) = template["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["grpc"] == {"port": config.router.health_port}
@@ -228,12 +233,17 @@ def test_only_the_public_port_is_open_and_only_to_clients(deployed: Deployed) ->
             ("inside", inside, None),
             ("client", client, CLIENTS),
             ("operator", OPERATOR, {"kubernetes.io/metadata.name": "kuberay"}),
+            ("prometheus", PROMETHEUS, {"kubernetes.io/metadata.name": "monitoring"}),
             ("neighbour", client, None),
             ("stranger", inside, {"kubernetes.io/metadata.name": "other"}),
         ]
     }
     open_ = {key: ports for key, ports in reached.items() if ports}
     everywhere = {("inside", name): {"*"} for name in deployed.templates}
-    assert open_ == everywhere | {("client", "routers"): {"grpc"}, ("operator", "head"): {"dashboard"}}
-    assert {"grpc"} <= ports_of(deployed.templates["routers"]).keys()
+    assert open_ == everywhere | {
+        ("client", "routers"): {"grpc"},
+        ("operator", "head"): {"dashboard"},
+        ("prometheus", "routers"): {"metrics"},
+    }
+    assert {"grpc", "metrics"} <= ports_of(deployed.templates["routers"]).keys()
     assert {"dashboard"} <= ports_of(deployed.templates["head"]).keys()

@@ -92,6 +92,7 @@ async def test_the_wheel_alone_calls_a_router(python: Path, tmp_path: Path) -> N
             "data_plane.proto",
             "inference_service.proto",
             "model_service.proto",
+            "pooling.proto",
             "status_service.proto",
             "types.proto",
         ],

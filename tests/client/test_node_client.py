@@ -56,12 +56,14 @@ async def test_generate_and_session_print_their_answers(example: Path) -> None:
         rig.backend.script = answering(TEXT)
         code, stdout, stderr = await node(example, rig.address, "Hi")
     assert (code, stderr) == (0, "")
+    trace_id = stdout.splitlines()[1].rpartition(" ")[2]
     assert stdout.splitlines() == [
         f"generate: {TEXT}",
-        f"usage: 2 prompt, {len(TEXT)} generated tokens",
+        f"usage: 2 prompt, {len(TEXT)} generated tokens; trace {trace_id}",
         f"session: {TEXT}",
         f"session: {TEXT}",
     ]
+    assert rig.backend.works[0].request.traceparent.startswith(f"00-{trace_id}-")
     prompts = [bytes(work.request.prompt).decode() for work in rig.backend.works]
     assert prompts == ["Hi", "Hi", "Once upon a time"]
 

@@ -15,13 +15,15 @@ from router.config import RouterConfig
 from router.dispatcher import Dispatcher
 from router.hello import RouterIdentity
 from router.link import LinkTimes, ReplicaLink
-from router.types import Decision, ReplicaAddress, Request
+from router.types import Attempt, Decision, ReplicaAddress, Request
 from workers.config import EngineConfig
 from workers.data_plane import DataPlaneServer, DataPlaneTimes
 from workers.errors import OctavoError
 from workers.fake import FakeEngine, fake_continuation, fake_manifest
 from workers.handshake import ClusterKeys
+from workers.metrics import ReplicaMetrics
 from workers.peer_tls import server_credentials
+from workers.step_telemetry import StepTelemetry
 from workers.thread import EngineThread
 from workers.types import Finish, FinishReason, SamplingParams, TokenLogprobs
 
@@ -67,6 +69,8 @@ class Replica:
             credentials=server_credentials(keys.data_plane_tls) if is_encrypted else None,
         )
         self.thread = EngineThread(self.engine, self.server.notify)
+        self.metrics: ReplicaMetrics | None = None
+        """Told of steps, if this replica is `traced`."""
 
     @property
     def address(self) -> ReplicaAddress:
@@ -77,8 +81,10 @@ class Replica:
             is_encrypted=self.server.is_encrypted,
         )
 
-    async def start(self) -> Replica:
-        await self.server.start(self.thread)
+    async def start(self, *, is_traced: bool = False) -> Replica:
+        """`is_traced`: its steps are watched, as where spans are exported."""
+        steps = StepTelemetry(self.thread.watch(), self.metrics, self.replica_id) if is_traced else None
+        await self.server.start(self.thread, steps)
         return self
 
     async def kill(self) -> None:
@@ -100,6 +106,7 @@ class RecordingSink:
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
+        self.attempts: list[Attempt] = []
         self.cached_tokens: int | None = None
         self.token_ids: list[int] = []
         """Of the first choice, as `finish`; those of all are in `answers` and `finishes`."""
@@ -119,9 +126,11 @@ class RecordingSink:
     def finish(self) -> Finish | None:
         return self.finishes.get(0)
 
-    def dispatched(self, decision: Decision, queue_s: float) -> None:
+    def dispatched(self, attempt: Attempt) -> None:
+        decision = attempt.decision
         assert not self.num_ends
-        assert queue_s >= 0
+        assert attempt.queue_s >= attempt.wait.duration_s >= 0
+        self.attempts.append(attempt)
         assert decision.attempt == len(self.decisions) + 1
         self.decisions.append(decision)
 

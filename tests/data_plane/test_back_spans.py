@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from octavo.names import Attribute, Reason
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from octavo.names import Attribute, Event, Reason
+from opentelemetry import trace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from tests.data_plane.rig import RecordingSink, Replica, make_dispatcher, make_request, until
-
-TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-SAMPLED, UNSAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
-
-
-@pytest.fixture
-def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
-    """A provider of this test's own: the process has one for good, which other tests may want."""
-    memory = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(memory))
-    monkeypatch.setattr("router.dispatch_spans._TRACER", provider.get_tracer("router"))
-    monkeypatch.setattr("workers.work_spans._TRACER", provider.get_tracer("workers"))
-    yield memory
-    provider.shutdown()
-
-
-def named(exporter: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
-    return [span for span in exporter.get_finished_spans() if span.name == name]
-
-
-def one(exporter: InMemorySpanExporter, name: str) -> ReadableSpan:
-    (span,) = named(exporter, name)
-    return span
-
-
-def attributes(span: ReadableSpan) -> dict[str, object]:
-    return dict(span.attributes or {})
-
-
-def assert_child_of(span: ReadableSpan, parent: int) -> None:
-    assert span.parent is not None
-    assert span.parent.span_id == parent
-    assert format(span.context.trace_id, "032x") == TRACE  # type: ignore[union-attr]
+from tests.data_plane.spans import PARENT, SAMPLED, UNSAMPLED, assert_child_of, attributes, links, named, one, span_id
+from workers.types import Work
+from workers.work_spans import WorkSpans
 
 
 async def test_one_request_is_one_tree_across_router_and_replica(exporter: InMemorySpanExporter) -> None:
@@ -63,10 +30,20 @@ async def test_one_request_is_one_tree_across_router_and_replica(exporter: InMem
 
     queue, dispatch = one(exporter, "octavo.queue"), one(exporter, "octavo.dispatch")
     prefill, decode = one(exporter, "octavo.prefill"), one(exporter, "octavo.decode")
+    wait, batch = one(exporter, "octavo.engine.queue"), one(exporter, "octavo.batch")
     assert_child_of(queue, int(PARENT, 16))
     assert_child_of(dispatch, int(PARENT, 16))
     assert_child_of(prefill, dispatch.context.span_id)  # type: ignore[union-attr]
     assert_child_of(decode, dispatch.context.span_id)  # type: ignore[union-attr]
+    assert_child_of(wait, span_id(dispatch))
+    assert batch.parent is None
+    assert links(batch) == [span_id(dispatch)]
+    assert attributes(batch) == {
+        Attribute.BATCH_ID: attributes(dispatch)[Attribute.BATCH_ID],
+        Attribute.ROUTER: "router-1",
+        Attribute.BATCH_REQUESTS: 1,
+        Attribute.BATCH_TOKENS: 40,
+    }
     assert dispatch.context.trace_state.get("vendor") == "1"  # type: ignore[union-attr]
 
     assert attributes(queue)[Attribute.PRIORITY] == 3
@@ -75,18 +52,21 @@ async def test_one_request_is_one_tree_across_router_and_replica(exporter: InMem
     assert decision[Attribute.RULE] == "only"
     assert decision[Attribute.ATTEMPT] == 1
     (candidate,) = json.loads(str(decision[Attribute.CANDIDATES]))
-    terms = {"owed": 0, "uncached": 40, "decode": 0, "displaced": 0}
+    terms = {"owed": 0, "uncached": 40, "decode": 0, "displaced": 0, "recent": 0}
     assert candidate == {"replica": "one", "matched": 0, **terms, "cost": 40}
     assert attributes(prefill)[Attribute.INPUT_TOKENS] == 40
     assert attributes(prefill)[Attribute.CACHED_INPUT_TOKENS] == 0
     assert attributes(decode)[Attribute.OUTPUT_TOKENS] == 10
     assert attributes(decode)[Attribute.NUM_PREEMPTIONS] == 0
     assert attributes(decode)[Attribute.FINISH_REASONS] == ("length",)
+    assert sink.finish is not None
+    assert sink.finish.num_steps == 10, "the prompt's brings the first token"
     assert {attributes(span)[Attribute.REQUEST_ID] for span in (queue, dispatch, prefill, decode)} == {
         request.request_id
     }
 
     assert queue.end_time <= dispatch.start_time <= prefill.start_time  # type: ignore[operator]
+    assert dispatch.start_time <= wait.start_time <= wait.end_time == prefill.start_time  # type: ignore[operator]
     assert prefill.end_time == decode.start_time
     assert decode.end_time - decode.start_time >= 9 * 2_000_000  # type: ignore[operator]
     assert decode.end_time <= dispatch.end_time  # type: ignore[operator]
@@ -104,6 +84,29 @@ async def test_what_is_not_sampled_makes_no_spans(exporter: InMemorySpanExporter
     await dispatcher.stop()
     await replica.stop()
     assert exporter.get_finished_spans() == ()
+
+
+async def test_without_an_sdk_a_sampled_request_costs_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's context goes on to the replica as it came."""
+    monkeypatch.setattr("router.dispatch_spans._TRACER", trace.NoOpTracer())
+    monkeypatch.setattr("workers.work_spans._TRACER", trace.ProxyTracer("none"))
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
+    replica = await Replica("one").start()
+    dispatcher = make_dispatcher()
+    dispatcher.start()
+    sink = RecordingSink()
+    dispatcher.submit(make_request(range(40), traceparent=SAMPLED), sink)
+    (flight,) = dispatcher._flights
+    assert flight.spans is None
+    submitted: list[Work] = []
+    submit = replica.thread.submit
+    replica.thread.submit = lambda work: (submitted.append(work), submit(work))[1]  # type: ignore[method-assign, func-returns-value]
+    dispatcher.update_replicas([replica.address])
+    await sink.wait()
+    await dispatcher.stop()
+    await replica.stop()
+    assert [work.traceparent for work in submitted] == [SAMPLED]
+    assert WorkSpans.begin(submitted[0], "one", 0.0) is None
 
 
 async def test_a_lost_attempt_is_told_and_the_next_one_too(exporter: InMemorySpanExporter) -> None:
@@ -124,7 +127,15 @@ async def test_a_lost_attempt_is_told_and_the_next_one_too(exporter: InMemorySpa
     assert lost.status.status_code is StatusCode.ERROR
     assert attributes(good)[Attribute.ATTEMPT] == 2
     assert good.status.status_code is StatusCode.UNSET
-    assert len(named(exporter, "octavo.queue")) == 2
+    assert (links(lost), links(good)) == ([], [span_id(lost)])
+    first_wait, second_wait = named(exporter, "octavo.queue")
+    assert not first_wait.events
+    (resumed,) = second_wait.events
+    assert resumed.name == Event.RESUMED
+    num_received = int(str((resumed.attributes or {})[Attribute.RECEIVED_TOKENS]))
+    assert resumed.attributes == {Attribute.ERROR_TYPE: Reason.REPLICA_LOST, Attribute.RECEIVED_TOKENS: num_received}
+    told = attributes(named(exporter, "octavo.prefill")[-1]).get(Attribute.RECEIVED_TOKENS, 0)
+    assert told == num_received
 
 
 async def test_a_request_that_ends_in_the_queue_says_why(exporter: InMemorySpanExporter) -> None:

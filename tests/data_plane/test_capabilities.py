@@ -68,6 +68,7 @@ async def started(*replicas: Replica) -> AsyncIterator[Dispatcher]:
 NEEDY = [
     ({"num_logprobs": 0}, "logprobs"),
     ({"sampling": SamplingParams(temperature=0.0, logit_bias={1: 1.0})}, "sampling.logit_bias"),
+    ({"sampling": SamplingParams(temperature=0.0, format=("regex", "a+"))}, "response_format"),
 ]
 
 

@@ -102,7 +102,7 @@ async def test_a_good_router_learns_all_about_the_replica() -> None:
         info = replica.engine.info
         assert (ack.replica_id, ack.protocol, ack.epoch) == ("one", PROTOCOL, replica.server.epoch)
         assert (ack.block_size, ack.num_blocks, ack.max_model_len) == (4, 256, 1_000)
-        assert list(ack.capabilities) == ["generate", "received_choices"]
+        assert list(ack.capabilities) == ["generate", "received_choices", "received_penalties"]
         assert ack.fingerprints.hash_key == info.hash_key_fingerprint
         assert ack.load.num_free_blocks == 256
         assert ack.load.credit_tokens > 0

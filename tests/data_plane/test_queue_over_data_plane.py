@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from octavo.names import Reason
 
-from router.types import Cancel, Decision
+from router.types import Attempt, Cancel
 from tests.data_plane.rig import RecordingSink, Replica, assert_idle, make_dispatcher, make_prompt, make_request, until
 from workers.errors import DeadlineError, OverloadedError
 
@@ -54,9 +54,9 @@ class InOrder(RecordingSink):
         super().__init__()
         self._number, self._order = number, order
 
-    def dispatched(self, decision: Decision, queue_s: float) -> None:
+    def dispatched(self, attempt: Attempt) -> None:
         self._order.append(self._number)
-        super().dispatched(decision, queue_s)
+        super().dispatched(attempt)
 
 
 async def test_without_batching_nothing_is_foreseen() -> None:

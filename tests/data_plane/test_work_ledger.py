@@ -49,19 +49,6 @@ def test_the_first_report_that_counts_a_dispatch_says_so() -> None:
     assert (batch.last_batch_id, batch.load.owed_prefill_tokens) == (2, 22 + 30)
 
 
-def test_every_router_is_told_its_place_among_all() -> None:
-    _, ledger, second = make_ledger()
-    alone = report(ledger, second).load
-    assert (alone.num_routers, alone.router_rank) == (1, 0)
-    last, first = ledger.attach("z/1/2", lambda _: None), ledger.attach("a/1/3", lambda _: None)
-    for router in (first, last):
-        router.outbox.grant(100)
-    loads = [report(ledger, router).load for router in (first, second, last)]
-    assert [(load.num_routers, load.router_rank) for load in loads] == [(3, 0), (3, 1), (3, 2)]
-    ledger.detach(second)
-    assert report(ledger, last).load.router_rank == 1
-
-
 @pytest.mark.parametrize(("chunk_tokens", "is_urgent"), [(32, True), (8, False)])
 def test_other_routers_hear_at_once_of_a_prompt_in_the_cache(chunk_tokens: int, is_urgent: bool) -> None:
     engine, ledger, router = make_ledger(chunk_tokens=chunk_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -182,3 +184,10 @@ def is_idle(found: GetStatusResponse) -> bool:
             for replica in found.replicas
         )
     )
+
+
+async def octavo_trace(address: str, *arguments: str) -> tuple[int, str, str]:
+    """Run `octavo trace`; return its exit code and what it wrote to stdout and stderr."""
+    command = (sys.executable, "-m", "cluster.cli", "trace", *arguments, "--address", address)
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    return done.returncode, done.stdout, done.stderr

@@ -76,6 +76,7 @@ async def test_fp32_eight_at_once_cold_and_warm(model_cluster: ClusterProcess) -
         assert_answer(second, entry, cached_tokens=warm_tokens(entry))
 
 
+@pytest.mark.exact
 @pytest.mark.skipif(library.library() is None, reason="native kernels: the C library was not built")
 async def test_bf16_by_its_rule(default_model: ModelFiles, model_cluster: ClusterProcess) -> None:
     """By a second application on the same Ray."""

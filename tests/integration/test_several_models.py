@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import urllib.request
 from collections.abc import Iterator
 
 import grpc
@@ -124,3 +125,11 @@ async def test_the_loss_of_one_models_replicas_leaves_streams_of_others_alone(cl
         assert replicas_of("slow", before) == replicas_of("slow", await await_status(channel, lambda _: True))
         assert_answered(await generate(channel, asked("quick", prompts[0], 30)), prompts[0], 30)
         assert victims != replicas_of("quick", await await_status(channel, is_idle))
+
+
+def test_replicas_are_told_apart_as_requests_call_their_models(cluster: ClusterProcess) -> None:
+    """Though all of them have the same files."""
+    with urllib.request.urlopen(cluster.ready["metrics"], timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    of_replicas = [line for line in lines if line.startswith("octavo_engine_steps_total{")]
+    assert {line.partition('gen_ai_request_model="')[2].partition('"')[0] for line in of_replicas} == {"quick", "slow"}

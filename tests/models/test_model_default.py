@@ -213,5 +213,5 @@ def test_what_a_crash_left_behind_is_removed_by_the_next_fill(cache_dir: Path):
 
 @pytest.mark.parametrize("name", ["nothing", "no/such/dir", "missing.gguf", "org/missing.gguf", "a/b@", ""])
 def test_a_name_that_is_none_of_the_forms_is_refused(name: str, cache_dir: Path):
-    with pytest.raises(ModelFileError, match=r"a model is default, a \.gguf file, a directory"):
+    with pytest.raises(ModelFileError, match=r"a model is default, minilm, a \.gguf file, a directory"):
         fetch_model(name, cache_dir=cache_dir)

@@ -197,3 +197,13 @@ def test_pickled_weights_are_read_where_there_are_no_safetensors(folder: Path, c
     assert manifest_of(folder, cache_dir).weights_format == "safetensors"
     (folder / "model.safetensors").unlink()
     assert manifest_of(folder, cache_dir).weights_format == "pickles"
+
+
+def test_any_architecture_is_described_for_engines_with_code_of_others(folder: Path, cache_dir: Path):
+    edit(folder / "config.json", architectures=["GPTNeoXForCausalLM"], quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelFileError, match="GPTNeoXForCausalLM"):
+        fetch_model(str(folder), cache_dir=cache_dir)
+    edit(folder / "sentence_bert_config.json", max_seq_length=24)
+    files = fetch_model(str(folder), cache_dir=cache_dir, any_architecture=True)
+    manifest = ModelManifest.from_json(files.manifest.read_text())
+    assert (manifest.architecture, manifest.vocab_size, manifest.max_model_len) == ("GPTNeoXForCausalLM", 64, 24)

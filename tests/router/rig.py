@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,17 @@ from router.model import Models, ServedModel
 from router.server import RouterServer
 from router.signal import ModelSignal
 from router.tokenizer import Tokenizer
-from router.types import Backlog, Cancel, Candidate, Decision, ReplicaView, Request, Sink
+from router.types import (
+    Attempt,
+    Backlog,
+    Cancel,
+    Candidate,
+    Decision,
+    ModelStanding,
+    ReplicaView,
+    Request,
+    Sink,
+)
 from workers.errors import CancelledRequestError, OctavoError
 from workers.types import Finish, FinishReason, Load, ModelManifest, TokenLogprobs
 
@@ -90,7 +101,8 @@ class Work:
 
     def dispatch(self, replica: str = "r1", num_cached: int = 0) -> None:
         candidates = (Candidate(replica=replica, owed_tokens=3.0),)
-        self.sink.dispatched(Decision(replica=replica, rule="only", candidates=candidates), 0.25)
+        decision = Decision(replica=replica, rule="only", candidates=candidates)
+        self.sink.dispatched(Attempt(decision, 0.25, sent_at=time.monotonic()))
         self.sink.cached(num_cached)
 
     def emit(self, tokens: str | bytes | Sequence[int], index: int = 0, *, logprob: float | None = None) -> None:
@@ -176,6 +188,9 @@ class FakeBackend:
 
     def backlog(self) -> Backlog:
         return Backlog(num_queued_requests=1, num_queued_tokens=2, num_running_requests=3, max_queued_tokens=4)
+
+    def standing(self, model: str) -> ModelStanding:
+        return ModelStanding(1, 2, 0.5, 3, 4, 5)
 
     def signal(self, model: str) -> ModelSignal:
         return ModelSignal(num_queued=1, num_aboard=3, num_ready=1, num_turned_away_total=2)

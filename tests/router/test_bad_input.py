@@ -45,6 +45,11 @@ def received(*lists: Sequence[int]) -> list[types.TokenIds]:
 RECEIVED, OTHER = "received_token_ids[0]", "received_token_ids[1]"
 
 INVALID_FIELDS = [
+    (text_request(response_format=types.ResponseFormat()), "response_format", "must have one of its fields"),
+    (text_request(response_format=types.ResponseFormat(regex="")), "response_format.regex", "must have 1 to"),
+    (text_request(response_format=types.ResponseFormat(grammar="x" * 65_537)), "response_format.grammar", "is 65537"),
+    (text_request(response_format=types.ResponseFormat(json_schema="[")), "response_format.json_schema", "JSON object"),
+    (text_request(response_format=types.ResponseFormat(json_schema="[1]")), "response_format.json_schema", "is '[1]'"),
     (sampling(temperature=-0.5), "sampling.temperature", "is -0.5"),
     (sampling(temperature=math.nan), "sampling.temperature", "is nan"),
     (sampling(temperature=math.inf), "sampling.temperature", "is inf"),
@@ -130,7 +135,6 @@ async def test_invalid_with_a_reason_of_its_own(
 NOT_SERVED = [
     (text_request(truncate=types.TRUNCATE_LEFT), "truncate"),
     (text_request(truncate=99), "truncate"),
-    (text_request(response_format=types.ResponseFormat(regex="a+")), "response_format"),
     (messages(said(tool_calls=[types.ToolCall(id="1")])), "prompt.messages[0].tool_calls"),
     (messages(said(tool_call_id="1")), "prompt.messages[0].tool_call_id"),
     (text_request(model="toy:french"), "model"),

@@ -197,3 +197,30 @@ async def test_an_answer_that_is_attached_to_while_its_terminal_is_written_is_li
     assert len(context.terminals()) == 3
     await sessions.stop()
     assert intake.num_open == 0
+
+
+async def test_an_id_is_free_as_soon_as_the_client_may_have_its_terminal() -> None:
+    """A client that closed its stream with the Terminal, and used the id again over the next one, or that was quick to
+    use it over the same one, was told that it is in use: the write of the Terminal had yet to return."""
+    context, next_context = GatedContext(), GatedContext()
+    intake = Intake(RouterConfig(), {"toy": served_model()}, InstantBackend(), router_id="r")
+    sessions = Sessions(intake, Identities())
+    prompt = types.Prompt(token_ids=types.TokenIds(ids=[1, 2]))
+    starts = [pb.Start(request_id=name, request=pb.GenerateRequest(prompt=prompt, max_tokens=3)) for name in "ab"]
+    serving = asyncio.create_task(sessions.serve(context))  # type: ignore[arg-type]
+    context.incoming.put_nowait(pb.SessionRequest(starts=starts))
+    await eventually(lambda: len(context.terminals()) == 2)
+    context.incoming.put_nowait(pb.SessionRequest(starts=starts[:1]))
+    await asyncio.sleep(0.01)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    next_context.gate.set()
+    next_context.incoming.put_nowait(pb.SessionRequest(starts=starts[1:]))
+    serving = asyncio.create_task(sessions.serve(next_context))  # type: ignore[arg-type]
+    await eventually(lambda: len(next_context.terminals()) == 1)
+    assert next_context.terminals() == [("b", "")]
+    assert intake.num_accepted == 4
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    await sessions.stop()
+    assert intake.num_open == 0

@@ -17,7 +17,7 @@ from router.types import Candidate, Decision
 from tests.router_back.made_requests import make_request
 from tests.router_back.test_placement import KEY, Replica, make_roster
 
-DECISION = Decision(replica="one", rule="only", candidates=(Candidate("one", 4, 1.0, 2.0, 8.0, 16.0),), attempt=2)
+DECISION = Decision(replica="one", rule="only", candidates=(Candidate("one", 4, 1.0, 2.0, 8.0, 16.0, 32.0),), attempt=2)
 
 
 def lines_of(path: Path) -> list[dict[str, object]]:
@@ -30,7 +30,7 @@ def test_a_line_has_all_that_decided(tmp_path: Path) -> None:
     log.close()
     (line,) = lines_of(tmp_path / "log")
     assert abs(float(str(line.pop("at"))) - time.time()) < 60
-    terms = {"matched": 4, "owed": 1.0, "uncached": 2.0, "decode": 8.0, "displaced": 16.0, "cost": 27.0}
+    terms = {"matched": 4, "owed": 1.0, "uncached": 2.0, "decode": 8.0, "displaced": 16.0, "recent": 32.0, "cost": 59.0}
     assert line == {
         "router": "router-1",
         "request": "r",

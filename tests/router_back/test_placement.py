@@ -106,34 +106,6 @@ def test_ties_are_spread() -> None:
     assert all(60 <= counts[name] <= 140 for name in "abcd")
 
 
-def test_routers_that_know_nothing_of_each_other_share_idle_replicas_out() -> None:
-    rosters = [make_roster(*(Replica(f"r{i}") for i in range(8))) for _ in range(4)]
-    places: list[set[str]] = []
-    for rank, roster in enumerate(rosters):
-        roster.stand(rank, len(rosters))
-        placement, found = LeastCost(random.Random(rank)), set()
-        for _ in range(50):
-            request = make_request([1, 2, 3])
-            decision = placement.place(request, PromptHashes(KEY, request), roster)
-            assert decision is not None
-            found.add(decision.replica)
-        places.append(found)
-    assert [len(found) for found in places] == [2, 2, 2, 2]
-    assert len(set().union(*places)) == 8
-
-
-def test_a_part_of_the_replicas_decides_ties_only() -> None:
-    roster = make_roster(Replica("a", owed_tokens=5), Replica("b"))
-    roster.stand(0, 2)
-    assert roster.own == 1
-    request = make_request([1, 2, 3])
-    decision = LeastCost(random.Random(1)).place(request, PromptHashes(KEY, request), roster)
-    assert decision is not None
-    assert decision.replica == "b"
-    roster.stand(5, 2)
-    assert roster.own == 0
-
-
 def test_what_is_cached_need_not_be_computed() -> None:
     prompt = list(range(40))
     warm, cold = Replica("warm", owed_tokens=20).holds(prompt, 8), Replica("cold")

@@ -66,7 +66,7 @@ class Bench:
         self.scheduler.check_integrity()
         self.reader.apply(self.pool.drain_events())
         assert self.reader.resident == self.pool.resident_hashes()
-        gather(self.scheduler.drain_deltas(), self.answers)
+        gather(self.scheduler.commits.drain(), self.answers)
 
     def run(self, max_steps: int = 1_000) -> None:
         for _ in range(max_steps):

@@ -396,6 +396,14 @@ def test_one_poison_work_fails_alone(chunk_tokens: int) -> None:
     assert {i: a.tokens for i, a in answers.items()} == {w.work_id: toy_answer(w) for w in good}
 
 
+def test_what_is_logged_of_a_failure_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ToyEngine(poison=666)
+    engine.submit(work(1, [666], request_id="mine", traceparent="00-12-34-01"))
+    engine.run()
+    (record,) = caplog.records
+    assert (record.__dict__["request_id"], record.__dict__["traceparent"]) == ("mine", "00-12-34-01")
+
+
 def test_a_poison_work_alone_in_its_step_fails() -> None:
     engine = ToyEngine(poison=666)
     engine.submit(work(1, [666], 6))

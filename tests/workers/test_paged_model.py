@@ -169,6 +169,18 @@ def test_an_embedding_that_fp16_cannot_hold_is_not_rounded(tmp_path: Path) -> No
     assert (rounded - exact).square().mean().sqrt() < 2e-2 * exact.square().mean().sqrt()
 
 
+def test_a_step_s_time_is_told_by_computing_and_drawing(model: LlamaModel) -> None:
+    engine = new_engine(model)
+    watch = engine.watch()
+    engine.submit(work(1, range(5), max_tokens=3))
+    while engine.step():
+        watch.ended()
+    records = watch.drain()
+    assert len(records) == 3
+    for record in records:
+        assert min(record.schedule_s, record.run_s, record.sample_s, record.emit_s) > 0
+
+
 def test_copied_blocks_hold_what_was_copied(model: LlamaModel) -> None:
     """Copy on write by hand: a second sequence goes on from a copy of the first one's half-filled block."""
     runner = new_runner(model, 8)

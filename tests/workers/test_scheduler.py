@@ -28,7 +28,7 @@ def test_one_sequence_from_prompt_to_length() -> None:
     assert answer.tokens == toy_answer(one.work)
     assert (answer.finish, answer.num_deltas, answer.num_cached_tokens) == (FinishReason.LENGTH, 3, 0)
     assert bench.pool.num_free == 64
-    assert bench.scheduler.num_computed_tokens == 12
+    assert bench.scheduler.commits.num_computed_tokens == 12
     assert bench.scheduler.num_steps == 5, "a step without work is none"
 
 

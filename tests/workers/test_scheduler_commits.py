@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+from collections import deque
+
 import pytest
 
 from tests.workers.scheduler_bench import Bench, shape
-from tests.workers.toy_engine import toy_answer, work
-from workers.plan import StepOutput
+from tests.workers.toy_engine import toy_answer, toy_token, work
+from workers.plan import StepOutput, StepPlan
 from workers.sequence import Sequence
 from workers.types import FinishReason, TokenDelta, TokenLogprobs
 
@@ -22,7 +25,7 @@ def test_who_ends_while_a_step_is_in_flight_is_passed_over() -> None:
     bench.check()
     assert bench.answer(one).tokens == []
     assert bench.answer(two).tokens == toy_answer(two.work)
-    assert bench.scheduler.num_computed_tokens == 4
+    assert bench.scheduler.commits.num_computed_tokens == 4
 
 
 class Guess:
@@ -44,7 +47,7 @@ def test_a_draft_brings_what_was_guessed_right_and_one_token_more() -> None:
     assert plan.chunks[0].draft == (whole[0], (whole[0] + 1) % 50)
     assert bench.answer(one).tokens == whole[:2]
     assert (one.num_computed, len(one.block_table)) == (7, 2)
-    assert (bench.scheduler.num_drafted_tokens, bench.scheduler.num_accepted_tokens) == (2, 1)
+    assert (bench.scheduler.commits.num_drafted_tokens, bench.scheduler.commits.num_accepted_tokens) == (2, 1)
     bench.run()
     assert bench.answer(one).tokens == whole
 
@@ -59,7 +62,7 @@ def commit_tokens(*commits: tuple[int, ...]) -> tuple[Bench, Sequence, list[Toke
         logprobs = tuple(TokenLogprobs(-float(token)) for token in tokens)
         bench.scheduler.commit(plan, StepOutput([tokens], [logprobs]), 0.0)
         bench.scheduler.check_integrity()
-        deltas += bench.scheduler.drain_deltas()
+        deltas += bench.scheduler.commits.drain()
     return bench, sequence, deltas
 
 
@@ -120,3 +123,34 @@ def test_received_tokens_are_part_of_the_answer() -> None:
     one = bench.add(work(1, [1, 2, 3], 8, received=[whole[:5]]))
     bench.run()
     assert bench.answer(one).tokens == whole[5:]
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_what_was_planned_on_a_token_that_is_taken_back_is_void(lag: int) -> None:
+    """Steps in flight went on from it; they come back, and count for nothing."""
+    rng, bench = random.Random(lag), Bench(16, chunk_tokens=9, max_num_sequences=5)
+    sequences = [bench.add(work(n, [n, *range(n)], 25)) for n in range(6)]
+    known = {sequence: list(sequence.tokens) for sequence in sequences}
+    in_flight: deque[tuple[StepPlan, StepOutput]] = deque()
+    num_taken_back = 0
+    while bench.scheduler.waiting or bench.scheduler.running:
+        plan = bench.plan()
+        tokens: list[tuple[int, ...]] = []
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.num_tokens
+            drawn = toy_token(known[chunk.sequence][:end], "", frozenset())
+            is_taken_back = chunk.samples and rng.random() < 0.1
+            num_taken_back += is_taken_back
+            if chunk.samples:
+                known[chunk.sequence][end:] = [drawn + is_taken_back]
+            tokens.append((drawn,) if chunk.samples and not is_taken_back else ())
+        in_flight.append((plan, StepOutput(tokens)))
+        if len(in_flight) > lag or not plan.chunks:
+            bench.scheduler.commit(*in_flight.popleft(), 0.0)
+        bench.check()
+    for plan, output in in_flight:
+        bench.scheduler.commit(plan, output, 0.0)
+    assert num_taken_back > 10
+    assert bench.pool.num_free == 16
+    for sequence in sequences:
+        assert bench.answer(sequence).tokens == toy_answer(sequence.work)

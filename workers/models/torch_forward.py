@@ -5,22 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as Seq
 from collections.abc import Set
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from workers.attention.backend import AttentionBackend
+from workers.attention.backend import AttentionBackend, StepAttention
 from workers.attention.cache import KvCache
-from workers.attention.layout import lay_out
+from workers.attention.layout import StepLayout, lay_out
 from workers.forward import Logits
 from workers.plan import Chunk
 
-if TYPE_CHECKING:
-    from workers.models.llama import LlamaModel
+
+class StepModel(Protocol):
+    @property
+    def adapters(self) -> Set[str]: ...
+
+    def forward(self, layout: StepLayout, attention: StepAttention) -> torch.Tensor:
+        """Compute the rows of a step; return the logits [len(layout.sampling_rows), vocab_size] in fp32."""
 
 
 class TorchForward:
-    def __init__(self, model: LlamaModel, cache: KvCache, attention: AttentionBackend) -> None:
+    def __init__(self, model: StepModel, cache: KvCache, attention: AttentionBackend) -> None:
         self._model = model
         self._cache = cache
         self._attention = attention

@@ -45,6 +45,10 @@ class Checkpoint(Protocol):
         Raises ModelFileError with the name if it is missing, of another size, unreadable or not finite.
         """
 
+    def stored(self, name: str, *size: int) -> torch.Tensor:
+        """Return what `tensor` returns in a floating-point type that has room for it, as the file has it where it has
+        one; whether all of it is finite is for the caller to see. Raises what `tensor` raises."""
+
     def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
         """Return what `tensor` returns, without torch where the file can be read without. Raises what it raises."""
 
@@ -72,12 +76,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise ModelFileError(f"{path}: no such model file or directory")
 
 
-def checked(tensor: torch.Tensor, where: str, size: tuple[int, ...]) -> torch.Tensor:
-    """Return `tensor` in fp32. Raises ModelFileError, naming `where`, for another size or numbers not finite."""
-    if tuple(tensor.shape) != size:
-        raise ModelFileError(f"{where}: size must be {list(size)}, is {list(tensor.shape)}")
+def checked(tensor: torch.Tensor, where: str) -> torch.Tensor:
+    """Return `tensor` in fp32. Raises ModelFileError, naming `where`, for numbers not finite."""
     tensor = tensor.float()
     # A sum is not finite if any term is not: one pass without a mask of the tensor's size.
     if not tensor.sum().isfinite():
         raise ModelFileError(f"{where}: has numbers that are not finite")
+    return tensor
+
+
+def of_size(tensor: torch.Tensor, where: str, size: tuple[int, ...]) -> torch.Tensor:
+    """Return `tensor`. Raises ModelFileError, naming `where`, if it is quantised or of another size."""
+    if not tensor.is_floating_point():
+        raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
+    if tuple(tensor.shape) != size:
+        raise ModelFileError(f"{where}: size must be {list(size)}, is {list(tensor.shape)}")
     return tensor

@@ -59,6 +59,9 @@ class GgufCheckpoint:
 
         return torch.from_numpy(self.array(name, *size))
 
+    def stored(self, name: str, *size: int) -> torch.Tensor:
+        return self.tensor(name, *size)
+
     def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
         entry = self._entry(name, size)
         values = self._dequantise(entry)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from workers.errors import ModelFileError
-from workers.weights.checkpoint import checked
+from workers.weights.checkpoint import checked, of_size
 from workers.weights.directory import PICKLES, read_config, weight_files
 from workers.weights.shape import ModelShape, from_config
 
@@ -35,13 +35,14 @@ class PickleCheckpoint:
             self._tensors |= {name: (path.name, tensor) for name, tensor in _load(path).items()}
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
+        stored = self.stored(name, *size)
+        return checked(stored, f"{self._tensors[name][0]}: tensor {name}")
+
+    def stored(self, name: str, *size: int) -> torch.Tensor:
         if name not in self._tensors:
             raise ModelFileError(f"{self._directory.name}: tensor {name} is missing")
         file, tensor = self._tensors[name]
-        where = f"{file}: tensor {name}"
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
-        return checked(tensor, where, size)
+        return of_size(tensor, f"{file}: tensor {name}", size)
 
     def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = self.tensor(name, *size).numpy()

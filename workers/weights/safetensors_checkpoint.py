@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from workers.errors import ModelFileError
-from workers.weights.checkpoint import checked
+from workers.weights.checkpoint import checked, of_size
 from workers.weights.directory import SAFETENSORS, read_config, weight_files
 from workers.weights.shape import ModelShape, from_config
 
@@ -29,6 +29,9 @@ class SafetensorsCheckpoint:
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
+        return checked(self.stored(name, *size), f"{self._file_of[name]}: tensor {name}")
+
+    def stored(self, name: str, *size: int) -> torch.Tensor:
         file = self._file_of.get(name)
         if file is None:
             raise ModelFileError(f"{self._directory.name}: tensor {name} is missing")
@@ -37,9 +40,7 @@ class SafetensorsCheckpoint:
             tensor: torch.Tensor = self._handles[file].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise ModelFileError(f"{where}: {error}") from error
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"{where}: is of type {tensor.dtype}, which needs a quantised kernel")
-        return checked(tensor, where, size)
+        return of_size(tensor, where, size)
 
     def array(self, name: str, *size: int) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = self.tensor(name, *size).numpy()

@@ -48,6 +48,7 @@ from octavo.client.errors import (
 )
 from octavo.client.generation import Generation
 from octavo.client.options import ClientOptions
+from octavo.client.pooling import Classification, EmbedOptions, PoolOptions, RerankOptions
 from octavo.client.request import GenerateOptions, Message, Prompt
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "CallError",
     "Candidate",
     "Choice",
+    "Classification",
     "Client",
     "ClientOptions",
     "Completion",
@@ -62,6 +64,7 @@ __all__ = [
     "DeadlineExceededError",
     "Decision",
     "Delta",
+    "EmbedOptions",
     "FailedPreconditionError",
     "FieldViolation",
     "Finish",
@@ -73,8 +76,10 @@ __all__ = [
     "Message",
     "NotFoundError",
     "PermissionDeniedError",
+    "PoolOptions",
     "Prompt",
     "RequestCancelledError",
+    "RerankOptions",
     "ResourceExhaustedError",
     "TokenLogprobs",
     "UnauthenticatedError",

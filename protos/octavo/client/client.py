@@ -15,12 +15,14 @@ import grpc
 import grpc.aio
 from google.protobuf import wrappers_pb2
 
+from octavo.client import pooling
 from octavo.client.answer import Completion
 from octavo.client.errors import CallError, ConnectionFailedError, UnavailableError, from_rpc
 from octavo.client.exchange import Exchange
 from octavo.client.flights import Flights
 from octavo.client.generation import Generation
 from octavo.client.options import ClientOptions
+from octavo.client.pooling import CallOptions, Classification, EmbedOptions, PoolOptions, RerankOptions
 from octavo.client.request import GenerateOptions, Prompt, check_start, make_prompt, make_request
 from octavo.names import Reason
 from octavo.v1 import model_service_pb2, model_service_pb2_grpc, status_service_pb2, status_service_pb2_grpc
@@ -132,6 +134,52 @@ class Client:
         )
         return await generation.complete()
 
+    # Numbers for texts: see pooling.py for the options. Errors are those of a request; `timeout` is in seconds.
+
+    async def embed(
+        self,
+        inputs: Sequence[Prompt],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it travels on
+        **options: Unpack[EmbedOptions],
+    ) -> list[list[float]]:
+        """Return a vector for each input, a text or token ids."""
+        return await self._ask(pooling.embed(inputs, self._call_options(timeout), options))
+
+    async def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it travels on
+        **options: Unpack[PoolOptions],
+    ) -> list[float]:
+        """Return how well the two texts of each pair fit."""
+        return await self._ask(pooling.score(pairs, self._call_options(timeout), options))
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it travels on
+        **options: Unpack[RerankOptions],
+    ) -> list[tuple[int, float]]:
+        """Return the places of the documents that fit best and their scores, the best one first."""
+        return await self._ask(pooling.rerank(query, documents, self._call_options(timeout), options))
+
+    async def classify(
+        self,
+        inputs: Sequence[Prompt],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it travels on
+        **options: Unpack[PoolOptions],
+    ) -> list[Classification]:
+        """Return what each input is, or each of its tokens."""
+        return await self._ask(pooling.classify(inputs, self._call_options(timeout), options))
+
+    def _call_options(self, timeout: float | None) -> CallOptions:
+        return CallOptions(timeout, self._options.metadata)
+
     # The other calls. Each tries one address after the other, takes `call_timeout_s` at most, and raises CallError.
 
     async def list_models(self) -> list[model_service_pb2.Model]:
@@ -191,6 +239,34 @@ class Client:
                 status_service_pb2.GetStatusRequest(),
                 timeout=self._options.call_timeout_s,
                 metadata=self._options.metadata,
+            )
+
+        return await self._ask(call)
+
+    async def find_requests(self, name: str) -> list[status_service_pb2.RequestRecord]:
+        """Return what the router that answers knows of the request, or the requests of the trace, with this id; of
+        its own tenant's alone. Raises NotFoundError if it remembers none; another router may."""
+        request = status_service_pb2.GetRequestRecordRequest(id=name)
+
+        async def call(channel: grpc.aio.Channel) -> list[status_service_pb2.RequestRecord]:
+            stub: status_service_pb2_grpc.StatusServiceAsyncStub = status_service_pb2_grpc.StatusServiceStub(channel)
+            response = await stub.GetRequestRecord(
+                request, timeout=self._options.call_timeout_s, metadata=self._options.metadata
+            )
+            return list(response.records)
+
+        return await self._ask(call)
+
+    async def slowest_requests(
+        self, number: int = 10, *, model: str = ""
+    ) -> status_service_pb2.ListRequestRecordsResponse:
+        """Return the slowest requests that the router which answers remembers, of one model or all."""
+        request = status_service_pb2.ListRequestRecordsRequest(max_records=number, model=model)
+
+        async def call(channel: grpc.aio.Channel) -> status_service_pb2.ListRequestRecordsResponse:
+            stub: status_service_pb2_grpc.StatusServiceAsyncStub = status_service_pb2_grpc.StatusServiceStub(channel)
+            return await stub.ListRequestRecords(
+                request, timeout=self._options.call_timeout_s, metadata=self._options.metadata
             )
 
         return await self._ask(call)

@@ -6,6 +6,7 @@ field, as it would be had the router seen it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypedDict
 
@@ -48,6 +49,9 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int
     priority: int
     affinity_key: str
+    response_format: Mapping[str, object]
+    """What shape the answer must have, one of {"json_object": True}, {"json_schema": SCHEMA} (as text or as a dict),
+    {"regex": TEXT} and {"grammar": TEXT}. Of engines that can hold answers to one."""
     received_token_ids: Sequence[Sequence[int]]
     """Per choice, tokens of an interrupted answer: the answer continues after them, and brings what follows only; of a
     choice that had ended, its finish."""
@@ -76,7 +80,9 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
         path = f"sampling.{name}" if name in _SAMPLING_FIELDS else name
         try:
             field = getattr(owner, name)
-            if name == "received_token_ids":
+            if name == "response_format":
+                field.CopyFrom(_format(value))
+            elif name == "received_token_ids":
                 field.extend(types_pb2.TokenIds(ids=token_ids) for token_ids in value)  # type: ignore[attr-defined]
             elif hasattr(field, "update"):
                 field.update(value)
@@ -87,6 +93,19 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
         except (TypeError, ValueError) as error:
             raise _invalid(path, f"{error}, is {value!r}") from None
     return request
+
+
+def _format(asked: object) -> types_pb2.ResponseFormat:
+    if not isinstance(asked, Mapping) or len(asked) != 1:
+        raise TypeError("must be a mapping with one key")
+    ((kind, value),) = asked.items()
+    if kind == "json_object" and value is True:
+        return types_pb2.ResponseFormat(json_object=types_pb2.ResponseFormat.JsonObject())
+    if kind == "json_schema" and isinstance(value, Mapping):
+        value = json.dumps(value)
+    if kind not in ("json_schema", "regex", "grammar") or not isinstance(value, str):
+        raise TypeError("must have json_object (True), json_schema, regex or grammar")
+    return types_pb2.ResponseFormat(**{kind: value})  # type: ignore[arg-type]  # a name of a text
 
 
 def check_start(request_id: str, *, timeout: float | None, traceparent: str, tracestate: str) -> None:

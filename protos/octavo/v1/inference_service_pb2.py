@@ -23,36 +23,37 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from octavo.v1 import pooling_pb2 as octavo_dot_v1_dot_pooling__pb2
 from octavo.v1 import types_pb2 as octavo_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!octavo/v1/inference_service.proto\x12\toctavo.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x15octavo/v1/types.proto\"\x9f\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.octavo.v1.Prompt\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.octavo.v1.Sampling\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x10\n\x08priority\x18\x0c \x01(\x05\x12\x14\n\x0c\x61\x66\x66inity_key\x18\r \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x0e \x01(\t\x12/\n\x12received_token_ids\x18\x0f \x03(\x0b\x32\x13.octavo.v1.TokenIds\x12%\n\x08truncate\x18\x10 \x01(\x0e\x32\x13.octavo.v1.Truncate\x12\x32\n\x0fresponse_format\x18\x11 \x01(\x0b\x32\x19.octavo.v1.ResponseFormatB\x04\n\x02_nB\n\n\x08_best_ofB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"|\n\x10GenerateResponse\x12 \n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Delta\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.octavo.v1.Usage\x12%\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x13.octavo.v1.Decision\"x\n\x0eSessionRequest\x12 \n\x06starts\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Start\x12\"\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x11.octavo.v1.Cancel\x12 \n\x06grants\x18\x03 \x03(\x0b\x32\x10.octavo.v1.Grant\"\xd5\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.octavo.v1.GenerateRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x12\n\ntracestate\x18\x05 \x01(\t\x12\x13\n\x06window\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0e\x61ttach_offsets\x18\x07 \x03(\rB\t\n\x07_window\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"+\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"W\n\x0fSessionResponse\x12 \n\x06\x65vents\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Event\x12\"\n\x07go_away\x18\x02 \x01(\x0b\x32\x11.octavo.v1.GoAway\"p\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.octavo.v1.DeltaH\x00\x12\'\n\x08terminal\x18\x03 \x01(\x0b\x32\x13.octavo.v1.TerminalH\x00\x42\x07\n\x05\x65vent\"\xf7\x01\n\x08Terminal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x33\n\x10\x66ield_violations\x18\x04 \x03(\x0b\x32\x19.octavo.v1.FieldViolation\x12.\n\x0bretry_delay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.octavo.v1.Usage\x12\x0f\n\x07replica\x18\x07 \x01(\t\x12%\n\x08\x64\x65\x63ision\x18\x08 \x01(\x0b\x32\x13.octavo.v1.Decision\"B\n\x06GoAway\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x02 \x01(\t2\x9f\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.octavo.v1.GenerateRequest\x1a\x1b.octavo.v1.GenerateResponse0\x01\x12\x44\n\x07Session\x12\x19.octavo.v1.SessionRequest\x1a\x1a.octavo.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!octavo/v1/inference_service.proto\x12\toctavo.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17octavo/v1/pooling.proto\x1a\x15octavo/v1/types.proto\"\x9f\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.octavo.v1.Prompt\x12%\n\x08sampling\x18\x03 \x01(\x0b\x32\x13.octavo.v1.Sampling\x12\x0e\n\x01n\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x07\x62\x65st_of\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x04\x88\x01\x01\x12\x10\n\x08priority\x18\x0c \x01(\x05\x12\x14\n\x0c\x61\x66\x66inity_key\x18\r \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x0e \x01(\t\x12/\n\x12received_token_ids\x18\x0f \x03(\x0b\x32\x13.octavo.v1.TokenIds\x12%\n\x08truncate\x18\x10 \x01(\x0e\x32\x13.octavo.v1.Truncate\x12\x32\n\x0fresponse_format\x18\x11 \x01(\x0b\x32\x19.octavo.v1.ResponseFormatB\x04\n\x02_nB\n\n\x08_best_ofB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"|\n\x10GenerateResponse\x12 \n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Delta\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.octavo.v1.Usage\x12%\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0b\x32\x13.octavo.v1.Decision\"x\n\x0eSessionRequest\x12 \n\x06starts\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Start\x12\"\n\x07\x63\x61ncels\x18\x02 \x03(\x0b\x32\x11.octavo.v1.Cancel\x12 \n\x06grants\x18\x03 \x03(\x0b\x32\x10.octavo.v1.Grant\"\xd5\x01\n\x05Start\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.octavo.v1.GenerateRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x12\n\ntracestate\x18\x05 \x01(\t\x12\x13\n\x06window\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0e\x61ttach_offsets\x18\x07 \x03(\rB\t\n\x07_window\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"+\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"W\n\x0fSessionResponse\x12 \n\x06\x65vents\x18\x01 \x03(\x0b\x32\x10.octavo.v1.Event\x12\"\n\x07go_away\x18\x02 \x01(\x0b\x32\x11.octavo.v1.GoAway\"p\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.octavo.v1.DeltaH\x00\x12\'\n\x08terminal\x18\x03 \x01(\x0b\x32\x13.octavo.v1.TerminalH\x00\x42\x07\n\x05\x65vent\"\xf7\x01\n\x08Terminal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x33\n\x10\x66ield_violations\x18\x04 \x03(\x0b\x32\x19.octavo.v1.FieldViolation\x12.\n\x0bretry_delay\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.octavo.v1.Usage\x12\x0f\n\x07replica\x18\x07 \x01(\t\x12%\n\x08\x64\x65\x63ision\x18\x08 \x01(\x0b\x32\x13.octavo.v1.Decision\"B\n\x06GoAway\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x02 \x01(\t2\x9b\x03\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.octavo.v1.GenerateRequest\x1a\x1b.octavo.v1.GenerateResponse0\x01\x12\x44\n\x07Session\x12\x19.octavo.v1.SessionRequest\x1a\x1a.octavo.v1.SessionResponse(\x01\x30\x01\x12:\n\x05\x45mbed\x12\x17.octavo.v1.EmbedRequest\x1a\x18.octavo.v1.EmbedResponse\x12:\n\x05Score\x12\x17.octavo.v1.ScoreRequest\x1a\x18.octavo.v1.ScoreResponse\x12=\n\x06Rerank\x12\x18.octavo.v1.RerankRequest\x1a\x19.octavo.v1.RerankResponse\x12\x43\n\x08\x43lassify\x12\x1a.octavo.v1.ClassifyRequest\x1a\x1b.octavo.v1.ClassifyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=104
-  _globals['_GENERATEREQUEST']._serialized_end=647
-  _globals['_GENERATERESPONSE']._serialized_start=649
-  _globals['_GENERATERESPONSE']._serialized_end=773
-  _globals['_SESSIONREQUEST']._serialized_start=775
-  _globals['_SESSIONREQUEST']._serialized_end=895
-  _globals['_START']._serialized_start=898
-  _globals['_START']._serialized_end=1111
-  _globals['_CANCEL']._serialized_start=1113
-  _globals['_CANCEL']._serialized_end=1141
-  _globals['_GRANT']._serialized_start=1143
-  _globals['_GRANT']._serialized_end=1186
-  _globals['_SESSIONRESPONSE']._serialized_start=1188
-  _globals['_SESSIONRESPONSE']._serialized_end=1275
-  _globals['_EVENT']._serialized_start=1277
-  _globals['_EVENT']._serialized_end=1389
-  _globals['_TERMINAL']._serialized_start=1392
-  _globals['_TERMINAL']._serialized_end=1639
-  _globals['_GOAWAY']._serialized_start=1641
-  _globals['_GOAWAY']._serialized_end=1707
-  _globals['_INFERENCESERVICE']._serialized_start=1710
-  _globals['_INFERENCESERVICE']._serialized_end=1869
+  _globals['_GENERATEREQUEST']._serialized_start=129
+  _globals['_GENERATEREQUEST']._serialized_end=672
+  _globals['_GENERATERESPONSE']._serialized_start=674
+  _globals['_GENERATERESPONSE']._serialized_end=798
+  _globals['_SESSIONREQUEST']._serialized_start=800
+  _globals['_SESSIONREQUEST']._serialized_end=920
+  _globals['_START']._serialized_start=923
+  _globals['_START']._serialized_end=1136
+  _globals['_CANCEL']._serialized_start=1138
+  _globals['_CANCEL']._serialized_end=1166
+  _globals['_GRANT']._serialized_start=1168
+  _globals['_GRANT']._serialized_end=1211
+  _globals['_SESSIONRESPONSE']._serialized_start=1213
+  _globals['_SESSIONRESPONSE']._serialized_end=1300
+  _globals['_EVENT']._serialized_start=1302
+  _globals['_EVENT']._serialized_end=1414
+  _globals['_TERMINAL']._serialized_start=1417
+  _globals['_TERMINAL']._serialized_end=1664
+  _globals['_GOAWAY']._serialized_start=1666
+  _globals['_GOAWAY']._serialized_end=1732
+  _globals['_INFERENCESERVICE']._serialized_start=1735
+  _globals['_INFERENCESERVICE']._serialized_end=2146
 # @@protoc_insertion_point(module_scope)

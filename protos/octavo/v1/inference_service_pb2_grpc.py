@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from octavo.v1 import inference_service_pb2 as octavo_dot_v1_dot_inference__service__pb2
+from octavo.v1 import pooling_pb2 as octavo_dot_v1_dot_pooling__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -45,6 +46,26 @@ class InferenceServiceStub(object):
                 request_serializer=octavo_dot_v1_dot_inference__service__pb2.SessionRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_inference__service__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/octavo.v1.InferenceService/Embed',
+                request_serializer=octavo_dot_v1_dot_pooling__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_pooling__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/octavo.v1.InferenceService/Score',
+                request_serializer=octavo_dot_v1_dot_pooling__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_pooling__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/octavo.v1.InferenceService/Rerank',
+                request_serializer=octavo_dot_v1_dot_pooling__pb2.RerankRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_pooling__pb2.RerankResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/octavo.v1.InferenceService/Classify',
+                request_serializer=octavo_dot_v1_dot_pooling__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_pooling__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -65,6 +86,34 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """A vector for each input. The calls below fail as a whole: all inputs are answered, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How well the two texts of each pair fit, as a cross-encoder sees it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """The documents that fit a query best, by the same scores.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """What an input is, or each of its tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +126,26 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=octavo_dot_v1_dot_inference__service__pb2.SessionRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_inference__service__pb2.SessionResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=octavo_dot_v1_dot_pooling__pb2.EmbedRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_pooling__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=octavo_dot_v1_dot_pooling__pb2.ScoreRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_pooling__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=octavo_dot_v1_dot_pooling__pb2.RerankRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_pooling__pb2.RerankResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=octavo_dot_v1_dot_pooling__pb2.ClassifyRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_pooling__pb2.ClassifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +203,114 @@ class InferenceService(object):
             '/octavo.v1.InferenceService/Session',
             octavo_dot_v1_dot_inference__service__pb2.SessionRequest.SerializeToString,
             octavo_dot_v1_dot_inference__service__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.InferenceService/Embed',
+            octavo_dot_v1_dot_pooling__pb2.EmbedRequest.SerializeToString,
+            octavo_dot_v1_dot_pooling__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.InferenceService/Score',
+            octavo_dot_v1_dot_pooling__pb2.ScoreRequest.SerializeToString,
+            octavo_dot_v1_dot_pooling__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.InferenceService/Rerank',
+            octavo_dot_v1_dot_pooling__pb2.RerankRequest.SerializeToString,
+            octavo_dot_v1_dot_pooling__pb2.RerankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.InferenceService/Classify',
+            octavo_dot_v1_dot_pooling__pb2.ClassifyRequest.SerializeToString,
+            octavo_dot_v1_dot_pooling__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

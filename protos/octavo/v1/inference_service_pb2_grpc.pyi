@@ -8,6 +8,7 @@ import collections.abc
 import grpc
 import grpc.aio
 import octavo.v1.inference_service_pb2
+import octavo.v1.pooling_pb2
 import sys
 import typing
 
@@ -57,7 +58,71 @@ _InferenceServiceSessionType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceSessionType]):
+_InferenceServiceEmbedType = typing_extensions.TypeVar(
+    '_InferenceServiceEmbedType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.EmbedRequest,
+        octavo.v1.pooling_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.EmbedRequest,
+        octavo.v1.pooling_pb2.EmbedResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.EmbedRequest,
+        octavo.v1.pooling_pb2.EmbedResponse,
+    ],
+)
+
+_InferenceServiceScoreType = typing_extensions.TypeVar(
+    '_InferenceServiceScoreType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ScoreRequest,
+        octavo.v1.pooling_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ScoreRequest,
+        octavo.v1.pooling_pb2.ScoreResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ScoreRequest,
+        octavo.v1.pooling_pb2.ScoreResponse,
+    ],
+)
+
+_InferenceServiceRerankType = typing_extensions.TypeVar(
+    '_InferenceServiceRerankType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.RerankRequest,
+        octavo.v1.pooling_pb2.RerankResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.RerankRequest,
+        octavo.v1.pooling_pb2.RerankResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.RerankRequest,
+        octavo.v1.pooling_pb2.RerankResponse,
+    ],
+)
+
+_InferenceServiceClassifyType = typing_extensions.TypeVar(
+    '_InferenceServiceClassifyType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ClassifyRequest,
+        octavo.v1.pooling_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ClassifyRequest,
+        octavo.v1.pooling_pb2.ClassifyResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ClassifyRequest,
+        octavo.v1.pooling_pb2.ClassifyResponse,
+    ],
+)
+
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceSessionType, _InferenceServiceEmbedType, _InferenceServiceScoreType, _InferenceServiceRerankType, _InferenceServiceClassifyType]):
     """Every accepted request ends with exactly one terminal: the call's status for Generate, a Terminal for Session."""
 
     @typing.overload
@@ -69,6 +134,22 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
         grpc.StreamStreamMultiCallable[
             octavo.v1.inference_service_pb2.SessionRequest,
             octavo.v1.inference_service_pb2.SessionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.EmbedRequest,
+            octavo.v1.pooling_pb2.EmbedResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.ScoreRequest,
+            octavo.v1.pooling_pb2.ScoreResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.RerankRequest,
+            octavo.v1.pooling_pb2.RerankResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.ClassifyRequest,
+            octavo.v1.pooling_pb2.ClassifyResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -82,6 +163,22 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             octavo.v1.inference_service_pb2.SessionRequest,
             octavo.v1.inference_service_pb2.SessionResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.EmbedRequest,
+            octavo.v1.pooling_pb2.EmbedResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.ScoreRequest,
+            octavo.v1.pooling_pb2.ScoreResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.RerankRequest,
+            octavo.v1.pooling_pb2.RerankResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.pooling_pb2.ClassifyRequest,
+            octavo.v1.pooling_pb2.ClassifyResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
@@ -89,6 +186,18 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Session: _InferenceServiceSessionType
     """Many requests of one client over one stream; each has its own timeout, trace, terminal and token window."""
+
+    Embed: _InferenceServiceEmbedType
+    """A vector for each input. The calls below fail as a whole: all inputs are answered, or none."""
+
+    Score: _InferenceServiceScoreType
+    """How well the two texts of each pair fit, as a cross-encoder sees it."""
+
+    Rerank: _InferenceServiceRerankType
+    """The documents that fit a query best, by the same scores."""
+
+    Classify: _InferenceServiceClassifyType
+    """What an input is, or each of its tokens."""
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -98,6 +207,22 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         octavo.v1.inference_service_pb2.SessionRequest,
         octavo.v1.inference_service_pb2.SessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.EmbedRequest,
+        octavo.v1.pooling_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ScoreRequest,
+        octavo.v1.pooling_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.RerankRequest,
+        octavo.v1.pooling_pb2.RerankResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.pooling_pb2.ClassifyRequest,
+        octavo.v1.pooling_pb2.ClassifyResponse,
     ],
 ]
 
@@ -119,5 +244,37 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[octavo.v1.inference_service_pb2.SessionResponse], collections.abc.AsyncIterator[octavo.v1.inference_service_pb2.SessionResponse]]:
         """Many requests of one client over one stream; each has its own timeout, trace, terminal and token window."""
+
+    @abc.abstractmethod
+    def Embed(
+        self,
+        request: octavo.v1.pooling_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.pooling_pb2.EmbedResponse, collections.abc.Awaitable[octavo.v1.pooling_pb2.EmbedResponse]]:
+        """A vector for each input. The calls below fail as a whole: all inputs are answered, or none."""
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: octavo.v1.pooling_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.pooling_pb2.ScoreResponse, collections.abc.Awaitable[octavo.v1.pooling_pb2.ScoreResponse]]:
+        """How well the two texts of each pair fit, as a cross-encoder sees it."""
+
+    @abc.abstractmethod
+    def Rerank(
+        self,
+        request: octavo.v1.pooling_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.pooling_pb2.RerankResponse, collections.abc.Awaitable[octavo.v1.pooling_pb2.RerankResponse]]:
+        """The documents that fit a query best, by the same scores."""
+
+    @abc.abstractmethod
+    def Classify(
+        self,
+        request: octavo.v1.pooling_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.pooling_pb2.ClassifyResponse, collections.abc.Awaitable[octavo.v1.pooling_pb2.ClassifyResponse]]:
+        """What an input is, or each of its tokens."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

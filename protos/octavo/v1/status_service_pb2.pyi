@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import octavo.v1.types_pb2
 import sys
 import typing
 
@@ -167,6 +168,7 @@ class RouterStatus(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     OWN_ADDRESS_FIELD_NUMBER: builtins.int
     NODE_ID_FIELD_NUMBER: builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: builtins.int
     id: builtins.str
     state: builtins.str
     """"serving" or "draining"."""
@@ -186,6 +188,8 @@ class RouterStatus(google.protobuf.message.Message):
     """Where clients reach all routers of its node, and this one alone."""
     own_address: builtins.str
     node_id: builtins.str
+    metrics_address: builtins.str
+    """Where it tells the metrics of all processes, as Prometheus text over HTTP; empty if nowhere."""
     def __init__(
         self,
         *,
@@ -203,8 +207,9 @@ class RouterStatus(google.protobuf.message.Message):
         address: builtins.str = ...,
         own_address: builtins.str = ...,
         node_id: builtins.str = ...,
+        metrics_address: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "id", b"id", "max_queued_tokens", b"max_queued_tokens", "node_id", b"node_id", "num_accepted_total", b"num_accepted_total", "num_ended_total", b"num_ended_total", "num_queued_requests", b"num_queued_requests", "num_queued_tokens", b"num_queued_tokens", "num_running_requests", b"num_running_requests", "num_sessions", b"num_sessions", "own_address", b"own_address", "pid", b"pid", "state", b"state", "uptime_s", b"uptime_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "id", b"id", "max_queued_tokens", b"max_queued_tokens", "metrics_address", b"metrics_address", "node_id", b"node_id", "num_accepted_total", b"num_accepted_total", "num_ended_total", b"num_ended_total", "num_queued_requests", b"num_queued_requests", "num_queued_tokens", b"num_queued_tokens", "num_running_requests", b"num_running_requests", "num_sessions", b"num_sessions", "own_address", b"own_address", "pid", b"pid", "state", b"state", "uptime_s", b"uptime_s"]) -> None: ...
 
 Global___RouterStatus: typing_extensions.TypeAlias = RouterStatus
 
@@ -303,3 +308,335 @@ class ReplicaStatus(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["address", b"address", "block_size", b"block_size", "detail", b"detail", "dtype", b"dtype", "engine", b"engine", "epoch", b"epoch", "id", b"id", "kernels", b"kernels", "model", b"model", "node_id", b"node_id", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_resyncs", b"num_resyncs", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "pid", b"pid", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "starting_s", b"starting_s", "state", b"state", "tokens_per_s", b"tokens_per_s"]) -> None: ...
 
 Global___ReplicaStatus: typing_extensions.TypeAlias = ReplicaStatus
+
+@typing.final
+class GetRequestRecordRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """The request's id, or the id of its trace: 32 hexadecimal digits."""
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id"]) -> None: ...
+
+Global___GetRequestRecordRequest: typing_extensions.TypeAlias = GetRequestRecordRequest
+
+@typing.final
+class GetRequestRecordResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: builtins.int
+    @property
+    def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestRecord]:
+        """At least one; several if an id was used again, or a trace has several requests. Those that have ended come first,
+        the oldest of them foremost.
+        """
+
+    def __init__(
+        self,
+        *,
+        records: collections.abc.Iterable[Global___RequestRecord] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["records", b"records"]) -> None: ...
+
+Global___GetRequestRecordResponse: typing_extensions.TypeAlias = GetRequestRecordResponse
+
+@typing.final
+class ListRequestRecordsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MAX_RECORDS_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    max_records: builtins.int
+    """The most records; 0: ten. Never more than 100."""
+    model: builtins.str
+    """Of this model; empty: of all."""
+    def __init__(
+        self,
+        *,
+        max_records: builtins.int = ...,
+        model: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_records", b"max_records", "model", b"model"]) -> None: ...
+
+Global___ListRequestRecordsRequest: typing_extensions.TypeAlias = ListRequestRecordsRequest
+
+@typing.final
+class ListRequestRecordsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: builtins.int
+    NUM_KEPT_FIELD_NUMBER: builtins.int
+    MAX_KEPT_FIELD_NUMBER: builtins.int
+    num_kept: builtins.int
+    """How many requests this router remembers, of all tenants together, and how many it may."""
+    max_kept: builtins.int
+    @property
+    def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestRecord]:
+        """The slowest first."""
+
+    def __init__(
+        self,
+        *,
+        records: collections.abc.Iterable[Global___RequestRecord] | None = ...,
+        num_kept: builtins.int = ...,
+        max_kept: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_kept", b"max_kept", "num_kept", b"num_kept", "records", b"records"]) -> None: ...
+
+Global___ListRequestRecordsResponse: typing_extensions.TypeAlias = ListRequestRecordsResponse
+
+@typing.final
+class RequestRecord(google.protobuf.message.Message):
+    """One request as its router has seen it; neither its prompt nor its answer. Times are in seconds, those called *_at_s
+    from its arrival on; absent where it did not get so far.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Attempt(google.protobuf.message.Message):
+        """At one replica; several where the answer went on elsewhere."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        DECISION_FIELD_NUMBER: builtins.int
+        QUEUED_AT_S_FIELD_NUMBER: builtins.int
+        WAIT_S_FIELD_NUMBER: builtins.int
+        NO_REPLICA_S_FIELD_NUMBER: builtins.int
+        FULL_S_FIELD_NUMBER: builtins.int
+        NUM_WAITING_FIELD_NUMBER: builtins.int
+        NUM_GONE_FIELD_NUMBER: builtins.int
+        BATCH_ID_FIELD_NUMBER: builtins.int
+        BATCH_REQUESTS_FIELD_NUMBER: builtins.int
+        BATCH_TOKENS_FIELD_NUMBER: builtins.int
+        SENT_AT_S_FIELD_NUMBER: builtins.int
+        CACHED_TOKENS_FIELD_NUMBER: builtins.int
+        FIRST_TOKEN_AT_S_FIELD_NUMBER: builtins.int
+        NUM_TOKENS_FIELD_NUMBER: builtins.int
+        LEFT_AT_S_FIELD_NUMBER: builtins.int
+        LOSS_REASON_FIELD_NUMBER: builtins.int
+        LOSS_FIELD_NUMBER: builtins.int
+        ENGINE_FIELD_NUMBER: builtins.int
+        queued_at_s: builtins.float
+        """In the queue before it: from when on, and how long; of this, how long no replica was ready, and how long all of
+        those that were could take no more. For the rest its turn had not come.
+        """
+        wait_s: builtins.float
+        no_replica_s: builtins.float
+        full_s: builtins.float
+        num_waiting: builtins.int
+        """Requests that waited already when it came, and requests that were sent while it waited."""
+        num_gone: builtins.int
+        batch_id: builtins.int
+        """What left the queue with it: the number of the batch, its requests, itself among them, and their prompt tokens,
+        those that they share counted once.
+        """
+        batch_requests: builtins.int
+        batch_tokens: builtins.int
+        sent_at_s: builtins.float
+        cached_tokens: builtins.int
+        """Prompt tokens that the replica had in its cache; of an attempt that goes on with an answer, of that too."""
+        first_token_at_s: builtins.float
+        num_tokens: builtins.int
+        left_at_s: builtins.float
+        """Absent while it lasts."""
+        loss_reason: builtins.str
+        """Why the answer had to go on elsewhere: an ErrorInfo.reason, and in words; empty if it did not."""
+        loss: builtins.str
+        @property
+        def decision(self) -> octavo.v1.types_pb2.Decision: ...
+        @property
+        def engine(self) -> Global___RequestRecord.Engine:
+            """What the replica says of itself when it has finished: how long the work waited for its first step, was in prefill
+            and in decode, in how many steps, and how often it gave its memory up to others.
+            """
+
+        def __init__(
+            self,
+            *,
+            decision: octavo.v1.types_pb2.Decision | None = ...,
+            queued_at_s: builtins.float = ...,
+            wait_s: builtins.float = ...,
+            no_replica_s: builtins.float = ...,
+            full_s: builtins.float = ...,
+            num_waiting: builtins.int = ...,
+            num_gone: builtins.int = ...,
+            batch_id: builtins.int = ...,
+            batch_requests: builtins.int = ...,
+            batch_tokens: builtins.int = ...,
+            sent_at_s: builtins.float = ...,
+            cached_tokens: builtins.int = ...,
+            first_token_at_s: builtins.float | None = ...,
+            num_tokens: builtins.int = ...,
+            left_at_s: builtins.float | None = ...,
+            loss_reason: builtins.str = ...,
+            loss: builtins.str = ...,
+            engine: Global___RequestRecord.Engine | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["_engine", b"_engine", "_first_token_at_s", b"_first_token_at_s", "_left_at_s", b"_left_at_s", "decision", b"decision", "engine", b"engine", "first_token_at_s", b"first_token_at_s", "left_at_s", b"left_at_s"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["_engine", b"_engine", "_first_token_at_s", b"_first_token_at_s", "_left_at_s", b"_left_at_s", "batch_id", b"batch_id", "batch_requests", b"batch_requests", "batch_tokens", b"batch_tokens", "cached_tokens", b"cached_tokens", "decision", b"decision", "engine", b"engine", "first_token_at_s", b"first_token_at_s", "full_s", b"full_s", "left_at_s", b"left_at_s", "loss", b"loss", "loss_reason", b"loss_reason", "no_replica_s", b"no_replica_s", "num_gone", b"num_gone", "num_tokens", b"num_tokens", "num_waiting", b"num_waiting", "queued_at_s", b"queued_at_s", "sent_at_s", b"sent_at_s", "wait_s", b"wait_s"]) -> None: ...
+        @typing.overload
+        def WhichOneof(self, oneof_group: typing.Literal["_engine", b"_engine"]) -> typing.Literal["engine"] | None: ...
+        @typing.overload
+        def WhichOneof(self, oneof_group: typing.Literal["_first_token_at_s", b"_first_token_at_s"]) -> typing.Literal["first_token_at_s"] | None: ...
+        @typing.overload
+        def WhichOneof(self, oneof_group: typing.Literal["_left_at_s", b"_left_at_s"]) -> typing.Literal["left_at_s"] | None: ...
+
+    @typing.final
+    class Engine(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        QUEUE_S_FIELD_NUMBER: builtins.int
+        PREFILL_S_FIELD_NUMBER: builtins.int
+        DECODE_S_FIELD_NUMBER: builtins.int
+        NUM_STEPS_FIELD_NUMBER: builtins.int
+        NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
+        queue_s: builtins.float
+        prefill_s: builtins.float
+        decode_s: builtins.float
+        num_steps: builtins.int
+        """0 if it does not say."""
+        num_preemptions: builtins.int
+        def __init__(
+            self,
+            *,
+            queue_s: builtins.float = ...,
+            prefill_s: builtins.float = ...,
+            decode_s: builtins.float = ...,
+            num_steps: builtins.int = ...,
+            num_preemptions: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["decode_s", b"decode_s", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]) -> None: ...
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    TRACE_ID_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
+    ROUTER_FIELD_NUMBER: builtins.int
+    IS_SESSION_FIELD_NUMBER: builtins.int
+    ARRIVED_AT_FIELD_NUMBER: builtins.int
+    DURATION_S_FIELD_NUMBER: builtins.int
+    IS_RUNNING_FIELD_NUMBER: builtins.int
+    CODE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    TIMEOUT_S_FIELD_NUMBER: builtins.int
+    HAS_OWN_DEADLINE_FIELD_NUMBER: builtins.int
+    NUM_CHOICES_FIELD_NUMBER: builtins.int
+    MAX_TOKENS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: builtins.int
+    RECEIVED_TOKENS_FIELD_NUMBER: builtins.int
+    FINISH_REASONS_FIELD_NUMBER: builtins.int
+    QUEUED_AT_S_FIELD_NUMBER: builtins.int
+    FIRST_TOKEN_AT_S_FIELD_NUMBER: builtins.int
+    COMPUTED_AT_S_FIELD_NUMBER: builtins.int
+    ATTEMPTS_FIELD_NUMBER: builtins.int
+    NUM_MESSAGES_FIELD_NUMBER: builtins.int
+    SENT_TOKENS_FIELD_NUMBER: builtins.int
+    FIRST_SENT_AT_S_FIELD_NUMBER: builtins.int
+    LAST_SENT_AT_S_FIELD_NUMBER: builtins.int
+    NUM_ATTACHMENTS_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    trace_id: builtins.str
+    """32 hexadecimal digits; empty if it came without a trace and none was begun."""
+    tenant: builtins.str
+    model: builtins.str
+    """As it was asked for, if there is none such."""
+    router: builtins.str
+    is_session: builtins.bool
+    """Over InferenceService.Session, not Generate."""
+    arrived_at: builtins.float
+    """Its arrival, in seconds since 1970."""
+    duration_s: builtins.float
+    """Until its end, or until now if is_running."""
+    is_running: builtins.bool
+    code: builtins.str
+    """The gRPC status's name, "OK" if all was well; for an error its ErrorInfo.reason and the message."""
+    reason: builtins.str
+    message: builtins.str
+    priority: builtins.int
+    timeout_s: builtins.float
+    """How long it might take; and whether its client said so, or the router's default holds."""
+    has_own_deadline: builtins.bool
+    num_choices: builtins.int
+    max_tokens: builtins.int
+    """Of each choice."""
+    prompt_tokens: builtins.int
+    """Tokens of the prompt; of the answer, those included that the client had from an earlier try; those alone."""
+    generated_tokens: builtins.int
+    received_tokens: builtins.int
+    queued_at_s: builtins.float
+    """When it was valid and began to wait."""
+    first_token_at_s: builtins.float
+    computed_at_s: builtins.float
+    """When the last replica had no more to do for it."""
+    num_messages: builtins.int
+    """To the client: how many messages had tokens, how many tokens were in them (again, for a client that came back), when
+    the first and the last one went.
+    """
+    sent_tokens: builtins.int
+    first_sent_at_s: builtins.float
+    last_sent_at_s: builtins.float
+    num_attachments: builtins.int
+    """How often its client came back for it over another Session."""
+    @property
+    def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """"stop" or "length", for each choice that has ended."""
+
+    @property
+    def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RequestRecord.Attempt]: ...
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+        trace_id: builtins.str = ...,
+        tenant: builtins.str = ...,
+        model: builtins.str = ...,
+        router: builtins.str = ...,
+        is_session: builtins.bool = ...,
+        arrived_at: builtins.float = ...,
+        duration_s: builtins.float = ...,
+        is_running: builtins.bool = ...,
+        code: builtins.str = ...,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+        priority: builtins.int = ...,
+        timeout_s: builtins.float = ...,
+        has_own_deadline: builtins.bool = ...,
+        num_choices: builtins.int = ...,
+        max_tokens: builtins.int = ...,
+        prompt_tokens: builtins.int = ...,
+        generated_tokens: builtins.int = ...,
+        received_tokens: builtins.int = ...,
+        finish_reasons: collections.abc.Iterable[builtins.str] | None = ...,
+        queued_at_s: builtins.float | None = ...,
+        first_token_at_s: builtins.float | None = ...,
+        computed_at_s: builtins.float | None = ...,
+        attempts: collections.abc.Iterable[Global___RequestRecord.Attempt] | None = ...,
+        num_messages: builtins.int = ...,
+        sent_tokens: builtins.int = ...,
+        first_sent_at_s: builtins.float | None = ...,
+        last_sent_at_s: builtins.float | None = ...,
+        num_attachments: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_computed_at_s", b"_computed_at_s", "_first_sent_at_s", b"_first_sent_at_s", "_first_token_at_s", b"_first_token_at_s", "_last_sent_at_s", b"_last_sent_at_s", "_queued_at_s", b"_queued_at_s", "computed_at_s", b"computed_at_s", "first_sent_at_s", b"first_sent_at_s", "first_token_at_s", b"first_token_at_s", "last_sent_at_s", b"last_sent_at_s", "queued_at_s", b"queued_at_s"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_computed_at_s", b"_computed_at_s", "_first_sent_at_s", b"_first_sent_at_s", "_first_token_at_s", b"_first_token_at_s", "_last_sent_at_s", b"_last_sent_at_s", "_queued_at_s", b"_queued_at_s", "arrived_at", b"arrived_at", "attempts", b"attempts", "code", b"code", "computed_at_s", b"computed_at_s", "duration_s", b"duration_s", "finish_reasons", b"finish_reasons", "first_sent_at_s", b"first_sent_at_s", "first_token_at_s", b"first_token_at_s", "generated_tokens", b"generated_tokens", "has_own_deadline", b"has_own_deadline", "is_running", b"is_running", "is_session", b"is_session", "last_sent_at_s", b"last_sent_at_s", "max_tokens", b"max_tokens", "message", b"message", "model", b"model", "num_attachments", b"num_attachments", "num_choices", b"num_choices", "num_messages", b"num_messages", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queued_at_s", b"queued_at_s", "reason", b"reason", "received_tokens", b"received_tokens", "request_id", b"request_id", "router", b"router", "sent_tokens", b"sent_tokens", "tenant", b"tenant", "timeout_s", b"timeout_s", "trace_id", b"trace_id"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_computed_at_s", b"_computed_at_s"]) -> typing.Literal["computed_at_s"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_sent_at_s", b"_first_sent_at_s"]) -> typing.Literal["first_sent_at_s"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_token_at_s", b"_first_token_at_s"]) -> typing.Literal["first_token_at_s"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_last_sent_at_s", b"_last_sent_at_s"]) -> typing.Literal["last_sent_at_s"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_queued_at_s", b"_queued_at_s"]) -> typing.Literal["queued_at_s"] | None: ...
+
+Global___RequestRecord: typing_extensions.TypeAlias = RequestRecord

@@ -39,6 +39,16 @@ class StatusServiceStub(object):
                 request_serializer=octavo_dot_v1_dot_status__service__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=octavo_dot_v1_dot_status__service__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetRequestRecord = channel.unary_unary(
+                '/octavo.v1.StatusService/GetRequestRecord',
+                request_serializer=octavo_dot_v1_dot_status__service__pb2.GetRequestRecordRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_status__service__pb2.GetRequestRecordResponse.FromString,
+                _registered_method=True)
+        self.ListRequestRecords = channel.unary_unary(
+                '/octavo.v1.StatusService/ListRequestRecords',
+                request_serializer=octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsRequest.SerializeToString,
+                response_deserializer=octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsResponse.FromString,
+                _registered_method=True)
 
 
 class StatusServiceServicer(object):
@@ -50,6 +60,21 @@ class StatusServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRequestRecord(self, request, context):
+        """What became of one request, and why it took as long as it did. NOT_FOUND if this router does not remember it: it
+        knows those that it has, and the last ones that have ended. A tenant is told of its own alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRequestRecords(self, request, context):
+        """The slowest of those that this router remembers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StatusServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +82,16 @@ def add_StatusServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=octavo_dot_v1_dot_status__service__pb2.GetStatusRequest.FromString,
                     response_serializer=octavo_dot_v1_dot_status__service__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetRequestRecord': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRequestRecord,
+                    request_deserializer=octavo_dot_v1_dot_status__service__pb2.GetRequestRecordRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_status__service__pb2.GetRequestRecordResponse.SerializeToString,
+            ),
+            'ListRequestRecords': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequestRecords,
+                    request_deserializer=octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsRequest.FromString,
+                    response_serializer=octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +121,60 @@ class StatusService(object):
             '/octavo.v1.StatusService/GetStatus',
             octavo_dot_v1_dot_status__service__pb2.GetStatusRequest.SerializeToString,
             octavo_dot_v1_dot_status__service__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRequestRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.StatusService/GetRequestRecord',
+            octavo_dot_v1_dot_status__service__pb2.GetRequestRecordRequest.SerializeToString,
+            octavo_dot_v1_dot_status__service__pb2.GetRequestRecordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequestRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.StatusService/ListRequestRecords',
+            octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsRequest.SerializeToString,
+            octavo_dot_v1_dot_status__service__pb2.ListRequestRecordsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,12 +41,52 @@ _StatusServiceGetStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class StatusServiceStub(typing.Generic[_StatusServiceGetStatusType]):
+_StatusServiceGetRequestRecordType = typing_extensions.TypeVar(
+    '_StatusServiceGetRequestRecordType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.GetRequestRecordRequest,
+        octavo.v1.status_service_pb2.GetRequestRecordResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.GetRequestRecordRequest,
+        octavo.v1.status_service_pb2.GetRequestRecordResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.GetRequestRecordRequest,
+        octavo.v1.status_service_pb2.GetRequestRecordResponse,
+    ],
+)
+
+_StatusServiceListRequestRecordsType = typing_extensions.TypeVar(
+    '_StatusServiceListRequestRecordsType',
+    grpc.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+        octavo.v1.status_service_pb2.ListRequestRecordsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+        octavo.v1.status_service_pb2.ListRequestRecordsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+        octavo.v1.status_service_pb2.ListRequestRecordsResponse,
+    ],
+)
+
+class StatusServiceStub(typing.Generic[_StatusServiceGetStatusType, _StatusServiceGetRequestRecordType, _StatusServiceListRequestRecordsType]):
     @typing.overload
     def __init__(self: StatusServiceStub[
         grpc.UnaryUnaryMultiCallable[
             octavo.v1.status_service_pb2.GetStatusRequest,
             octavo.v1.status_service_pb2.GetStatusResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.status_service_pb2.GetRequestRecordRequest,
+            octavo.v1.status_service_pb2.GetRequestRecordResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+            octavo.v1.status_service_pb2.ListRequestRecordsResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -56,14 +96,38 @@ class StatusServiceStub(typing.Generic[_StatusServiceGetStatusType]):
             octavo.v1.status_service_pb2.GetStatusRequest,
             octavo.v1.status_service_pb2.GetStatusResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.status_service_pb2.GetRequestRecordRequest,
+            octavo.v1.status_service_pb2.GetRequestRecordResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+            octavo.v1.status_service_pb2.ListRequestRecordsResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetStatus: _StatusServiceGetStatusType
+
+    GetRequestRecord: _StatusServiceGetRequestRecordType
+    """What became of one request, and why it took as long as it did. NOT_FOUND if this router does not remember it: it
+    knows those that it has, and the last ones that have ended. A tenant is told of its own alone.
+    """
+
+    ListRequestRecords: _StatusServiceListRequestRecordsType
+    """The slowest of those that this router remembers."""
 
 StatusServiceAsyncStub: typing_extensions.TypeAlias = StatusServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         octavo.v1.status_service_pb2.GetStatusRequest,
         octavo.v1.status_service_pb2.GetStatusResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.GetRequestRecordRequest,
+        octavo.v1.status_service_pb2.GetRequestRecordResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+        octavo.v1.status_service_pb2.ListRequestRecordsResponse,
     ],
 ]
 
@@ -74,5 +138,23 @@ class StatusServiceServicer(metaclass=abc.ABCMeta):
         request: octavo.v1.status_service_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[octavo.v1.status_service_pb2.GetStatusResponse, collections.abc.Awaitable[octavo.v1.status_service_pb2.GetStatusResponse]]: ...
+
+    @abc.abstractmethod
+    def GetRequestRecord(
+        self,
+        request: octavo.v1.status_service_pb2.GetRequestRecordRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.status_service_pb2.GetRequestRecordResponse, collections.abc.Awaitable[octavo.v1.status_service_pb2.GetRequestRecordResponse]]:
+        """What became of one request, and why it took as long as it did. NOT_FOUND if this router does not remember it: it
+        knows those that it has, and the last ones that have ended. A tenant is told of its own alone.
+        """
+
+    @abc.abstractmethod
+    def ListRequestRecords(
+        self,
+        request: octavo.v1.status_service_pb2.ListRequestRecordsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[octavo.v1.status_service_pb2.ListRequestRecordsResponse, collections.abc.Awaitable[octavo.v1.status_service_pb2.ListRequestRecordsResponse]]:
+        """The slowest of those that this router remembers."""
 
 def add_StatusServiceServicer_to_server(servicer: StatusServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

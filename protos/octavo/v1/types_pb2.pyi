@@ -497,6 +497,7 @@ class Decision(google.protobuf.message.Message):
         DECODE_TOKENS_FIELD_NUMBER: builtins.int
         COST_FIELD_NUMBER: builtins.int
         DISPLACED_TOKENS_FIELD_NUMBER: builtins.int
+        RECENT_TOKENS_FIELD_NUMBER: builtins.int
         replica: builtins.str
         matched_tokens: builtins.int
         owed_tokens: builtins.float
@@ -508,6 +509,8 @@ class Decision(google.protobuf.message.Message):
         cost: builtins.float
         displaced_tokens: builtins.float
         """What it would have to forget, by how full its cache is."""
+        recent_tokens: builtins.float
+        """What it has computed lately beyond its part, weighed; with it, what of its cache does not count for that."""
         def __init__(
             self,
             *,
@@ -518,8 +521,9 @@ class Decision(google.protobuf.message.Message):
             decode_tokens: builtins.float = ...,
             cost: builtins.float = ...,
             displaced_tokens: builtins.float = ...,
+            recent_tokens: builtins.float = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["cost", b"cost", "decode_tokens", b"decode_tokens", "displaced_tokens", b"displaced_tokens", "matched_tokens", b"matched_tokens", "owed_tokens", b"owed_tokens", "replica", b"replica", "uncached_tokens", b"uncached_tokens"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["cost", b"cost", "decode_tokens", b"decode_tokens", "displaced_tokens", b"displaced_tokens", "matched_tokens", b"matched_tokens", "owed_tokens", b"owed_tokens", "recent_tokens", b"recent_tokens", "replica", b"replica", "uncached_tokens", b"uncached_tokens"]) -> None: ...
 
     REPLICA_FIELD_NUMBER: builtins.int
     RULE_FIELD_NUMBER: builtins.int

@@ -413,6 +413,8 @@ class SamplingParams(google.protobuf.message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     LOGIT_BIAS_FIELD_NUMBER: builtins.int
+    FORMAT_KIND_FIELD_NUMBER: builtins.int
+    FORMAT_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     top_p: builtins.float
     top_k: builtins.int
@@ -421,6 +423,9 @@ class SamplingParams(google.protobuf.message.Message):
     presence_penalty: builtins.float
     frequency_penalty: builtins.float
     seed: builtins.int
+    format_kind: builtins.str
+    """octavo.v1.ResponseFormat: the name of its field and that field's text; both empty: any text."""
+    format: builtins.str
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]: ...
     def __init__(
@@ -435,8 +440,10 @@ class SamplingParams(google.protobuf.message.Message):
         frequency_penalty: builtins.float = ...,
         seed: builtins.int = ...,
         logit_bias: collections.abc.Mapping[builtins.int, builtins.float] | None = ...,
+        format_kind: builtins.str = ...,
+        format: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["format", b"format", "format_kind", b"format_kind", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
 
 Global___SamplingParams: typing_extensions.TypeAlias = SamplingParams
 
@@ -447,9 +454,16 @@ class Pool(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     METHOD_FIELD_NUMBER: builtins.int
     NORMALIZE_FIELD_NUMBER: builtins.int
+    NUM_FIRST_TOKENS_FIELD_NUMBER: builtins.int
+    NORMALIZES_BY_MODEL_FIELD_NUMBER: builtins.int
     method: builtins.str
-    """"cls", "mean", "max" or "last"."""
+    """"cls", "mean", "max", "last" or "model" for embeddings; "classify" for what the model's head says."""
     normalize: builtins.bool
+    """Embeddings: to length 1. Classification: with the function that makes scores of what the head says."""
+    num_first_tokens: builtins.int
+    """How many of token_ids are of the first text of a pair; 0: all."""
+    normalizes_by_model: builtins.bool
+    """Embeddings: `normalize` is not set, and the model's files say."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -458,8 +472,10 @@ class Pool(google.protobuf.message.Message):
         token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         method: builtins.str = ...,
         normalize: builtins.bool = ...,
+        num_first_tokens: builtins.int = ...,
+        normalizes_by_model: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["method", b"method", "normalize", b"normalize", "token_ids", b"token_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["method", b"method", "normalize", b"normalize", "normalizes_by_model", b"normalizes_by_model", "num_first_tokens", b"num_first_tokens", "token_ids", b"token_ids"]) -> None: ...
 
 Global___Pool: typing_extensions.TypeAlias = Pool
 
@@ -711,6 +727,7 @@ class Finish(google.protobuf.message.Message):
     PREFILL_S_FIELD_NUMBER: builtins.int
     DECODE_S_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
+    NUM_STEPS_FIELD_NUMBER: builtins.int
     reason: builtins.str
     """"stop", "length", "cancelled", "deadline" or "error"."""
     stop_token_id: builtins.int
@@ -722,6 +739,8 @@ class Finish(google.protobuf.message.Message):
     prefill_s: builtins.float
     decode_s: builtins.float
     num_preemptions: builtins.int
+    num_steps: builtins.int
+    """Steps of the engine in which it took part."""
     def __init__(
         self,
         *,
@@ -733,9 +752,10 @@ class Finish(google.protobuf.message.Message):
         prefill_s: builtins.float = ...,
         decode_s: builtins.float = ...,
         num_preemptions: builtins.int = ...,
+        num_steps: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "decode_s", b"decode_s", "error_message", b"error_message", "error_reason", b"error_reason", "num_preemptions", b"num_preemptions", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "reason", b"reason", "stop_token_id", b"stop_token_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_stop_token_id", b"_stop_token_id", "decode_s", b"decode_s", "error_message", b"error_message", "error_reason", b"error_reason", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "reason", b"reason", "stop_token_id", b"stop_token_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_stop_token_id", b"_stop_token_id"]) -> typing.Literal["stop_token_id"] | None: ...
 
 Global___Finish: typing_extensions.TypeAlias = Finish
@@ -757,8 +777,6 @@ class Load(google.protobuf.message.Message):
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     CREDIT_SEQUENCES_FIELD_NUMBER: builtins.int
-    NUM_ROUTERS_FIELD_NUMBER: builtins.int
-    ROUTER_RANK_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_blocks: builtins.int
@@ -776,9 +794,6 @@ class Load(google.protobuf.message.Message):
     num_accepted_tokens: builtins.int
     credit_sequences: builtins.int
     """How many new sequences it can take on beside credit_tokens, those that will run when others end included; not set: any."""
-    num_routers: builtins.int
-    """Routers that are attached there, and how many of them come before this one in the order of their ids."""
-    router_rank: builtins.int
     def __init__(
         self,
         *,
@@ -795,11 +810,9 @@ class Load(google.protobuf.message.Message):
         num_drafted_tokens: builtins.int = ...,
         num_accepted_tokens: builtins.int = ...,
         credit_sequences: builtins.int | None = ...,
-        num_routers: builtins.int = ...,
-        router_rank: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences", "credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_routers", b"num_routers", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries", "router_rank", b"router_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_credit_sequences", b"_credit_sequences", "credit_sequences", b"credit_sequences", "credit_tokens", b"credit_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_blocks", b"num_blocks", "num_computed_tokens", b"num_computed_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_free_blocks", b"num_free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "owed_prefill_tokens", b"owed_prefill_tokens", "prefix_cache_hits", b"prefix_cache_hits", "prefix_cache_queries", b"prefix_cache_queries"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_credit_sequences", b"_credit_sequences"]) -> typing.Literal["credit_sequences"] | None: ...
 
 Global___Load: typing_extensions.TypeAlias = Load

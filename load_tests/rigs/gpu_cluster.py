@@ -1,0 +1,226 @@
+"""What the cluster around an engine costs on a GPU: Ray, router and clients over Session, beside the bare engine.
+
+    python -m load_tests.rigs.gpu_cluster --out FILE [--routers 1] [--tiny]
+
+The same model, in files, is first opened by an engine that this process steps itself, and then by a cluster. Both
+answer 256 streams of 128 + 256 tokens in a closed loop, and one prompt at a time. --tiny: a small model on the CPU,
+which shows that everything works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from load_tests.bars import Bar, at_least, at_most
+from load_tests.octavo_driver import OctavoDriver
+from load_tests.rigs import gpu_cases
+from load_tests.rigs.client_process import ClientProcess
+from load_tests.rigs.elastic_cluster import Cluster, serving
+
+ROOT = Path(__file__).parents[2]
+MODEL = "qwen3-0.6b"
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "vocab_size": 2048,
+}
+PROMPT, OUTPUT = 128, 256
+SINGLES = 40
+"""Prompts that are sent one at a time."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    streams: int = 256
+    clients: int = 4
+    duration_s: float = 12.0
+    warm_up_s: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Figures:
+    tokens_per_s: float
+    first_token_ms: float
+    at_once_tokens_per_s: float | None = None
+    """Of as many answers that all begin and end together."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.rigs.gpu_cluster", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="a JSON file")
+    parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--bare", type=Path, help="measure the bare engine over the model in this directory")
+    arguments = parser.parse_args(argv)
+    load = Load(streams=16, clients=2, duration_s=4.0, warm_up_s=1.0) if arguments.tiny else Load()
+    if arguments.bare is not None:
+        figures = measure_bare(arguments.bare, load, is_tiny=arguments.tiny)
+        arguments.out.write_text(json.dumps(dataclasses.asdict(figures)))
+        return 0
+    report = asyncio.run(measure(arguments, load))
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1), flush=True)
+    return 0 if all(bar["ok"] for bar in report["bars"]) else 1
+
+
+async def measure(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
+    """Return the figures of both and their bars."""
+    from load_tests.rigs.gpu_model import write_model
+
+    config = gpu_cases.CONFIGS[MODEL] | (TINY if arguments.tiny else {})
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        await asyncio.to_thread(write_model, model, config)
+        out = Path(folder) / "bare.json"
+        command = [sys.executable, "-m", "load_tests.rigs.gpu_cluster", "--bare", str(model), "--out", str(out)]
+        await asyncio.to_thread(subprocess.run, command + ["--tiny"] * arguments.tiny, cwd=ROOT, check=True)
+        bare = Figures(**json.loads(out.read_text()))
+        began = time.monotonic()
+        variables = {"OCTAVO_SERVE__NUM_ROUTERS": str(arguments.routers)}
+        async with serving(_cluster(model, arguments, load), variables=variables) as cluster:
+            start_s = time.monotonic() - began
+            through = Figures(await _throughput(cluster, load), await _first_token_ms(cluster))
+    return {
+        "model": MODEL,
+        "workload": f"{load.streams} streams in {load.clients} processes, {PROMPT} + {OUTPUT} tokens",
+        "routers": arguments.routers,
+        "cluster_start_s": round(start_s, 1),
+        "bare": dataclasses.asdict(bare),
+        "cluster": dataclasses.asdict(through),
+        "bars": [dataclasses.asdict(bar) for bar in bars_of(bare, through)],
+    }
+
+
+def bars_of(bare: Figures, through: Figures) -> list[Bar]:
+    rates = f"{through.tokens_per_s:.0f} tokens/s through the cluster, {bare.tokens_per_s:.0f} of the bare engine"
+    firsts = f"{through.first_token_ms:.2f} ms through the cluster, {bare.first_token_ms:.2f} of the bare engine"
+    return [
+        at_least("cluster: output tokens/s to the bare engine's", through.tokens_per_s / bare.tokens_per_s, 0.8, rates),
+        at_most("cluster: first token, ms more", through.first_token_ms - bare.first_token_ms, 2.0, firsts),
+    ]
+
+
+def _cluster(model: Path, arguments: argparse.Namespace, load: Load) -> str:
+    resources = "" if arguments.tiny else "\n[resources]\nnum_gpus = 1\n"
+    return (
+        f'model = "{model}"\n'
+        f'[engine]\ndevice = "{"cpu" if arguments.tiny else "cuda"}"\n'
+        f"max_num_sequences = {load.streams}\nmax_model_len = 2048\n{resources}"
+    )
+
+
+async def _throughput(cluster: Cluster, load: Load) -> float:
+    """Return the tokens a second that all clients together got between warm-up and end."""
+    streams = load.streams // load.clients
+
+    async def one(seed: int) -> dict[str, Any]:
+        job = {
+            "target": cluster.address,
+            "ca_file": "",
+            "token": "",
+            "call": "session",
+            "streams": streams,
+            "output": OUTPUT,
+            "prompt": PROMPT,
+            "duration_s": load.duration_s,
+            "warm_up_s": load.warm_up_s,
+            "requests": 0,
+            "seed": seed,
+            "clock": None,
+            "is_staggered": True,
+        }
+        async with ClientProcess("lean_client", job) as client:
+            return await client.ask({})
+
+    reports = await asyncio.gather(*(one(seed) for seed in range(load.clients)))
+    for report in reports:
+        assert not report["errors"], report["errors"]
+    return float(sum(report["tokens_timed"] for report in reports) / (load.duration_s - load.warm_up_s))
+
+
+async def _first_token_ms(cluster: Cluster) -> float:
+    prompts = _prompts(SINGLES)
+    async with OctavoDriver(cluster.address) as driver:
+        samples = [await driver.ask(prompt, 8) for prompt in prompts]
+    return 1e3 * statistics.median(sample.first_token_s for sample in samples[5:])
+
+
+def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
+    """Step the engine of `model` in this process; return what it reaches."""
+    from cluster.models import fetch_model
+    from workers import garbage
+    from workers.build import build_engine, warm
+    from workers.config import EngineConfig
+    from workers.types import GenerateWork, SamplingParams, WorkId
+
+    config = EngineConfig(
+        device="cpu" if is_tiny else "cuda", max_num_sequences=load.streams, max_model_len=2048, threads=1
+    )
+    engine = build_engine(config, fetch_model(str(model)), hash_key=b"bare", threads=1)
+    warm(engine)
+    garbage.settle()
+    params, number, rng = SamplingParams(temperature=0.0), 0, random.Random(1)
+
+    def submit(num_tokens: int) -> None:
+        nonlocal number
+        number += 1
+        prompt = rng.choices(range(300, 1_000), k=PROMPT)
+        engine.submit(
+            GenerateWork(work_id=WorkId("bare", number), prompt=prompt, max_tokens=num_tokens, sampling=params)
+        )
+
+    firsts = []
+    for _ in range(SINGLES):
+        began = time.perf_counter()
+        submit(8)
+        first = None
+        while engine.step():
+            if engine.drain_outputs() and first is None:
+                first = time.perf_counter() - began
+        assert first is not None
+        firsts.append(first)
+    at_once = []
+    for _ in range(2):
+        began = time.perf_counter()
+        for _ in range(load.streams):
+            submit(OUTPUT)
+        while engine.step():
+            engine.drain_outputs()
+        at_once.append(load.streams * OUTPUT / (time.perf_counter() - began))
+    for stream in range(load.streams):
+        submit(max(1, OUTPUT * (stream + 1) // load.streams))
+    began, num_tokens = time.monotonic(), 0
+    while (now := time.monotonic()) < began + load.duration_s:
+        engine.step()
+        for delta in engine.drain_outputs():
+            num_tokens += len(delta.token_ids) if now >= began + load.warm_up_s else 0
+            if delta.finish is not None:
+                submit(OUTPUT)
+    engine.close()
+    rate = num_tokens / (load.duration_s - load.warm_up_s)
+    return Figures(rate, 1e3 * statistics.median(firsts[5:]), max(at_once))
+
+
+def _prompts(count: int) -> list[list[int]]:
+    rng = random.Random(2)
+    return [rng.choices(range(300, 1_000), k=PROMPT) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""The queue and the batches of the engine for numbers, over a model that adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tests.workers.toy_engine import BLOCK_SIZE, toy_info
+from workers.pooling import PoolingEngine
+from workers.prefix import PrefixHasher
+from workers.types import FinishReason, PoolWork, WorkId
+
+POISON = 13
+
+
+class Adder:
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def pool(self, works: Sequence[PoolWork]) -> list[tuple[float, ...]]:
+        self.batches.append([work.work_id.number for work in works])
+        if any(POISON in work.tokens for work in works):
+            raise ValueError("poison")
+        return [(float(sum(work.tokens)),) for work in works]
+
+
+def test_one_that_fails_fails_alone_and_what_was_computed_counts_once() -> None:
+    """Routers share work out by that number."""
+    model = Adder()
+    engine = PoolingEngine(model, info=toy_info(1), hasher=PrefixHasher(bytes(32), BLOCK_SIZE), step_tokens=8)
+    for number, tokens in enumerate(([1, 2, 3], [POISON], [4, 5], [6])):
+        engine.submit(PoolWork(work_id=WorkId("r", number), tokens=tokens))
+    while engine.step():
+        pass
+    ends = {delta.work_id.number: (delta.finish, delta.pooled) for delta in engine.drain_outputs()}
+    assert {number: finish and finish.reason for number, (finish, _) in ends.items()} == {
+        number: FinishReason.ERROR if number == 1 else FinishReason.STOP for number in range(4)
+    }
+    assert [ends[number][1] for number in (0, 2, 3)] == [(6.0,), (9.0,), (6.0,)]
+    assert model.batches == [[0, 1, 2, 3], [0], [1], [2], [3]]
+    assert engine.load().num_computed_tokens == 6
