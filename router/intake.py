@@ -26,7 +26,7 @@ from router.observer import RequestObserver
 from router.pool_call import PoolCall
 from router.pool_validation import PoolMessage, PoolValidator
 from router.quotas import Charge, Quotas
-from router.request_record import Recorded, RequestRecord
+from router.request_record import MAX_NAME, Recorded, RequestRecord
 from router.span import RequestSpan
 from router.stream_writer import StreamWriter, slow_consumer
 from router.types import Backend, Cancel, Request
@@ -202,7 +202,7 @@ class Intake:
         running: list[Recorded] = [*self._answers, *self._calls]
         for answer in running:
             envelope = answer.envelope
-            is_meant = name == envelope.request_id or answer.span.traceparent[3:35] == trace_id
+            is_meant = name[:MAX_NAME] == envelope.request_id[:MAX_NAME] or answer.span.traceparent[3:35] == trace_id
             if is_meant and envelope.identity.tenant == tenant:
                 found.append(RequestRecord(answer, now, is_ended=False))
         return found

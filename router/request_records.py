@@ -6,7 +6,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 
-from router.request_record import RequestRecord
+from router.request_record import MAX_NAME, RequestRecord
 
 
 class RequestRecords:
@@ -23,8 +23,9 @@ class RequestRecords:
         self._records.append(record)
 
     def find(self, name: str, *, tenant: str) -> list[RequestRecord]:
-        """Return the tenant's requests with this id, or of the trace with this id, the oldest first."""
-        trace_id = name.lower()
+        """Return the tenant's requests with this id, or of the trace with this id, the oldest first. Of an id that was
+        too long the beginning is known."""
+        name, trace_id = name[:MAX_NAME], name.lower()
         return [each for each in self._of(tenant) if each.request_id == name or each.trace_id == trace_id]
 
     def slowest(self, number: int, *, tenant: str, model: str = "") -> list[RequestRecord]:

@@ -187,6 +187,7 @@ async def test_what_a_client_writes_at_any_length_is_cut(router: WholeRouter) ->
     with pytest.raises(grpc.aio.AioRpcError):
         await router.ask(5, name="y" * 1_000_000)
     assert (await router.record("y" * 128)).reason == "INVALID_FIELD"
+    assert (await router.record("y" * 10_000)).request_id == "y" * 128
 
 
 async def test_steps_preemptions_and_what_was_coalesced() -> None:
