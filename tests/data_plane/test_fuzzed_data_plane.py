@@ -92,6 +92,9 @@ class AnySink(RecordingSink):
     def cached(self, num_tokens: int) -> None:
         self.cached_tokens = num_tokens
 
+    def pooled(self, index: int, values: list[float]) -> None:
+        pass
+
 
 async def test_a_router_with_hostile_replicas_ends_every_request_once(caplog: pytest.LogCaptureFixture) -> None:
     tally, rng = FuzzTally(), random.Random(2)

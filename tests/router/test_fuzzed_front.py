@@ -151,19 +151,22 @@ async def test_a_message_of_a_million_cancels_lets_others_have_their_turn() -> N
 
 
 class GatedContext(LocalContext):
-    """A call whose messages come when the test says so, and whose writes wait at a gate."""
+    """A call whose messages come when the test says so, and whose writes wait at a gate from the one that brings
+    terminal number `from_terminal`."""
 
-    def __init__(self) -> None:
+    def __init__(self, from_terminal: int = 1) -> None:
         super().__init__()
         self.incoming: asyncio.Queue[object] = asyncio.Queue()
         self.gate = asyncio.Event()
+        self._from_terminal = from_terminal
 
     async def read(self) -> object:
         return await self.incoming.get()
 
     async def write(self, message: Any) -> None:
         self.written.append(message)
-        await self.gate.wait()
+        if len(self.terminals()) >= self._from_terminal:
+            await self.gate.wait()
 
     def terminals(self) -> list[tuple[str, str]]:
         events = [event for message in self.written for event in message.events if event.HasField("terminal")]
@@ -202,7 +205,7 @@ async def test_an_answer_that_is_attached_to_while_its_terminal_is_written_is_li
 async def test_an_id_is_free_as_soon_as_the_client_may_have_its_terminal() -> None:
     """A client that closed its stream with the Terminal, and used the id again over the next one, or that was quick to
     use it over the same one, was told that it is in use: the write of the Terminal had yet to return."""
-    context, next_context = GatedContext(), GatedContext()
+    context, next_context = GatedContext(from_terminal=2), GatedContext()
     intake = Intake(RouterConfig(), {"toy": served_model()}, InstantBackend(), router_id="r")
     sessions = Sessions(intake, Identities())
     prompt = types.Prompt(token_ids=types.TokenIds(ids=[1, 2]))
