@@ -28,6 +28,7 @@ from load_tests.octavo_driver import OctavoDriver
 from load_tests.rigs import gpu_cases
 from load_tests.rigs.client_process import ClientProcess
 from load_tests.rigs.elastic_cluster import Cluster, serving
+from load_tests.rigs.gpu_cluster_time import Spent
 
 ROOT = Path(__file__).parents[2]
 MODEL = "qwen3-0.6b"
@@ -41,6 +42,8 @@ TINY = {
     "vocab_size": 2048,
 }
 PROMPT, OUTPUT = 128, 256
+CLIENT_START_S = 1.0
+"""What a client's process takes to begin, and more."""
 SINGLES = 40
 """Prompts that are sent one at a time."""
 
@@ -95,7 +98,8 @@ async def measure(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
         variables = {"OCTAVO_SERVE__NUM_ROUTERS": str(arguments.routers)}
         async with serving(_cluster(model, arguments, load), variables=variables) as cluster:
             start_s = time.monotonic() - began
-            through = Figures(await _throughput(cluster, load), await _first_token_ms(cluster))
+            rate, spent = await _throughput(cluster, load)
+            through = Figures(rate, await _first_token_ms(cluster))
     return {
         "model": MODEL,
         "workload": f"{load.streams} streams in {load.clients} processes, {PROMPT} + {OUTPUT} tokens",
@@ -103,6 +107,7 @@ async def measure(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
         "cluster_start_s": round(start_s, 1),
         "bare": dataclasses.asdict(bare),
         "cluster": dataclasses.asdict(through),
+        "spent": spent,
         "bars": [dataclasses.asdict(bar) for bar in bars_of(bare, through)],
     }
 
@@ -125,8 +130,9 @@ def _cluster(model: Path, arguments: argparse.Namespace, load: Load) -> str:
     )
 
 
-async def _throughput(cluster: Cluster, load: Load) -> float:
-    """Return the tokens a second that all clients together got between warm-up and end."""
+async def _throughput(cluster: Cluster, load: Load) -> tuple[float, dict[str, Any]]:
+    """Return the tokens a second that all clients together got between warm-up and end, and what `Spent` says of most
+    of that time."""
     streams = load.streams // load.clients
 
     async def one(seed: int) -> dict[str, Any]:
@@ -148,10 +154,17 @@ async def _throughput(cluster: Cluster, load: Load) -> float:
         async with ClientProcess("lean_client", job) as client:
             return await client.ask({})
 
-    reports = await asyncio.gather(*(one(seed) for seed in range(load.clients)))
+    async def watch() -> dict[str, Any]:
+        await asyncio.sleep(load.warm_up_s + CLIENT_START_S)
+        before = await asyncio.to_thread(Spent.now, cluster)
+        await asyncio.sleep((load.duration_s - load.warm_up_s) / 2)
+        return (await asyncio.to_thread(Spent.now, cluster)).since(before)
+
+    spent, *reports = await asyncio.gather(watch(), *(one(seed) for seed in range(load.clients)))
     for report in reports:
         assert not report["errors"], report["errors"]
-    return float(sum(report["tokens_timed"] for report in reports) / (load.duration_s - load.warm_up_s))
+    rate = float(sum(report["tokens_timed"] for report in reports) / (load.duration_s - load.warm_up_s))
+    return rate, spent
 
 
 async def _first_token_ms(cluster: Cluster) -> float:
