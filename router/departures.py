@@ -18,7 +18,7 @@ from router.admission import Admission, Permit
 from router.alarm import Alarm
 from router.batcher import DispatchBatch
 from router.config import RouterConfig
-from router.dispatch_spans import DispatchSpans, tell_batch
+from router.dispatch_spans import tell_batch
 from router.fleet import Fleet
 from router.flight import Flight
 from router.flights import Flights
@@ -231,10 +231,8 @@ class Departures:
         """Send a batch; return what has to wait on. (Where all replicas can do the same there is none: somebody has
         credit for each request of a batch.)"""
         left: list[Queued] = []
-        traced: list[DispatchSpans] = []
+        gone: list[Flight] = []
         shape = BatchShape(batch.batch_id, sum(map(len, batch.groups)), batch.num_tokens)
-        if self.metrics is not None:
-            self.metrics.batch_left(batch.groups[0][0].request.model, shape)
         for queued in itertools.chain.from_iterable(batch.groups):
             flight = self._flights.find(queued.key)
             if flight is None:  # cancelled by what its neighbour's sink did
@@ -248,16 +246,20 @@ class Departures:
                 assert flight.mark is not None, "who is sent has waited"
                 if self._sender.send(flight, shape, self._waits.wait(flight.mark, now), now):
                     self._waits.gone()
-                    if flight.spans is not None:
-                        traced.append(flight.spans)
+                    gone.append(flight)
                 else:
                     self._recall(queued, now)
                     left.append(queued)
             except CapabilityError as error:
                 self._recall(queued, now)
                 self._owner.end(flight, error)
-        if traced:
-            tell_batch(shape, traced, self._clock() - now)
+        if gone:
+            num_tokens = min(batch.num_tokens, sum(flight.request.num_known_tokens for flight in gone))
+            shape = BatchShape(batch.batch_id, len(gone), num_tokens)  # who has to wait on counts when it goes
+            if self.metrics is not None:
+                self.metrics.batch_left(gone[0].request.model, shape)
+            if traced := [flight.spans for flight in gone if flight.spans is not None]:
+                tell_batch(shape, traced, self._clock() - now)
         return left
 
     def _recall(self, queued: Queued, now: float) -> None:
@@ -271,8 +273,6 @@ class Departures:
         if flight is not None:
             self.traffic.num_turned_away += queued.request.n
             self._owner.end(flight, error)
-
-    # Time.
 
     def _arm(self, now: float, credit_tokens: int) -> None:
         """Look at the queue again when the next thing happens by itself."""

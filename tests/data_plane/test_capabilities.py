@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from octavo.internal.v1 import data_plane_pb2 as pb
-from octavo.names import Reason
+from octavo.names import Attribute, Reason
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from router.dispatcher import Dispatcher
+from router.metrics import RouterMetrics
 from router.types import Request
 from tests.data_plane.rig import (
     RecordingSink,
@@ -23,6 +25,8 @@ from tests.data_plane.rig import (
     make_request,
     ready_cluster,
 )
+from tests.data_plane.spans import SAMPLED, links, named, number
+from tests.data_plane.whole_router import Meters
 from workers.errors import CapabilityError
 from workers.fake import FakeRunner, FakeTicket
 from workers.plan import StepPlan
@@ -125,6 +129,25 @@ async def test_it_goes_to_the_replicas_that_can_and_waits_for_them() -> None:
                 assert sink.decisions[-1].replica == "able"
                 assert [each.logprob for each in sink.logprobs] == [-float(token) for token in sink.token_ids]
                 assert [each.top[0][0] for each in sink.logprobs] == sink.token_ids
+
+
+async def test_who_has_to_wait_on_is_in_no_batch_until_it_goes(exporter: InMemorySpanExporter) -> None:
+    """Else each look at the queue, while the replica that can is full and the other one is not, would be a batch."""
+    meters = Meters()
+    async with started(able_replica("able", max_num_sequences=2), Replica("other")) as dispatcher:
+        dispatcher.measure(RouterMetrics(meters.meter, ["fake"], max_tenants=0))
+        requests = [make_request([i] * 40, 20, num_logprobs=1, traceparent=SAMPLED) for i in range(12)]
+        sinks = [RecordingSink() for _ in requests]
+        for request, sink in zip(requests, sinks, strict=True):
+            dispatcher.submit(request, sink)
+        for sink in sinks:
+            assert (await sink.wait()).error is None
+    for name, total in (("octavo.batch.requests", 12), ("octavo.batch.tokens", 12 * 40)):
+        (point,) = meters.points(name).values()
+        assert point.sum == total, name
+    batches = named(exporter, "octavo.batch")
+    assert len(batches) > 1
+    assert [len(links(batch)) for batch in batches] == [number(batch, Attribute.BATCH_REQUESTS) for batch in batches]
 
 
 async def test_each_token_of_each_choice_has_its_log_probability() -> None:
