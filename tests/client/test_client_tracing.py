@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 from octavo.client import Client, InvalidArgumentError, tracing
@@ -11,7 +13,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
 
+from router import span as router_span
+from tests.client.cuttable_proxy import cuttable_proxy
 from tests.client.scripted_router import ScriptedRouter, pb
+from tests.client.waiting import until
+from tests.router.rig import answering, running
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -69,6 +75,43 @@ async def test_retries_and_errors_are_on_the_span(
     assert span.attributes["error.type"] == "EMPTY_PROMPT"
     assert not span.status.is_ok
     assert {start.traceparent for start in router.starts} == {router.starts[0].traceparent}
+
+
+async def test_an_answer_over_two_routers_is_one_trace(
+    make_client: Callable[..., Client], spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The router that has begun it is gone: the other one's server span is below the same span of the client."""
+    monkeypatch.setattr(router_span, "_tracer", tracing.trace.get_tracer("router"))
+    received: list[str] = []
+
+    async def ask(*addresses: str) -> None:
+        async with make_client(*addresses) as client:
+            async for delta in client.generate("p"):
+                received.append(delta.text)
+
+    async with running(router_id="one") as one, running(router_id="two") as two, AsyncExitStack() as end:
+        networks = [await end.enter_async_context(AsyncExitStack()) for _ in range(2)]
+        one_way, other_way = [
+            await network.enter_async_context(cuttable_proxy(rig.address))
+            for network, rig in zip(networks, (one, two), strict=True)
+        ]
+        asking = asyncio.create_task(ask(one_way.address, other_way.address))
+        await until(lambda: one.backend.works or two.backend.works)
+        begun, other, network = (one, two, networks[0]) if one.backend.works else (two, one, networks[1])
+        begun.backend.works[0].dispatch()
+        begun.backend.works[0].emit("ab")
+        await until(lambda: received)
+        other.backend.script = answering("cd")
+        await network.aclose()
+        await asking
+    assert "".join(received) == "abcd"
+    found = spans.get_finished_spans()
+    (asked,) = [span for span in found if span.kind is SpanKind.CLIENT]
+    servers = [span for span in found if span.kind is SpanKind.SERVER]
+    assert sorted(str((span.attributes or {})["octavo.router.id"]) for span in servers) == ["one", "two"]
+    assert asked.context is not None
+    assert {span.parent.span_id for span in servers if span.parent} == {asked.context.span_id}
+    assert {span.context.trace_id for span in found if span.context} == {asked.context.trace_id}
 
 
 async def test_without_opentelemetry_the_given_context_passes_through(

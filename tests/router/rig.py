@@ -421,13 +421,13 @@ def _read_terminal(outcome: Outcome, terminal: pb.Terminal) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(models: Models | None = None, **config: Any) -> AsyncIterator[Rig]:
+async def running(models: Models | None = None, *, router_id: str = "router-1", **config: Any) -> AsyncIterator[Rig]:
     backend = FakeBackend()
     server = RouterServer(
         RouterConfig(**config),
         models or {"toy": served_model()},
         backend,
-        router_id="router-1",
+        router_id=router_id,
         version="0.0",
     )
     port = server.bind("127.0.0.1", 0)
