@@ -143,6 +143,8 @@ class PagedEngine:
             is_due = len(self._launched) > (self._lag if plan.chunks else 0)
             output = self._launched[0].output() if is_due else None
         except Exception as error:
+            if watch is not None:
+                watch.failed(error)
             self._isolate(plan, error)
             is_due = True
         else:
@@ -168,8 +170,7 @@ class PagedEngine:
         return self._pool.events_anew() if anew else self._pool.drain_events()
 
     def load(self) -> Load:
-        config = self._config
-        return load_of(self._scheduler, self._pool, self._chunk_tokens, config.max_num_sequences, self._num_taken)
+        return load_of(self._scheduler, self._pool, self._chunk_tokens, self._config.max_num_sequences, self._num_taken)
 
     def counts(self) -> EngineCounts:
         """Return what only metrics need. From any thread; its numbers may be of two steps that follow each other."""

@@ -1,8 +1,9 @@
 """What becomes of the records of steps: metrics, spans `octavo.step`, and what each sampled work is told of its steps.
 
-Off the engine's thread. A step has a span if a sampled work took part, with a link to each of these; the OpenTelemetry
-API only. A link costs some 10 µs here and in the export, and there is one for nearly each token of a sampled request:
-so they have a budget. Beyond it only steps have spans that took several times what steps take.
+Off the engine's thread. A step has a span if a sampled work took part, with a link to each of these, and with its error
+if it failed; metrics have the times of steps that went well alone. The OpenTelemetry API only. A link costs some 10 µs
+here and in the export, and there is one for nearly each token of a sampled request: so they have a budget. Beyond it
+only steps have spans that failed or took several times what steps take.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from octavo.metrics import recording_meter
-from octavo.names import Attribute, Event, Span
+from octavo.names import Attribute, Event, Reason, Span
 from opentelemetry import trace
 from opentelemetry.context import Context
+from opentelemetry.trace import Status, StatusCode
 
 from workers.metrics import ReplicaMetrics
 from workers.step_watch import Counted, StepRecord, StepWatch, Watchable
@@ -67,10 +69,12 @@ class StepTelemetry:
             return
         to_ns = time.time_ns() - round(time.monotonic() * _NS)
         for record in records:
-            if self._metrics is not None:
-                self._metrics.step(record)
             if traced:
                 self._tell(record, traced, to_ns)
+            if record.error:
+                continue
+            if self._metrics is not None:
+                self._metrics.step(record)
             self._usual_s += _MEMORY * (record.duration_s - self._usual_s)
 
     def _tell(self, record: StepRecord, traced: Mapping[WorkId, WorkSpans], to_ns: int) -> None:
@@ -82,13 +86,15 @@ class StepTelemetry:
         for chunk in record.plan.chunks:
             work = traced.get(chunk.sequence.work.work_id)
             if work is not None:
-                samples[work] = chunk.samples or samples.get(work, False)
+                # Of a step that failed, whoever was not to blame has been computed alone, as part of it.
+                has_drawn = chunk.samples and (not record.error or chunk.sequence.first_token_at is not None)
+                samples[work] = has_drawn or samples.get(work, False)
         for work, is_sampling in samples.items():
             work.took_part(step, samples=is_sampling)
         if not samples:
             return
-        is_slow = record.duration_s > SLOW * self._usual_s
-        if self._budget.take(len(samples), record.ended) or is_slow:
+        is_special = bool(record.error) or record.duration_s > SLOW * self._usual_s
+        if self._budget.take(len(samples), record.ended) or is_special:
             self._span(record, list(samples), to_ns)
         else:
             self._num_untold += 1
@@ -115,6 +121,9 @@ class StepTelemetry:
         if self._num_untold:
             span.set_attribute(Attribute.UNTOLD_STEPS, self._num_untold)
             self._num_untold = 0
+        if record.error:
+            span.set_attribute(Attribute.ERROR_TYPE, Reason.INTERNAL)
+            span.set_status(Status(StatusCode.ERROR, record.error))
         if record.num_evicted_blocks:
             span.add_event(Event.EVICTED, {Attribute.EVICTED_BLOCKS: record.num_evicted_blocks}, began_ns)
         span.end(end_time=round(record.ended * _NS) + to_ns)

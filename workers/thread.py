@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Final
 
@@ -161,6 +162,9 @@ class EngineThread:
         """End all works: the engine cannot be trusted any more."""
         _log.error("the engine is broken", exc_info=error)
         self.failure = error
+        if self._watch is not None:
+            with suppress(Exception):  # an engine that is broken may tell nothing of its step either
+                self._watch.ended()
         for work_id in list(self._open):
             self._end(work_id, _broken(error, Reason.REPLICA_LOST))
         self._notify()

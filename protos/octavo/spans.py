@@ -156,7 +156,7 @@ CATALOGUE: Final = (
     Kind(
         name=Span.STEP,
         by="replica",
-        about="One step of the engine",
+        about="One step of the engine; one that failed says so in its status, with the type of the exception",
         parent="none",
         links=f"the {Span.DISPATCH} of each sampled request in it",
         always=(
@@ -170,7 +170,7 @@ CATALOGUE: Final = (
             Attribute.STEP_SAMPLE_TIME,
             Attribute.STEP_EMIT_TIME,
         ),
-        sometimes=(Attribute.UNTOLD_STEPS,),
+        sometimes=(Attribute.UNTOLD_STEPS, Attribute.ERROR_TYPE),
         events=(Event.EVICTED,),
     ),
     Kind(

@@ -7,13 +7,15 @@ import secrets
 from itertools import pairwise
 
 import pytest
-from octavo.names import Attribute, Event
+from octavo.names import Attribute, Event, Reason
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from tests.data_plane.rig import RecordingSink, Replica, make_dispatcher, make_request, until
 from tests.data_plane.spans import SAMPLED, UNSAMPLED, attributes, links, named, number, one, seconds, span_id
 from workers import step_telemetry
+from workers.plan import StepPlan
 from workers.step_telemetry import LinkBudget
 from workers.types import Finish, TokenDelta
 
@@ -111,6 +113,36 @@ async def test_only_sampled_members_are_linked_and_only_their_steps_have_spans(e
     assert all(links(step) == [span_id(dispatch)] for step in steps)
     assert max(number(step, Attribute.STEP_SEQUENCES) for step in steps) == 3
     assert all(links(batch) == [span_id(dispatch)] for batch in named(exporter, "octavo.batch"))
+
+
+async def test_a_step_that_fails_has_a_span_with_its_error(exporter: InMemorySpanExporter) -> None:
+    """Linked to all that were in it; the one that is not to blame goes on, and counts it among its steps."""
+    replica, contexts = Replica("one", fake_step_s=0.002), [context(), context()]
+    launch = replica.engine.runner.launch
+
+    def fail(plan: StepPlan) -> object:
+        if any(len(chunk.sequence.work.prompt) == 30 for chunk in plan.chunks):
+            raise ArithmeticError
+        return launch(plan)
+
+    replica.engine.runner.launch = fail  # type: ignore[assignment, method-assign]
+    good, bad = await ask(replica, (20, 40, contexts[0]), (30, 5, contexts[1]))
+    assert good.error is None
+    assert bad.error is not None
+    good_dispatch, bad_dispatch = (span_id(dispatch_of(exporter, each)) for each in contexts)
+    steps = named(exporter, "octavo.step")
+    (failed,) = [step for step in steps if step.status.status_code is StatusCode.ERROR]
+    assert failed.status.description == "ArithmeticError"
+    assert attributes(failed)[Attribute.ERROR_TYPE] == Reason.INTERNAL
+    assert set(links(failed)) == {good_dispatch, bad_dispatch}
+    assert [links(step) for step in steps if step is not failed] == [[good_dispatch]] * 39
+    prefill, decode = (
+        next(span for span in named(exporter, name) if span.parent and span.parent.span_id == good_dispatch)
+        for name in ("octavo.prefill", "octavo.decode")
+    )
+    assert [number(span, Attribute.NUM_STEPS) for span in (prefill, decode)] == [1, 39]
+    errors = [span for span in exporter.get_finished_spans() if Attribute.ERROR_TYPE in attributes(span)]
+    assert {span.name for span in errors} == {"octavo.step", "octavo.dispatch", "octavo.prefill"}
 
 
 async def test_without_a_sampled_request_there_is_no_span(exporter: InMemorySpanExporter) -> None:

@@ -80,13 +80,57 @@ def test_what_happened_to_blocks_is_in_the_record_of_its_step() -> None:
     assert sum(record.num_evicted_blocks for record in records) == engine.counts().num_evicted_blocks >= 2
 
 
-def test_nobody_hears_of_what_failed() -> None:
+def numbers(record: StepRecord) -> set[int]:
+    """Return which works were in a step."""
+    return {chunk.sequence.work.work_id.number for chunk in record.plan.chunks}
+
+
+def test_a_step_that_failed_is_told_with_its_error() -> None:
+    """And with all that were in it; those that follow are of whoever was not to blame."""
     engine = ToyEngine(poison=7)
     engine.submit(work(1, [1, 7], 3))
     engine.submit(work(2, [1, 2], 3))
-    records = watched(engine)
-    told = {chunk.sequence.work.work_id.number for record in records for chunk in record.plan.chunks}
-    assert told == {2}
+    failed, *others = watched(engine)
+    assert (failed.error, numbers(failed)) == ("PoisonError", {1, 2})
+    assert (failed.sample_s, failed.emit_s) == (0, 0)
+    assert failed.duration_s == failed.ended - failed.began >= 0
+    assert [(record.error, numbers(record)) for record in others] == [("", {2})] * 2
+    assert [record.plan.number for record in (failed, *others)] == [1, 2, 3]
+
+
+def test_what_was_in_flight_behind_a_step_that_failed_is_told_as_well() -> None:
+    engine = ToyEngine(poison=7, lag=1)
+    engine.submit(work(1, [1, 2], 5))
+    watch = engine.watch()
+    engine.step()
+    watch.ended()
+    assert watch.drain() == [], "it is in flight"
+    engine.submit(work(2, [1, 7], 3))
+    engine.step()
+    watch.ended()
+    assert [(record.error, numbers(record)) for record in watch.drain()] == [
+        ("PoisonError", {1}),
+        ("PoisonError", {1, 2}),
+    ]
+    engine.submit(work(3, [1, 2], 2))
+    assert [(record.error, numbers(record)) for record in watched(engine)] == [("", {3})] * 2
+
+
+def test_the_step_that_broke_an_engine_is_told_before_its_works_end() -> None:
+    engine = FakeEngine(EngineConfig(engine="fake"))
+    consumer = Consumer(engine)
+
+    def fail(plan: StepPlan) -> None:
+        raise MemoryError
+
+    engine._runner.launch = fail  # type: ignore[assignment, method-assign]
+    engine._lag, engine._fatal_errors = 1, (MemoryError,)
+    watch = consumer.thread.watch()
+    consumer.thread.submit(work(1, [1, 2], 20))
+    consumer.wait(lambda: consumer.ended(1))
+    assert [(record.error, numbers(record)) for record in watch.drain()] == [("MemoryError", {1})]
+    consumer.thread.close()
+    assert consumer.thread.join(5.0)
 
 
 def test_counts_of_tokens() -> None:
