@@ -11,17 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from octavo.v1 import status_service_pb2 as pb
-from octavo.v1 import types_pb2 as types
 
-MIN_REST_S: Final = 0.0001
-"""A smaller rest of a sum is not worth a word."""
+from cluster.trace_words import MIN_REST_S, line, placed, seconds, why
+
+_POOL_CALLS: Final = {"embeddings": "Embed", "score": "Score", "rerank": "Rerank", "classify": "Classify"}
+"""Operations whose inputs go side by side, by the call for each."""
 _COLUMNS: Final = ("took", "queued", "first token", "prompt", "generated", "replicas", "ended", "model", "request")
-_RULES: Final = {
-    "only": "nobody else could take it",
-    "prefix": "for what it has of the prompt",
-    "least_loaded": "as the cheapest",
-    "affinity": "by its affinity key, of those that cost the same",
-}
 
 
 class Part(NamedTuple):
@@ -41,8 +36,12 @@ def listed(records: Sequence[pb.RequestRecord], *, num_kept: int, num_routers: i
     table: list[tuple[str, ...]] = [_COLUMNS]
     for record in records:
         first = seconds(record.first_token_at_s) if record.HasField("first_token_at_s") else "-"
-        queued = sum(attempt.wait_s for attempt in record.attempts)
-        numbers = (record.prompt_tokens, record.generated_tokens, len(record.attempts))
+        waits = [attempt.wait_s for attempt in record.attempts]
+        queued, num_replicas = sum(waits), len(waits)
+        if _is_pool(record):
+            queued = max(waits, default=0.0)
+            num_replicas = len({attempt.decision.replica for attempt in record.attempts})
+        numbers = (record.prompt_tokens, record.generated_tokens, num_replicas)
         end = record.reason or record.code
         words = (end, record.model or "-", record.request_id)
         table.append((seconds(record.duration_s), seconds(queued), first, *map(str, numbers), *words))
@@ -56,13 +55,6 @@ def listed(records: Sequence[pb.RequestRecord], *, num_kept: int, num_routers: i
     return [*lines, "", f"of {num_kept} requests that {routers}; `octavo trace REQUEST` explains one"]
 
 
-def seconds(duration_s: float) -> str:
-    """Return a duration for people."""
-    if abs(duration_s) >= 100:
-        return f"{duration_s:.0f} s"
-    return f"{duration_s:.3f} s" if abs(duration_s) >= 1 else f"{duration_s * 1000:.1f} ms"
-
-
 def parts(record: pb.RequestRecord) -> list[Part]:
     """Return what the whole time consists of, in its order; it adds up."""
     end_s = record.duration_s
@@ -70,9 +62,8 @@ def parts(record: pb.RequestRecord) -> list[Part]:
         return [Part("checked", end_s)]
     over_s = record.computed_at_s if record.HasField("computed_at_s") else end_s
     found, at_s = [Part("checked", record.queued_at_s)], record.queued_at_s
-    for attempt in record.attempts:
-        left_s = attempt.left_at_s if attempt.HasField("left_at_s") else over_s
-        found += [Part("queued", attempt.sent_at_s - at_s), Part("at the replica", left_s - attempt.sent_at_s)]
+    for sent_s, left_s in _stays(record, over_s):
+        found += [Part("queued", sent_s - at_s), Part("at the replica", left_s - sent_s)]
         at_s = left_s
     if over_s - at_s > MIN_REST_S:
         found.append(Part("queued", over_s - at_s))
@@ -80,8 +71,22 @@ def parts(record: pb.RequestRecord) -> list[Part]:
     return found if record.is_running else [*found, Part("sending the rest", end_s - at_s)]
 
 
+def _is_pool(record: pb.RequestRecord) -> bool:
+    """Say whether numbers were asked for."""
+    return record.operation in _POOL_CALLS
+
+
+def _stays(record: pb.RequestRecord, over_s: float) -> list[tuple[float, float]]:
+    """Return from when to when replicas had it, one after the other: inputs that go side by side have one stay."""
+    stays = [
+        (attempt.sent_at_s, attempt.left_at_s if attempt.HasField("left_at_s") else over_s)
+        for attempt in record.attempts
+    ]
+    return [(min(stays)[0], over_s)] if stays and _is_pool(record) else stays
+
+
 def _heading(record: pb.RequestRecord) -> Iterator[str]:
-    way = "Session" if record.is_session else "Generate"
+    way = _POOL_CALLS.get(record.operation, "Session" if record.is_session else "Generate")
     words = [f"model {record.model or '-'}", f"over {way}"]
     if record.tenant:
         words.append(f"tenant {record.tenant}")
@@ -107,80 +112,58 @@ def _outcome(record: pb.RequestRecord) -> str:
         return f"is under way, for {took}"
     if record.reason:
         return f"{record.code} ({record.reason}) after {took}: {record.message}"
+    if _is_pool(record):
+        return f"OK after {took}"
     return f"OK after {took}: {record.generated_tokens} tokens, {', '.join(record.finish_reasons)}"
 
 
 def _story(record: pb.RequestRecord) -> Iterator[str]:
     if not record.HasField("queued_at_s"):
         what = "refused" if record.reason and not record.is_running else "checked"
-        yield _line(0, record.duration_s, f"{what}, before it was queued")
+        yield line(0, record.duration_s, f"{what}, before it was queued")
+        return
+    if _is_pool(record):
+        yield from _side_by_side(record)
         return
     tokens = f"{record.prompt_tokens} prompt tokens, at most {record.max_tokens} to generate"
     if record.num_choices > 1:
         tokens += f" for each of {record.num_choices} choices"
     if record.received_tokens:
         tokens += f", {record.received_tokens} of them there from an earlier try"
-    yield _line(0, record.queued_at_s, f"checked, and its text turned into tokens: {tokens}")
+    yield line(0, record.queued_at_s, f"checked, and its text turned into tokens: {tokens}")
     over_s = record.computed_at_s if record.HasField("computed_at_s") else record.duration_s
     for attempt in record.attempts:
-        yield _line(attempt.queued_at_s, attempt.wait_s, f"queued: {_why(attempt)}")
-        yield from _placed(attempt)
+        yield line(attempt.queued_at_s, attempt.wait_s, f"queued: {why(attempt)}")
+        yield from placed(attempt)
         yield from _computed(record, attempt, over_s)
     yield from _unplaced(record, over_s)
     yield from _sent(record, over_s)
 
 
-def _why(attempt: pb.RequestRecord.Attempt) -> str:
-    """Say what a wait was for."""
-    turn_s = attempt.wait_s - attempt.no_replica_s - attempt.full_s
-    reasons = []
-    if attempt.no_replica_s > MIN_REST_S:
-        reasons.append(f"no replica was ready for {seconds(attempt.no_replica_s)}")
-    if attempt.full_s > MIN_REST_S:
-        reasons.append(f"nobody was free for {seconds(attempt.full_s)}")
-    if turn_s > MIN_REST_S and (reasons or attempt.num_waiting):
-        reasons.append(f"its turn, or its batch, came after {seconds(turn_s)}{' more' if reasons else ''}")
-    if not reasons:
-        reasons.append("until the end of the router's turn, as what comes together goes together")
-    others = f"; {attempt.num_waiting} waited when it came, {attempt.num_gone} went before it"
-    return ", ".join(reasons) + (others if attempt.num_waiting or attempt.num_gone else "")
-
-
-def _placed(attempt: pb.RequestRecord.Attempt) -> Iterator[str]:
-    decision = attempt.decision
-    placed = f"placed on {decision.replica}, {_rule(decision)} ({decision.rule}); {_batch(attempt)}"
-    yield _line(attempt.sent_at_s, None, placed)
-    names = [candidate.replica for candidate in decision.candidates]
-    width = max(map(len, names), default=0)
-    for candidate in decision.candidates:
-        mark = "->" if candidate.replica == decision.replica else "  "
-        yield f"{'':21}   {mark} {candidate.replica:{width}}  {_cost(candidate)}"
-
-
-def _rule(decision: types.Decision) -> str:
-    least = min((candidate.cost for candidate in decision.candidates), default=0.0)
-    num_least = sum(candidate.cost == least for candidate in decision.candidates)
-    if decision.rule == "least_loaded" and num_least > 1:
-        return "drawn from those that cost the least"
-    return _RULES.get(decision.rule, decision.rule)
-
-
-def _batch(attempt: pb.RequestRecord.Attempt) -> str:
-    others = attempt.batch_requests - 1
-    company = "alone" if others <= 0 else f"with {others} other{'s' if others > 1 else ''}"
-    return f"in batch {attempt.batch_id} {company}, {attempt.batch_tokens} tokens"
-
-
-def _cost(candidate: types.Decision.Candidate) -> str:
-    terms = (
-        ("of this prompt to compute", candidate.uncached_tokens),
-        ("owed to others", candidate.owed_tokens),
-        ("for what it decodes", candidate.decode_tokens),
-        ("to forget", candidate.displaced_tokens),
-        ("computed lately beyond its part", candidate.recent_tokens),
-    )
-    sums = " + ".join(f"{value:g} {name}" for number, (name, value) in enumerate(terms) if value or not number)
-    return f"cost {candidate.cost:g} = {sums} (it has {candidate.matched_tokens})"
+def _side_by_side(record: pb.RequestRecord) -> Iterator[str]:
+    """The story of a call for numbers: each input by itself, at its own times."""
+    over_s = record.computed_at_s if record.HasField("computed_at_s") else record.duration_s
+    yield line(0, record.queued_at_s, f"checked, and its inputs turned into tokens: {record.prompt_tokens}")
+    if record.attempts:
+        yield line(record.queued_at_s, None, "from here on its inputs go side by side; the first that went:")
+    for attempt in record.attempts:
+        yield line(attempt.queued_at_s, attempt.wait_s, f"queued: {why(attempt)}")
+        yield from placed(attempt)
+        left_s = attempt.left_at_s if attempt.HasField("left_at_s") else over_s
+        at_replica = "at the replica, until it was lost" if attempt.loss_reason else "at the replica"
+        yield line(attempt.sent_at_s, left_s - attempt.sent_at_s, at_replica)
+        if attempt.loss_reason:
+            yield line(left_s, None, f"lost ({attempt.loss_reason}): {attempt.loss}; it is computed again elsewhere")
+    if not record.attempts:
+        yield from _unplaced(record, over_s)
+    elif record.attempts[-1].HasField("engine"):
+        engine = record.attempts[-1].engine
+        waited, computed = seconds(engine.queue_s), seconds(engine.prefill_s)
+        yield line(
+            over_s, None, f"no input waited for its step longer than {waited}, or took longer than {computed} then"
+        )
+    if not record.is_running:
+        yield line(over_s, record.duration_s - over_s, "ended, with all numbers in one message or none")
 
 
 def _computed(record: pb.RequestRecord, attempt: pb.RequestRecord.Attempt, over_s: float) -> Iterator[str]:
@@ -192,20 +175,20 @@ def _computed(record: pb.RequestRecord, attempt: pb.RequestRecord.Attempt, over_
     at_s = attempt.sent_at_s
     if attempt.HasField("engine"):
         engine = attempt.engine
-        yield _line(at_s, engine.queue_s, "waited in the replica for a step")
-        yield _line(at_s + engine.queue_s, engine.prefill_s, f"prefilled: {cached}")
-        yield _line(at_s + engine.queue_s + engine.prefill_s, engine.decode_s, _decoded(attempt, record.num_choices))
+        yield line(at_s, engine.queue_s, "waited in the replica for a step")
+        yield line(at_s + engine.queue_s, engine.prefill_s, f"prefilled: {cached}")
+        yield line(at_s + engine.queue_s + engine.prefill_s, engine.decode_s, _decoded(attempt, record.num_choices))
         rest_s = left_s - at_s - engine.queue_s - engine.prefill_s - engine.decode_s
         if rest_s > MIN_REST_S:
-            yield _line(None, rest_s, "on the way to the replica and back")
+            yield line(None, rest_s, "on the way to the replica and back")
     elif attempt.HasField("first_token_at_s"):
-        yield _line(at_s, attempt.first_token_at_s - at_s, f"first token: {cached}")
+        yield line(at_s, attempt.first_token_at_s - at_s, f"first token: {cached}")
         what = f"decoded: {attempt.num_tokens} tokens {_untold(record, attempt)}"
-        yield _line(attempt.first_token_at_s, left_s - attempt.first_token_at_s, what)
+        yield line(attempt.first_token_at_s, left_s - attempt.first_token_at_s, what)
     else:
-        yield _line(at_s, left_s - at_s, "no token has come")
+        yield line(at_s, left_s - at_s, "no token has come")
     if attempt.loss_reason:
-        yield _line(left_s, None, f"lost ({attempt.loss_reason}): {attempt.loss}; what was there is kept, the rest")
+        yield line(left_s, None, f"lost ({attempt.loss_reason}): {attempt.loss}; what was there is kept, the rest")
         yield f"{'':21}   is computed elsewhere"
 
 
@@ -231,18 +214,18 @@ def _unplaced(record: pb.RequestRecord, over_s: float) -> Iterator[str]:
     last = record.attempts[-1] if record.attempts else None
     if last is None:
         what = "queued, and still waiting" if record.is_running else "queued, and not sent to a replica"
-        yield _line(record.queued_at_s, over_s - record.queued_at_s, what)
+        yield line(record.queued_at_s, over_s - record.queued_at_s, what)
     elif last.loss_reason and over_s - last.left_at_s > MIN_REST_S:
-        yield _line(last.left_at_s, over_s - last.left_at_s, "queued again, for another replica")
+        yield line(last.left_at_s, over_s - last.left_at_s, "queued again, for another replica")
 
 
 def _sent(record: pb.RequestRecord, over_s: float) -> Iterator[str]:
     after_s = None if record.is_running else record.duration_s - over_s
     if not record.num_messages:
-        yield _line(over_s, after_s, "nothing of an answer was sent")
+        yield line(over_s, after_s, "nothing of an answer was sent")
         return
     each = record.sent_tokens / record.num_messages
-    yield _line(
+    yield line(
         over_s,
         after_s,
         f"sent: {record.sent_tokens} tokens coalesced in {record.num_messages} messages ({each:.1f} a message), the "
@@ -259,9 +242,3 @@ def _sum(record: pb.RequestRecord) -> str:
         together[part.name] = together.get(part.name, 0.0) + part.duration_s
     terms = " + ".join(f"{name} {seconds(duration_s)}" for name, duration_s in together.items())
     return f"{terms} = {seconds(record.duration_s)}"
-
-
-def _line(at_s: float | None, took_s: float | None, what: str) -> str:
-    """Return a line of the story: when, how long, what."""
-    at, took = ("" if each is None else seconds(each) for each in (at_s, took_s))
-    return f"{at:>10} {took:>10}   {what}"

@@ -42,6 +42,7 @@ def to_message(record: RequestRecord, router_id: str) -> pb.RequestRecord:
         first_sent_at_s=_after(start, accounts.first_taken_at),
         last_sent_at_s=_after(start, accounts.taken_at),
         num_attachments=accounts.num_attachments,
+        operation=record.operation,
     )
     if not record.is_ended:
         _see_last(record)

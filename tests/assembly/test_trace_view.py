@@ -9,7 +9,8 @@ from octavo.v1 import status_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 
 from cluster.cli_trace import _reachable
-from cluster.trace_view import explained, listed, parts, seconds
+from cluster.trace_view import explained, listed, parts
+from cluster.trace_words import seconds
 
 
 def candidate(name: str, *, owed: float = 0.0, uncached: float = 0.0, matched: int = 0) -> types.Decision.Candidate:
@@ -143,6 +144,57 @@ def test_what_never_reached_a_replica_or_another_one() -> None:
     text = "\n".join(explained(record(lost, reason="NO_REPLICA", code="UNAVAILABLE", message="none")))
     assert "200.0 ms   300.0 ms   no token has come" in text
     assert "500.0 ms    1.400 s   queued again, for another replica" in text
+
+
+def pool_call(**fields: Any) -> pb.RequestRecord:
+    """Embed with three inputs: the second waits for 10 ms, the third, too, and is computed twice."""
+    times: list[dict[str, Any]] = [
+        {"wait_s": 0.0, "sent_at_s": 0.001, "left_at_s": 0.06},
+        {"wait_s": 0.01, "full_s": 0.01, "sent_at_s": 0.011, "left_at_s": 0.07},
+        {"wait_s": 0.01, "full_s": 0.01, "sent_at_s": 0.011, "left_at_s": 0.03, "loss_reason": "REPLICA_LOST"},
+        {"wait_s": 0.0, "queued_at_s": 0.03, "sent_at_s": 0.03, "left_at_s": 0.08, "engine": ENGINE},
+    ]
+    attempts = [
+        attempt(name, **({"queued_at_s": 0.001} | each)) for name, each in zip(("one", "two") * 2, times, strict=True)
+    ]
+    given = {"operation": "embeddings", "num_choices": 0, "max_tokens": 0, "generated_tokens": 0, "num_messages": 0}
+    told = record(*attempts, **(given | {"computed_at_s": 0.08, "duration_s": 0.081, "finish_reasons": []} | fields))
+    told.ClearField("first_token_at_s")
+    return told
+
+
+def test_inputs_of_a_call_for_numbers_go_side_by_side() -> None:
+    """They were told as if one went after the other: a wait of less than nothing made the sum right."""
+    lines = explained(pool_call())
+    assert lines[0] == "request a: model toy, over Embed"
+    assert lines[3] == "  OK after 81.0 ms"
+    assert lines[-1] == "checked 1.0 ms + queued 0.0 ms + at the replica 79.0 ms + sending the rest 1.0 ms = 81.0 ms"
+    story = [line for line in lines[6:-2] if not line.startswith(" " * 21)]
+    assert [line.split("   ")[-1].strip().split(":")[0] for line in story if "placed" not in line] == [
+        "checked, and its inputs turned into tokens",
+        "from here on its inputs go side by side; the first that went",
+        *("queued", "at the replica"),
+        *("queued", "at the replica"),
+        *("queued", "at the replica, until it was lost", "lost (REPLICA_LOST)"),
+        *("queued", "at the replica"),
+        "no input waited for its step longer than 2.0 ms, or took longer than 40.0 ms then",
+        "ended, with all numbers in one message or none",
+    ]
+    text = "\n".join(lines)
+    assert "   1.0 ms    10.0 ms   queued: nobody was free for 10.0 ms" in text
+    assert "  11.0 ms    59.0 ms   at the replica" in text
+    assert sum(part.duration_s for part in parts(pool_call(is_running=True))) == pytest.approx(0.08)
+    row = listed([pool_call()], num_kept=1, num_routers=1)[1].split()
+    assert row[2:8] == ["10.0", "ms", "-", "512", "0", "2"]
+
+
+def test_a_call_for_numbers_that_nobody_took() -> None:
+    told = pool_call(reason="DEADLINE_PASSED", code="DEADLINE_EXCEEDED", message="late")
+    del told.attempts[:]
+    told.ClearField("computed_at_s")
+    text = "\n".join(explained(told))
+    assert "1.0 ms    80.0 ms   queued, and not sent to a replica" in text
+    assert text.endswith("checked 1.0 ms + queued 80.0 ms + sending the rest 0.0 ms = 81.0 ms")
 
 
 @pytest.mark.parametrize("is_running", [True, False])

@@ -19,6 +19,7 @@ from octavo.client import (
 )
 from octavo.names import Reason
 
+from cluster.trace_view import parts
 from router.config import ObserverConfig
 from router.keyring import Terms
 from router.metrics import RouterMetrics
@@ -162,6 +163,8 @@ async def test_a_call_is_told_of_as_an_answer_is(observed: Observed) -> None:
     record = await observed.record("both")
     assert (record.code, record.prompt_tokens, record.generated_tokens) == ("OK", 20, 0)
     assert (record.num_choices, len(record.attempts), record.is_running) == (0, 2, False)
+    assert record.operation == "embeddings"
+    assert min(part.duration_s for part in parts(record)) >= 0
     assert (observed.rig.server.intake.num_accepted, observed.rig.server.intake.num_ended) == (1, 1)
 
 

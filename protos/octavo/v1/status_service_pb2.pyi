@@ -543,6 +543,7 @@ class RequestRecord(google.protobuf.message.Message):
     FIRST_SENT_AT_S_FIELD_NUMBER: builtins.int
     LAST_SENT_AT_S_FIELD_NUMBER: builtins.int
     NUM_ATTACHMENTS_FIELD_NUMBER: builtins.int
+    OPERATION_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     trace_id: builtins.str
     """32 hexadecimal digits; empty if it came without a trace and none was begun."""
@@ -586,6 +587,11 @@ class RequestRecord(google.protobuf.message.Message):
     last_sent_at_s: builtins.float
     num_attachments: builtins.int
     """How often its client came back for it over another Session."""
+    operation: builtins.str
+    """What was asked for: "text_completion", "embeddings", "score", "rerank" or "classify". Of all but the first the inputs
+    go side by side: attempts are theirs, of the first inputs that went, and engine in the last one has the longest times
+    of all.
+    """
     @property
     def finish_reasons(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """"stop" or "length", for each choice that has ended."""
@@ -625,9 +631,10 @@ class RequestRecord(google.protobuf.message.Message):
         first_sent_at_s: builtins.float | None = ...,
         last_sent_at_s: builtins.float | None = ...,
         num_attachments: builtins.int = ...,
+        operation: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_computed_at_s", b"_computed_at_s", "_first_sent_at_s", b"_first_sent_at_s", "_first_token_at_s", b"_first_token_at_s", "_last_sent_at_s", b"_last_sent_at_s", "_queued_at_s", b"_queued_at_s", "computed_at_s", b"computed_at_s", "first_sent_at_s", b"first_sent_at_s", "first_token_at_s", b"first_token_at_s", "last_sent_at_s", b"last_sent_at_s", "queued_at_s", b"queued_at_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_computed_at_s", b"_computed_at_s", "_first_sent_at_s", b"_first_sent_at_s", "_first_token_at_s", b"_first_token_at_s", "_last_sent_at_s", b"_last_sent_at_s", "_queued_at_s", b"_queued_at_s", "arrived_at", b"arrived_at", "attempts", b"attempts", "code", b"code", "computed_at_s", b"computed_at_s", "duration_s", b"duration_s", "finish_reasons", b"finish_reasons", "first_sent_at_s", b"first_sent_at_s", "first_token_at_s", b"first_token_at_s", "generated_tokens", b"generated_tokens", "has_own_deadline", b"has_own_deadline", "is_running", b"is_running", "is_session", b"is_session", "last_sent_at_s", b"last_sent_at_s", "max_tokens", b"max_tokens", "message", b"message", "model", b"model", "num_attachments", b"num_attachments", "num_choices", b"num_choices", "num_messages", b"num_messages", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queued_at_s", b"queued_at_s", "reason", b"reason", "received_tokens", b"received_tokens", "request_id", b"request_id", "router", b"router", "sent_tokens", b"sent_tokens", "tenant", b"tenant", "timeout_s", b"timeout_s", "trace_id", b"trace_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_computed_at_s", b"_computed_at_s", "_first_sent_at_s", b"_first_sent_at_s", "_first_token_at_s", b"_first_token_at_s", "_last_sent_at_s", b"_last_sent_at_s", "_queued_at_s", b"_queued_at_s", "arrived_at", b"arrived_at", "attempts", b"attempts", "code", b"code", "computed_at_s", b"computed_at_s", "duration_s", b"duration_s", "finish_reasons", b"finish_reasons", "first_sent_at_s", b"first_sent_at_s", "first_token_at_s", b"first_token_at_s", "generated_tokens", b"generated_tokens", "has_own_deadline", b"has_own_deadline", "is_running", b"is_running", "is_session", b"is_session", "last_sent_at_s", b"last_sent_at_s", "max_tokens", b"max_tokens", "message", b"message", "model", b"model", "num_attachments", b"num_attachments", "num_choices", b"num_choices", "num_messages", b"num_messages", "operation", b"operation", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queued_at_s", b"queued_at_s", "reason", b"reason", "received_tokens", b"received_tokens", "request_id", b"request_id", "router", b"router", "sent_tokens", b"sent_tokens", "tenant", b"tenant", "timeout_s", b"timeout_s", "trace_id", b"trace_id"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_computed_at_s", b"_computed_at_s"]) -> typing.Literal["computed_at_s"] | None: ...
     @typing.overload
