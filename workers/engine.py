@@ -152,7 +152,7 @@ class PagedEngine:
                 ticket, now = self._launched.popleft(), self._clock()
                 self._num_failed_steps = 0
                 if watch is not None:
-                    watch.computed(ticket, now)
+                    watch.computed(ticket.plan, now, getattr(ticket, "computed_at", None))
                 for i, own_error in output.errors.items():
                     self._fail(ticket.plan.chunks[i].sequence, own_error)
                 self._scheduler.commit(ticket.plan, output, now)

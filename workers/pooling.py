@@ -10,14 +10,16 @@ import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 from octavo.names import Reason
 
 from workers.blocks import BlockPool
 from workers.errors import CapabilityError
+from workers.plan import Chunk, StepPlan
 from workers.prefix import PrefixHasher
 from workers.scheduler import Scheduler
+from workers.sequence import Sequence
 from workers.step_watch import StepWatch
 from workers.types import (
     EngineCounts,
@@ -49,6 +51,19 @@ class _Waiting(NamedTuple):
     arrived_at: float
 
 
+class _Row(NamedTuple):
+    """What whoever tells of a step asks of a chunk's sequence."""
+
+    work: PoolWork
+    first_token_at: float | None = None
+
+
+def _plan(number: int, batch: Seq[_Waiting]) -> StepPlan:
+    """Return what a step computes, in the words of engines that generate."""
+    chunks = [Chunk(cast("Sequence", _Row(each.work)), 0, len(each.work.tokens), samples=False) for each in batch]
+    return StepPlan(number, tuple(chunks))
+
+
 class PoolingEngine:
     """Implements `WatchableEngine`. `step_tokens`: the budget of a step."""
 
@@ -70,6 +85,7 @@ class PoolingEngine:
         self._outputs: list[TokenDelta] = []
         self._num_taken = self._num_steps = self._num_tokens = self._num_prompt_tokens = 0
         self._is_closed = False
+        self._watch: StepWatch | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -110,7 +126,13 @@ class PoolingEngine:
         for each in batch:
             del self._waiting[each.work.work_id]
         self._num_steps += 1
-        self._compute(batch, now)
+        if (watch := self._watch) is None:
+            self._compute(batch, now)
+        else:
+            plan = _plan(self._num_steps, batch)
+            watch.scheduled(plan, now)
+            self._compute(batch, now)
+            watch.computed(plan, self._clock())
         return True
 
     def drain_outputs(self) -> list[TokenDelta]:
@@ -135,9 +157,11 @@ class PoolingEngine:
         return EngineCounts(num_prompt_tokens=self._num_prompt_tokens)
 
     def watch(self) -> StepWatch:
-        """Of steps over blocks, of which there are none here."""
+        """See `PagedEngine.watch`. There are no blocks here that sequences could give up."""
         pool = BlockPool(1)
-        return StepWatch(Scheduler(pool=pool, hasher=self._hasher, chunk_tokens=1, max_num_sequences=1), pool)
+        scheduler = Scheduler(pool=pool, hasher=self._hasher, chunk_tokens=1, max_num_sequences=1)
+        self._watch = StepWatch(scheduler, pool, self._clock)
+        return self._watch
 
     def close(self) -> None:
         self._is_closed = True
@@ -159,6 +183,8 @@ class PoolingEngine:
         try:
             vectors = self._model.pool([each.work for each in batch])
         except Exception as error:
+            if self._watch is not None:
+                self._watch.failed(error)
             if len(batch) > 1:
                 for each in batch:
                     self._compute([each], began)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from workers.blocks import BlockPool
-from workers.plan import StepPlan, Ticket
+from workers.plan import StepPlan
 from workers.scheduler import Scheduler
 from workers.types import EngineCounts, SteppedEngine, WorkId
 
@@ -73,12 +73,11 @@ class StepWatch:
         if plan.chunks:
             self._launched.append((plan, began))
 
-    def computed(self, ticket: Ticket, now: float) -> None:
-        """The output of a launched step is there."""
+    def computed(self, plan: StepPlan, now: float, sampled_from: float | None = None) -> None:
+        """The output of a launched step is there; `sampled_from`: since when tokens were drawn, if that is known."""
         if not self._launched:
             return  # it was launched before anybody watched
-        self._plan, self._output_at = ticket.plan, now
-        self._sampled_from = getattr(ticket, "computed_at", None)
+        self._plan, self._output_at, self._sampled_from = plan, now, sampled_from
 
     def failed(self, error: BaseException) -> None:
         """A step that was launched, or was to be, brought this instead of an output; so do those behind it."""
@@ -152,4 +151,4 @@ class Watchable(Counted, Protocol):
 
 
 class WatchableEngine(SteppedEngine, Watchable, Protocol):
-    """`PagedEngine` and `FakeEngine`."""
+    """`PagedEngine`, `FakeEngine` and `PoolingEngine`."""

@@ -23,6 +23,27 @@ class Adder:
         return [(float(sum(work.tokens)),) for work in works]
 
 
+def submitted(*inputs: list[int]) -> PoolingEngine:
+    engine = PoolingEngine(Adder(), info=toy_info(1), hasher=PrefixHasher(bytes(32), BLOCK_SIZE), step_tokens=8)
+    for number, tokens in enumerate(inputs):
+        engine.submit(PoolWork(work_id=WorkId("r", number), tokens=tokens))
+    return engine
+
+
+def test_each_step_is_told_with_the_works_in_it() -> None:
+    """As those of engines that generate are: so it has a span, and metrics its time."""
+    engine = submitted([1, 2, 3], [4, 5, 6, 7], [8, 9], [POISON], [6])
+    watch = engine.watch()
+    while engine.step():
+        watch.ended()
+    first, second = watch.drain()
+    assert [chunk.sequence.work.work_id.number for chunk in first.plan.chunks] == [0, 1]
+    assert (first.plan.number, first.plan.num_tokens, first.error) == (1, 7, "")
+    assert first.run_s + first.emit_s == first.duration_s - first.schedule_s > 0
+    assert [chunk.sequence.work.work_id.number for chunk in second.plan.chunks] == [2, 3, 4]
+    assert (second.plan.number, second.error) == (2, "ValueError")
+
+
 def test_one_that_fails_fails_alone_and_what_was_computed_counts_once() -> None:
     """Routers share work out by that number."""
     model = Adder()
