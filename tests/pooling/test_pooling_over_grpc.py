@@ -177,6 +177,33 @@ async def test_a_model_that_generates_does_not_embed(serve: NewServed, tmp_path:
         assert len(completion.token_ids) == 4
 
 
+async def test_a_model_that_classifies_tokens_does_not_score(serve: NewServed, tmp_path: Path) -> None:
+    """It has one label, as a cross-encoder has; its first token's number is no score of a pair."""
+    save_encoder(tmp_path / "m", "Bert", "ForTokenClassification", num_labels=1)
+    async with serve(tmp_path / "m") as served:
+        for call in (served.client.score([("cat", "mat")]), served.client.rerank("cat", ["mat"])):
+            with pytest.raises(FailedPreconditionError, match="classifies tokens") as caught:
+                await call
+            assert caught.value.reason == Reason.ENGINE_CAPABILITY
+        assert len((await served.client.classify(["cat"]))[0].rows) == 3
+
+
+@pytest.mark.parametrize("head", ["Model", "ForTokenClassification"])
+async def test_an_answer_that_no_message_can_carry_is_refused_before_it_is_computed(
+    head: str, serve: NewServed, tmp_path: Path
+) -> None:
+    """gRPC would refuse it once all is computed, without a reason."""
+    save_encoder(tmp_path / "m", "Bert", head, **({"num_labels": 24} if head != "Model" else {}))
+    async with serve(tmp_path / "m", max_message_bytes=20_000) as served:
+        ask: Any = served.client.embed if head == "Model" else served.client.classify
+        most = 90 if head == "Model" else 61  # of 48 numbers each; of 3 tokens with 24
+        with pytest.raises(InvalidArgumentError, match="inputs: must have an answer of at most 20000 bytes") as caught:
+            await ask(["cat"] * (most + 1))
+        assert caught.value.reason == Reason.INVALID_FIELD
+        assert served.engines[0].load().num_computed_tokens == 1, "more than the warm-up was computed"
+        assert len(await ask(["cat"] * most)) == most
+
+
 class Slow:
     """Holds an engine's computations up until it is told otherwise."""
 
