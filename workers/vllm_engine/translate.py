@@ -9,6 +9,8 @@ from workers.types import Finish, FinishReason, GenerateWork, TokenLogprobs
 
 FORMATS: Final = {"json_object": "json_object", "json_schema": "json", "regex": "regex", "grammar": "grammar"}
 """What vLLM calls the fields of octavo.v1.ResponseFormat."""
+REFUSAL: Final = "VLLMClientError"
+MAX_WORDS: Final = 200
 _MIX: Final = 0x9E3779B97F4A7C15
 _MAX_SEED: Final = (1 << 63) - 1
 
@@ -82,6 +84,14 @@ def finish_of(reason: str | None, stop_reason: int | str | None, token_ids: Sequ
     if reason == "abort":
         return Finish(reason=FinishReason.CANCELLED)
     return Finish(reason=FinishReason.ERROR, error_reason="INTERNAL", error_message=f"vLLM ended it: {reason}")
+
+
+def refusal_of(error: Exception) -> str | None:
+    """Return why vLLM turned a request down that it has looked at, in its words; None: that is not what happened.
+
+    Its own error for this was a ValueError first (0.26) and later is none, but one of a class of its own (0.32)."""
+    is_refusal = isinstance(error, ValueError) or any(kind.__name__ == REFUSAL for kind in type(error).__mro__)
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_WORDS] if is_refusal else None
 
 
 def _seed(seed: int, index: int, done: int) -> int:
