@@ -25,10 +25,14 @@ from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tokenizers import Tokenizer
 from torch.nn.functional import normalize
 
+from cluster.models import fetch_model
 from router.dispatcher import MAX_IDLE_LOSSES
 from tests.data_plane.rig import until
 from tests.pooling.conftest import NewServed, Served
 from tests.pooling.tiny_encoders import save_encoder, say_pooling
+from workers.build import build_engine
+from workers.config import EngineConfig
+from workers.errors import ConfigError
 from workers.models.encoder import EncoderModel
 
 TEXTS = ["the cat sat on the mat", "ray schedules actors over many machines", "cat", "tokens and tokens and the engine"]
@@ -202,6 +206,25 @@ async def test_an_answer_that_no_message_can_carry_is_refused_before_it_is_compu
         assert caught.value.reason == Reason.INVALID_FIELD
         assert served.engines[0].load().num_computed_tokens == 1, "more than the warm-up was computed"
         assert len(await ask(["cat"] * most)) == most
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dtype": "bf16"},
+        {"lookup_tokens": 3},
+        {"reserve": True},
+        {"kernels": "native"},
+        {"weights": "int8"},
+        {"max_model_len": 41},
+    ],
+)
+def test_a_key_that_such_a_model_cannot_follow_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    save_encoder(tmp_path / "m", "Bert")
+    files = fetch_model(str(tmp_path / "m"), cache_dir=tmp_path / "cache", any_architecture=True)
+    (key,) = given
+    with pytest.raises(ConfigError, match=rf"engine\.{key} must be "):
+        build_engine(EngineConfig(engine="transformers", **given), files, hash_key=b"", threads=1)
 
 
 class Slow:
