@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,29 @@ async def test_a_model_that_generates_does_not_embed(serve: NewServed, tmp_path:
         assert caught.value.reason == Reason.ENGINE_CAPABILITY
         completion = await served.client.complete("the cat", max_tokens=4, temperature=0.0)
         assert len(completion.token_ids) == 4
+
+
+async def test_bad_pairs_and_documents_say_field_and_rule(serve: NewServed, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "m", "Bert", "ForSequenceClassification", num_labels=1)
+    long = " ".join(["cat"] * 30)
+    async with serve(tmp_path / "m") as served:
+        client = served.client
+        bad: dict[str, Awaitable[Any]] = {
+            "pairs": client.score([]),
+            "pairs[1]": client.score([("cat", "mat"), (long, long)]),
+            "documents": client.rerank("cat", []),
+            "documents[0]": client.rerank("cat", [f"{long} {long}", "mat"]),
+            "top_n": client.rerank("cat", ["mat"], top_n=0),
+        }
+        for field, call in bad.items():
+            with pytest.raises(InvalidArgumentError) as caught:
+                await call
+            assert [violation.field for violation in caught.value.field_violations] == [field]
+        for call in (client.embed(["cat"]), client.complete("cat", max_tokens=1)):
+            with pytest.raises(FailedPreconditionError):
+                await call
+        assert len(await client.rerank("", ["", "mat"], top_n=9)) == 2, "an empty text is one, and two are all"
+        assert len(await client.score([(long, long)], truncate=True)) == 1
 
 
 async def test_a_model_that_classifies_tokens_does_not_score(serve: NewServed, tmp_path: Path) -> None:
