@@ -124,7 +124,12 @@ def test_the_death_of_an_engine_that_nobody_asks_anything_is_seen(engine: VllmEn
 
 
 class VLLMClientError(Exception):
-    """As vLLM 0.32 has it; with 0.26 it is a ValueError."""
+    """As vLLM has it from 0.27 on."""
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,11 @@ class VLLMClientError(Exception):
     [
         (ValueError("no such\ngrammar"), Reason.ENGINE_CAPABILITY, "vLLM refuses this request: no such"),
         (VLLMClientError(), Reason.ENGINE_CAPABILITY, "vLLM refuses this request: VLLMClientError"),
+        (
+            caused(RuntimeError(), ValueError("an old way")),
+            Reason.ENGINE_CAPABILITY,
+            "vLLM refuses this request: an old way",
+        ),
         (KeyError("a secret"), Reason.INTERNAL, "vLLM could not compute this request (KeyError)"),
     ],
 )

@@ -263,6 +263,7 @@ class VllmEngine:
         now, kind = time.monotonic(), type(error).__name__
         words = translate.refusal_of(error)
         if words is not None and not choice.has_begun:
+            _log.info("vLLM refuses request %s: %s", choice.work.request_id, words)
             choice.end(FinishReason.ERROR, now, (Reason.ENGINE_CAPABILITY, f"vLLM refuses this request: {words}"))
             return
         if not versions.is_dead(error):

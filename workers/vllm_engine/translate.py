@@ -89,9 +89,12 @@ def finish_of(reason: str | None, stop_reason: int | str | None, token_ids: Sequ
 def refusal_of(error: Exception) -> str | None:
     """Return why vLLM turned a request down that it has looked at, in its words; None: that is not what happened.
 
-    Its own error for this was a ValueError first (0.26) and later is none, but one of a class of its own (0.32)."""
-    is_refusal = isinstance(error, ValueError) or any(kind.__name__ == REFUSAL for kind in type(error).__mro__)
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_WORDS] if is_refusal else None
+    Its error for this is a ValueError (0.26) or one of a class of its own (from 0.27 on, where a grammar's is still a
+    ValueError, and the cause of another error)."""
+    for found in (error, error.__cause__):
+        if isinstance(found, ValueError) or any(kind.__name__ == REFUSAL for kind in type(found).__mro__):
+            return (str(found).strip() or type(found).__name__).splitlines()[0][:MAX_WORDS]
+    return None
 
 
 def _seed(seed: int, index: int, done: int) -> int:
