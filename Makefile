@@ -43,9 +43,10 @@ bench-elastic: setup  ## scaling with load and nodes, changes under load, an idl
 bench-telemetry: setup  ## what telemetry costs, dead collectors, whole traces, a slow step, dashboards' queries, held to their bars
 	@.venv/bin/python -m load_tests.bench_telemetry $(ARGS)
 
-bench-engines: setup  ## vLLM behind Octavo against its own server, embeddings against sentence-transformers; 16 minutes, quiet
+bench-engines: setup  ## vLLM's tests, vLLM behind Octavo against its own server, embeddings against sentence-transformers; half an hour, quiet
 	@bash load_tests/engines/vllm_env.sh
 	@bash load_tests/engines/sentence_env.sh
+	@test -n "$(ARGS)" || .venv/bin/python -m pytest -m exact --timeout 1800 -o faulthandler_timeout=0 tests/vllm_engine
 	@.venv/bin/python -m load_tests.bench_engines $(ARGS)
 
 chaos: setup  ## faults every 20 s under load, every answer checked; 2 x 10 minutes; ARGS="--quick"

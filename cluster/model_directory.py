@@ -24,7 +24,7 @@ from workers.errors import ModelFileError
 from workers.types import ModelManifest
 from workers.weights.directory import PICKLES, SAFETENSORS, weight_format
 from workers.weights.directory import weight_files as named_files
-from workers.weights.generic_shape import max_positions_of, vocab_size_of
+from workers.weights.generic_shape import embedding_size_of, max_positions_of, vocab_size_of
 from workers.weights.shape import from_config
 
 CONFIG = "config.json"
@@ -78,6 +78,7 @@ def describe_directory(folder: Path, entry: Path, *, name: str, any_architecture
         weights_fingerprint=weights_fingerprint(weights),
         licence=_licence(folder),
         labels=_labels(described.architecture, config),
+        embedding_size=embedding_size_of(config),
     )
     write_files(entry, manifest, tokenizer_text, _chat_template(folder, settings))
 

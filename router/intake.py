@@ -133,7 +133,7 @@ class Intake:
         """Check `message` and submit its inputs. Raises OctavoError."""
         call.envelope = replace(call.envelope, identity=self._identities.current(call.envelope.identity))
         self._refuse_if_hopeless(call.envelope)
-        validator = PoolValidator(self.validator)
+        validator = PoolValidator(self.validator, self.config.max_message_bytes)
         model, requests = await validator.accept(message, call.envelope, traceparent=call.span.traceparent)
         self._refuse_if_hopeless(call.envelope)
         self._charge(call, requests[0].tenant, sum(len(request.prompt) for request in requests))

@@ -21,9 +21,13 @@ from router.types import PoolTask, Request
 from router.validation import MAX_ID_BYTES, MAX_PRIORITY, Envelope, Validator
 from router.violations import Violations, check_token_ids
 from workers.errors import CapabilityError
-from workers.types import CLASSIFY, SamplingParams
+from workers.types import CLASSIFY, ModelManifest, SamplingParams
 
 MAX_INPUTS = 2_048
+TOKEN_CLASSIFIER = "ForTokenClassification"
+"""How the architectures of models end that say something of each token."""
+FLOAT_BYTES, INPUT_BYTES, USAGE_BYTES = 4, 24, 512
+"""On the wire: a number, what is around those of an input, and all else."""
 
 PoolMessage: TypeAlias = pb.EmbedRequest | pb.ScoreRequest | pb.RerankRequest | pb.ClassifyRequest
 _METHODS = {
@@ -43,8 +47,11 @@ class Tokenized:
 
 
 class PoolValidator:
-    def __init__(self, validator: Validator) -> None:
+    """`max_bytes`: of an answer."""
+
+    def __init__(self, validator: Validator, max_bytes: int) -> None:
         self._validator = validator
+        self._max_bytes = max_bytes
 
     async def accept(
         self, message: PoolMessage, envelope: Envelope, *, traceparent: str
@@ -54,11 +61,8 @@ class PoolValidator:
         name, model = self._validator.model(message.model)
         violations = Violations()
         self._check_common(message, violations)
-        is_scored = isinstance(message, pb.ScoreRequest | pb.RerankRequest)
-        if is_scored and len(model.manifest.labels) != 1:
-            raise CapabilityError(
-                f"{name} has {len(model.manifest.labels)} labels; scores come of models with one, cross-encoders"
-            )
+        if isinstance(message, pb.ScoreRequest | pb.RerankRequest):
+            _check_scores(name, model.manifest)
         texts, field = _inputs(message)
         count = len(texts)
         violations.require(1 <= count <= MAX_INPUTS, field, f"must have 1 to {MAX_INPUTS} elements", count)
@@ -69,6 +73,10 @@ class PoolValidator:
         encoder = _Encoder(model, message.truncate == TRUNCATE_RIGHT, violations)
         is_long = sum(map(_size, texts)) > MAX_INLINE_CHARACTERS
         tokenized = await asyncio.to_thread(encoder.all, texts, field) if is_long else encoder.all(texts, field)
+        violations.raise_if_any()
+        size = _answer_bytes(message, model.manifest, tokenized)
+        rule = f"must have an answer of at most {self._max_bytes} bytes (the router's max_message_bytes)"
+        violations.require(size <= self._max_bytes, field, rule, size)
         violations.raise_if_any()
         return model, [
             Request(
@@ -97,6 +105,28 @@ class PoolValidator:
         rule = f"must have at most {MAX_ID_BYTES} bytes"
         violations.require(size <= MAX_ID_BYTES, "client_request_id", rule, size)
         violations.serve(message.truncate != TRUNCATE_LEFT, "truncate", "TRUNCATE_LEFT")
+
+
+def _check_scores(name: str, manifest: ModelManifest) -> None:
+    """Raises CapabilityError."""
+    if len(manifest.labels) != 1:
+        raise CapabilityError(
+            f"{name} has {len(manifest.labels)} labels; scores come of models with one, cross-encoders"
+        )
+    if manifest.architecture.endswith(TOKEN_CLASSIFIER):
+        raise CapabilityError(f"{name} classifies tokens; scores come of models that classify texts, cross-encoders")
+
+
+def _answer_bytes(message: PoolMessage, manifest: ModelManifest, inputs: Sequence[Tokenized]) -> int:
+    """Return how large the answer will be, at most; without its vectors where nobody knows how wide they are."""
+    rows, width, others = len(inputs), 1, 0
+    if isinstance(message, pb.EmbedRequest):
+        width = manifest.embedding_size
+    elif isinstance(message, pb.ClassifyRequest):
+        width, others = len(manifest.labels), sum(len(label.encode()) + 4 for label in manifest.labels)
+        if manifest.architecture.endswith(TOKEN_CLASSIFIER):
+            rows = sum(len(each.ids) for each in inputs)
+    return rows * width * FLOAT_BYTES + len(inputs) * INPUT_BYTES + others + USAGE_BYTES
 
 
 _NO_SAMPLING = SamplingParams(temperature=0.0)

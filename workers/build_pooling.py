@@ -33,10 +33,12 @@ def build_pooling(
     clock: Callable[[], float] = time.monotonic,
 ) -> PoolingEngine:
     """See `build_engine`. Loads in a thread that ends, as `models.loading.load_torch` does."""
-    if config.dtype not in ("auto", "fp32"):
-        raise ConfigError(f"engine.dtype must be auto or fp32 for a model that embeds, is {config.dtype!r}")
+    _check(config, manifest)
     from workers.models.encoder import EncoderModel  # imports torch
+    from workers.models.transformers_loading import check_keys
     from workers.threads import set_threads
+
+    check_keys(config)
 
     def load() -> EncoderModel:
         set_threads(threads)
@@ -50,7 +52,7 @@ def build_pooling(
         model=manifest.name,
         block_size=config.block_size,
         num_blocks=1,
-        max_model_len=min(config.max_model_len or manifest.max_model_len, manifest.max_model_len),
+        max_model_len=config.max_model_len or manifest.max_model_len,
         vocab_size=manifest.vocab_size,
         model_fingerprint=manifest.model_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
@@ -61,3 +63,19 @@ def build_pooling(
         kernels=model.kernels,
     )
     return PoolingEngine(model, info=info, hasher=hasher, step_tokens=config.chunk_tokens or STEP_TOKENS, clock=clock)
+
+
+def _check(config: EngineConfig, manifest: ModelManifest) -> None:
+    """Raises ConfigError."""
+    if config.dtype not in ("auto", "fp32"):
+        raise ConfigError(f"engine.dtype must be auto or fp32 for a model that embeds, is {config.dtype!r}")
+    if config.max_model_len > manifest.max_model_len:
+        raise ConfigError(
+            f"engine.max_model_len must be at most {manifest.max_model_len}, for which {manifest.name} is made; is "
+            f"{config.max_model_len}"
+        )
+    for key, wanted in (("lookup_tokens", 0), ("reserve", False)):
+        if getattr(config, key) != wanted:
+            raise ConfigError(
+                f"engine.{key} must be {wanted!r} for a model that generates nothing, is {getattr(config, key)!r}"
+            )

@@ -361,6 +361,8 @@ class ModelManifest:
     licence: str = ""
     labels: tuple[str, ...] = ()
     """Of a model that classifies, the names of its classes."""
+    embedding_size: int = 0
+    """Numbers that an embedding has; 0: not known."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
@@ -373,7 +375,7 @@ class ModelManifest:
         fields["labels"] = tuple(map(str, fields.get("labels", ())))
         manifest = cls(**fields)
         ids = (*manifest.eos_token_ids, 0 if manifest.bos_token_id is None else manifest.bos_token_id)
-        for number in (manifest.vocab_size, manifest.max_model_len, *ids):
+        for number in (manifest.vocab_size, manifest.max_model_len, manifest.embedding_size, *ids):
             if type(number) is not int or not 0 <= number < 2**32:
                 raise ValueError(f"sizes and token ids must be integers in [0, 2^32), one is {number!r}")
         return manifest

@@ -34,6 +34,23 @@ ROWS = {
     types.CAPABILITY_CLASSIFY: "scores, reranking, classification",
 }
 
+LOOKUP, DTYPE = "prompt lookup (`engine.lookup_tokens`)", "`engine.dtype`"
+ELSEWHERE = {
+    "models": "oracle/test_transformers_engine.py",
+    "runs on": "gpu/test_gpu_engine.py",
+    "temperature, top-p, top-k, min-p, penalties": "workers/test_sampler.py",
+    "resume: greedy answers": "data_plane/test_engines_alike.py",
+    "resume: drawn answers": "data_plane/test_engines_alike.py",
+    "seeds": "data_plane/test_engines_alike.py",
+    "prefix cache, in the routers' index": "data_plane/test_engines_alike.py",
+    "chunked prefill, preemption": "oracle/test_transformers_engine.py",
+    "quantised files": "oracle/test_quantised.py",
+    "ALiBi": "oracle/test_transformers_engine.py",
+    "sliding windows": "workers/test_build.py",
+    "tensor parallel": "vllm_engine/test_vllm_spread.py",
+}
+"""Rows that no engine says of itself, and the tests under tests/ that hold them; vLLM's own are in vllm_engine/."""
+
 
 def table(heading: str) -> dict[str, list[str]]:
     """Return the cells of a section's table, by the first of each row."""
@@ -77,6 +94,12 @@ def test_every_capability_has_a_row() -> None:
     assert known - {types.CAPABILITY_POOL} == ROWS.keys()
 
 
+def test_every_row_is_held_by_a_test() -> None:
+    rows = table("What each supports").keys() - {"", "---"}
+    assert rows == {*ROWS.values(), *ELSEWHERE, LOOKUP, DTYPE}
+    assert all((Path(__file__).parents[1] / path).exists() for path in ELSEWHERE.values())
+
+
 @pytest.mark.parametrize("column", COLUMNS)
 def test_capabilities_are_what_engines_say(column: str) -> None:
     cells = table("What each supports")
@@ -85,14 +108,14 @@ def test_capabilities_are_what_engines_say(column: str) -> None:
 
 
 def test_prompt_lookup() -> None:
-    cells = [cell.split(":")[0] for cell in table("What each supports")["prompt lookup (`engine.lookup_tokens`)"]]
+    cells = [cell.split(":")[0] for cell in table("What each supports")[LOOKUP]]
     able = {True: "yes", False: "no"}
     on_cpu, on_gpu = able[CpuRunner.verifies_drafts], able[DeviceRunner.verifies_drafts]
     assert cells == [on_cpu, on_gpu, on_cpu, "no", able[FakeRunner.verifies_drafts]]
 
 
 def test_dtypes() -> None:
-    cells = table("What each supports")["`engine.dtype`"]
+    cells = table("What each supports")[DTYPE]
     told = [set(cell.split(", ")) for cell in cells]
     assert told[0] == set(DTYPES) - {"auto"}
     assert told[2] == set(transformers_loading.DTYPES)

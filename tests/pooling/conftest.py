@@ -51,7 +51,9 @@ def serve(tmp_path: Path) -> NewServed:
     """Serves the model in a directory."""
 
     @asynccontextmanager
-    async def serving(directory: Path, *, num_replicas: int = 1, **options: Any) -> AsyncIterator[Served]:
+    async def serving(
+        directory: Path, *, num_replicas: int = 1, max_message_bytes: int = 1 << 24, **options: Any
+    ) -> AsyncIterator[Served]:
         files = fetch_model(str(directory), cache_dir=tmp_path / "cache", any_architecture=True)
         config = EngineConfig(**{"engine": "transformers", "threads": 1, "block_size": 4, "num_blocks": 64, **options})
         replicas, engines = [], []
@@ -70,7 +72,8 @@ def serve(tmp_path: Path) -> NewServed:
             [ReplicaAddress(replica_id=f"replica-{i}", address=r.address) for i, r in enumerate(replicas)]
         )
         model = ServedModel.from_files(files, name="fake")
-        server = RouterServer(RouterConfig(), {"fake": model}, dispatcher, router_id="router-1", version="0.0")
+        router = RouterConfig(max_message_bytes=max_message_bytes)
+        server = RouterServer(router, {"fake": model}, dispatcher, router_id="router-1", version="0.0")
         port = server.bind("127.0.0.1", 0)
         await server.start()
         try:

@@ -14,13 +14,11 @@ import torch
 from octavo.client import (
     CallError,
     DeadlineExceededError,
-    FailedPreconditionError,
     InvalidArgumentError,
-    UnimplementedError,
 )
 from octavo.client.errors import from_rpc
 from octavo.names import Reason
-from octavo.v1 import pooling_pb2, types_pb2
+from octavo.v1 import pooling_pb2
 from octavo.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tokenizers import Tokenizer
 from torch.nn.functional import normalize
@@ -120,61 +118,6 @@ async def test_too_long_inputs_are_refused_or_cut(serve: NewServed, tmp_path: Pa
         cut = await served.client.embed([long], pooling="mean", truncate=True)
         rows = alone(plain, tmp_path / "m", " ".join(["cat"] * 38)).last_hidden_state[0]
         assert_near(cut[0], rows.mean(0))
-
-
-BAD = {
-    "no inputs": (pooling_pb2.EmbedRequest(), "inputs"),
-    "an unknown pooling": (pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(text="a")], pooling=9), "pooling"),
-    "a large priority": (pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(text="a")], priority=999), "priority"),
-    "a token beyond": (
-        pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(token_ids=types_pb2.TokenIds(ids=[3, 999]))]),
-        "inputs[0].token_ids",
-    ),
-    "nothing in it": (pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput()]), "inputs[0]"),
-}
-
-
-async def test_bad_requests_say_field_and_rule(serve: NewServed, tmp_path: Path) -> None:
-    save_encoder(tmp_path / "m", "Bert")
-    async with serve(tmp_path / "m") as served:
-        channel = served.client._dial(served.client._targets[0])
-        stub: Any = InferenceServiceStub(channel)
-        for name, (request, field) in BAD.items():
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Embed(request, timeout=5)
-            error = from_rpc(caught.value)
-            assert isinstance(error, InvalidArgumentError), name
-            assert any(violation.field.startswith(field) for violation in error.field_violations), name
-        left = pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(text="a")], truncate=types_pb2.TRUNCATE_LEFT)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Embed(left, timeout=5)
-        assert isinstance(from_rpc(caught.value), UnimplementedError)
-        await channel.close()
-
-
-async def test_what_a_model_cannot_do_is_refused(serve: NewServed, tmp_path: Path) -> None:
-    save_encoder(tmp_path / "m", "Bert")
-    async with serve(tmp_path / "m") as served:
-        for call in (
-            served.client.score([("a", "b")]),
-            served.client.rerank("a", ["b"]),
-            served.client.classify(["a"]),
-            served.client.complete("a", max_tokens=1),
-        ):
-            with pytest.raises(FailedPreconditionError) as caught:
-                await call
-            assert caught.value.reason == Reason.ENGINE_CAPABILITY
-        assert "no replica of this model" in str(caught.value), "the router did not refuse it by itself"
-
-
-async def test_a_model_that_generates_does_not_embed(serve: NewServed, tmp_path: Path) -> None:
-    save_encoder(tmp_path / "m", "Llama", "ForCausalLM")
-    async with serve(tmp_path / "m") as served:
-        with pytest.raises(FailedPreconditionError) as caught:
-            await served.client.embed(["cat"])
-        assert caught.value.reason == Reason.ENGINE_CAPABILITY
-        completion = await served.client.complete("the cat", max_tokens=4, temperature=0.0)
-        assert len(completion.token_ids) == 4
 
 
 class Slow:

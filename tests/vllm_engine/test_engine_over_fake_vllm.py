@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from octavo.names import Reason
 
 from workers.config import EngineConfig
 from workers.errors import StartupError
-from workers.types import FinishReason, GenerateWork, ModelFiles, ModelManifest, WorkId
+from workers.types import FinishReason, GenerateWork, ModelFiles, ModelManifest, TokenDelta, WorkId
 from workers.vllm_engine import engine as engine_module
 from workers.vllm_engine import setup, versions
 from workers.vllm_engine.engine import VllmEngine
@@ -59,6 +60,15 @@ class FakeLlm:
         self.gate.wait(10)
         await asyncio.sleep(60)
         yield None
+
+    def refuse(self, error: Exception) -> None:
+        """Turn down whatever comes from now on."""
+
+        async def generate(*args: Any, **given: Any) -> AsyncIterator[Any]:
+            raise error
+            yield
+
+        self.generate = generate  # type: ignore[method-assign]
 
     def shutdown(self) -> None:
         self.is_shut_down.set()
@@ -111,6 +121,41 @@ def test_the_death_of_an_engine_that_nobody_asks_anything_is_seen(engine: VllmEn
     assert engine.failure is None
     llm.errored = True
     assert comes(lambda: engine.failure is llm.dead_error)
+
+
+class VLLMClientError(Exception):
+    """As vLLM has it from 0.27 on."""
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "message"),
+    [
+        (ValueError("no such\ngrammar"), Reason.ENGINE_CAPABILITY, "vLLM refuses this request: no such"),
+        (VLLMClientError(), Reason.ENGINE_CAPABILITY, "vLLM refuses this request: VLLMClientError"),
+        (
+            caused(RuntimeError(), ValueError("an old way")),
+            Reason.ENGINE_CAPABILITY,
+            "vLLM refuses this request: an old way",
+        ),
+        (KeyError("a secret"), Reason.INTERNAL, "vLLM could not compute this request (KeyError)"),
+    ],
+)
+def test_what_vllm_refuses_is_a_refusal_and_no_failure(
+    engine: VllmEngine, llm: FakeLlm, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str, message: str
+) -> None:
+    monkeypatch.setattr(versions, "is_dead", lambda error: False)
+    llm.refuse(error)
+    engine.submit(work(1, n=2))
+    found: list[TokenDelta] = []
+    assert comes(lambda: found.extend(engine.drain_outputs()) or len(found) == 2)
+    ends = [delta.finish for delta in found]
+    assert [(end.error_reason, end.error_message) for end in ends if end] == [(reason, message)] * 2
+    assert engine.failure is None
 
 
 def test_an_abort_right_after_its_work_leaves_nothing_open(engine: VllmEngine, llm: FakeLlm) -> None:

@@ -169,8 +169,9 @@ async def test_bad_input_is_refused_and_harms_nobody(vllm_cluster: ClusterProces
         with pytest.raises(InvalidArgumentError):
             await ask(vllm_cluster, bad, max_tokens=1)
     for shape in ({"regex": "("}, {"grammar": "root ::= ("}, {"json_schema": {"type": "no such type"}}):
-        with pytest.raises(CallError):
+        with pytest.raises(CallError, match="vLLM refuses this request") as refused:
             await ask(vllm_cluster, response_format=shape, max_tokens=4)
+        assert (refused.value.code, refused.value.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "ENGINE_CAPABILITY")
     longest = await ask(vllm_cluster, [5] * (MAX_MODEL_LEN - 2), max_tokens=2, ignore_eos=True)
     assert len(longest.token_ids) == 2
 

@@ -74,7 +74,16 @@ def test_a_type_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"lookup_tokens": 2}, {"weights": "int4"}, {"kernels": "torch"}, {"reserve": True}, {"device": "cpu"}]
+    "given",
+    [
+        {"lookup_tokens": 2},
+        {"weights": "int4"},
+        {"kernels": "torch"},
+        {"reserve": True},
+        {"device": "cpu"},
+        {"block_size": 32},
+        {"kv_memory_fraction": 0.1},
+    ],
 )
 def test_a_key_that_means_nothing_to_vllm_is_refused(given: dict[str, object], tmp_path: Path) -> None:
     (key,) = given

@@ -42,8 +42,8 @@ def load_decoder(config: EngineConfig, files: ModelFiles, threads: int, check: C
         return executor.submit(load).result()
 
 
-def choose_dtype(config: EngineConfig) -> torch.dtype:
-    """Raises ConfigError."""
+def check_keys(config: EngineConfig) -> None:
+    """Raises ConfigError for what is not transformers' to choose."""
     if config.kernels == "native":
         raise ConfigError("engine.kernels must be auto or torch with engine transformers, is 'native'")
     for key, wanted in (("device", ("auto", "cpu")), ("weights", ("auto",))):
@@ -51,6 +51,11 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
             raise ConfigError(
                 f"engine.{key} must be one of {', '.join(wanted)} with engine transformers, is {getattr(config, key)!r}"
             )
+
+
+def choose_dtype(config: EngineConfig) -> torch.dtype:
+    """Raises ConfigError."""
+    check_keys(config)
     if config.dtype == "auto":
         return kernels.native_dtype()
     if config.dtype not in DTYPES:

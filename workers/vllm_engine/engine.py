@@ -261,6 +261,11 @@ class VllmEngine:
     def _failed(self, choice: Choice, error: Exception) -> None:
         """One request of vLLM's has failed, or its engine has."""
         now, kind = time.monotonic(), type(error).__name__
+        words = translate.refusal_of(error)
+        if words is not None and not choice.has_begun:
+            _log.info("vLLM refuses request %s: %s", choice.work.request_id, words)
+            choice.end(FinishReason.ERROR, now, (Reason.ENGINE_CAPABILITY, f"vLLM refuses this request: {words}"))
+            return
         if not versions.is_dead(error):
             _log.error("request %s failed in vLLM", choice.work.request_id, exc_info=error)
             choice.end(FinishReason.ERROR, now, (Reason.INTERNAL, f"vLLM could not compute this request ({kind})"))

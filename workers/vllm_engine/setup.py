@@ -23,8 +23,8 @@ VARIABLES: Final = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", on_cpu.TH
 would share a core."""
 
 
-OURS_ALONE: Final = {"lookup_tokens": 0, "weights": "auto", "kernels": "auto", "reserve": False, "device": "auto"}
-"""Keys that mean nothing to vLLM."""
+OURS_ALONE: Final = ("lookup_tokens", "weights", "kernels", "reserve", "device", "block_size", "kv_memory_fraction")
+"""Keys that say nothing to vLLM: each must be what it is if nobody says anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,9 @@ def arguments(config: EngineConfig, model: Path) -> dict[str, Any]:
     """Return the arguments of vLLM's engine: ours by its names, then `config.vllm`, which has the last word."""
     if config.dtype not in DTYPES:
         raise ConfigError(f"engine.dtype must be one of {', '.join(DTYPES)} with engine vllm, is {config.dtype!r}")
-    for key, wanted in OURS_ALONE.items():
+    usual = EngineConfig()
+    for key in OURS_ALONE:
+        wanted = getattr(usual, key)
         if getattr(config, key) != wanted:
             raise ConfigError(
                 f"engine.{key} must be {wanted!r} with engine vllm, which has ways of its own (engine.vllm); is "

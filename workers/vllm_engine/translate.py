@@ -9,6 +9,8 @@ from workers.types import Finish, FinishReason, GenerateWork, TokenLogprobs
 
 FORMATS: Final = {"json_object": "json_object", "json_schema": "json", "regex": "regex", "grammar": "grammar"}
 """What vLLM calls the fields of octavo.v1.ResponseFormat."""
+REFUSAL: Final = "VLLMClientError"
+MAX_WORDS: Final = 200
 _MIX: Final = 0x9E3779B97F4A7C15
 _MAX_SEED: Final = (1 << 63) - 1
 
@@ -82,6 +84,17 @@ def finish_of(reason: str | None, stop_reason: int | str | None, token_ids: Sequ
     if reason == "abort":
         return Finish(reason=FinishReason.CANCELLED)
     return Finish(reason=FinishReason.ERROR, error_reason="INTERNAL", error_message=f"vLLM ended it: {reason}")
+
+
+def refusal_of(error: Exception) -> str | None:
+    """Return why vLLM turned a request down that it has looked at, in its words; None: that is not what happened.
+
+    Its error for this is a ValueError (0.26) or one of a class of its own (from 0.27 on, where a grammar's is still a
+    ValueError, and the cause of another error)."""
+    for found in (error, error.__cause__):
+        if isinstance(found, ValueError) or any(kind.__name__ == REFUSAL for kind in type(found).__mro__):
+            return (str(found).strip() or type(found).__name__).splitlines()[0][:MAX_WORDS]
+    return None
 
 
 def _seed(seed: int, index: int, done: int) -> int:

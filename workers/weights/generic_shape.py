@@ -11,6 +11,8 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_seque
 """How architectures call the most tokens of a sequence."""
 UNBOUNDED_POSITIONS = 2_048
 """Of one that says nothing, as BLOOM does: what it was trained on."""
+EMBEDDINGS = ("word_embed_proj_dim", "hidden_size", "d_model", "n_embd", "dim")
+"""How they call the numbers of a token's vector when it leaves the last layer."""
 OFFSET_TYPES = {
     "roberta",
     "xlm-roberta",
@@ -47,6 +49,13 @@ def first_position_of(config: Mapping[str, Any]) -> int:
 def vocab_size_of(config: Mapping[str, Any]) -> int:
     """Raises ModelFileError."""
     return _number(text_config(config).get("vocab_size"), "vocab_size")
+
+
+def embedding_size_of(config: Mapping[str, Any]) -> int:
+    """Return how many numbers a token's vector has; 0: it is not said."""
+    inner = text_config(config)
+    found = next((inner[key] for key in EMBEDDINGS if inner.get(key)), 0)
+    return found if type(found) is int and 0 < found < 2**32 else 0
 
 
 def _number(value: Any, name: str) -> int:

@@ -109,7 +109,10 @@ def _from_config(config: Mapping[str, Any]) -> ModelShape:
     names = config.get("architectures") or [str(config.get("model_type"))]
     architecture = ARCHITECTURES.get(names[0])
     if architecture is None:
-        raise ModelFileError(f"architecture {names[0]!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        known = ", ".join(ARCHITECTURES)
+        raise ModelFileError(
+            f"architecture {names[0]!r} is not supported; supported: {known}; others by engine transformers or vllm"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelFileError(f"quantised safetensors (quant_method {method!r}) are not supported")

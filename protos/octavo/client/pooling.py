@@ -6,12 +6,15 @@ Options are the fields of the requests by their own names; see octavo/v1/pooling
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import grpc.aio
 
-from octavo.client.request import Prompt
+from octavo.client.request import Prompt, invalid
 from octavo.v1 import inference_service_pb2_grpc, pooling_pb2, types_pb2
+
+_T = TypeVar("_T")
+_M = TypeVar("_M")
 
 POOLINGS = {"cls": 1, "mean": 2, "max": 3, "last": 4}
 
@@ -64,7 +67,7 @@ def embed(inputs: Sequence[Prompt], call: CallOptions, options: EmbedOptions) ->
         if fields["pooling"] not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, is {fields['pooling']!r}")
         fields["pooling"] = POOLINGS[fields["pooling"]]
-    request = pooling_pb2.EmbedRequest(inputs=[_input(each) for each in inputs], **fields)
+    request = pooling_pb2.EmbedRequest(inputs=_inputs(inputs), **fields)
 
     async def ask(channel: grpc.aio.Channel) -> list[list[float]]:
         response = await _stub(channel).Embed(request, timeout=call.timeout, metadata=call.metadata)
@@ -74,8 +77,7 @@ def embed(inputs: Sequence[Prompt], call: CallOptions, options: EmbedOptions) ->
 
 
 def score(pairs: Sequence[tuple[str, str]], call: CallOptions, options: PoolOptions) -> Call:
-    texts = [pooling_pb2.TextPair(first=first, second=second) for first, second in pairs]
-    request = pooling_pb2.ScoreRequest(pairs=texts, **_fields(options))
+    request = pooling_pb2.ScoreRequest(pairs=_made("pairs", pairs, _pair), **_fields(options))
 
     async def ask(channel: grpc.aio.Channel) -> list[float]:
         response = await _stub(channel).Score(request, timeout=call.timeout, metadata=call.metadata)
@@ -85,7 +87,8 @@ def score(pairs: Sequence[tuple[str, str]], call: CallOptions, options: PoolOpti
 
 
 def rerank(query: str, documents: Sequence[str], call: CallOptions, options: RerankOptions) -> Call:
-    request = pooling_pb2.RerankRequest(query=query, documents=documents, **_fields(options))
+    texts = _made("documents", documents, _text)
+    request = pooling_pb2.RerankRequest(query=_written("query", query, _text), documents=texts, **_fields(options))
 
     async def ask(channel: grpc.aio.Channel) -> list[tuple[int, float]]:
         response = await _stub(channel).Rerank(request, timeout=call.timeout, metadata=call.metadata)
@@ -95,7 +98,7 @@ def rerank(query: str, documents: Sequence[str], call: CallOptions, options: Rer
 
 
 def classify(inputs: Sequence[Prompt], call: CallOptions, options: PoolOptions) -> Call:
-    request = pooling_pb2.ClassifyRequest(inputs=[_input(each) for each in inputs], **_fields(options))
+    request = pooling_pb2.ClassifyRequest(inputs=_inputs(inputs), **_fields(options))
 
     async def ask(channel: grpc.aio.Channel) -> list[Classification]:
         response = await _stub(channel).Classify(request, timeout=call.timeout, metadata=call.metadata)
@@ -121,8 +124,38 @@ def _fields(options: Any) -> dict[str, Any]:
     return fields
 
 
+def _inputs(inputs: Sequence[Prompt]) -> list[pooling_pb2.PoolInput]:
+    return _made("inputs", inputs, _input)
+
+
+def _made(field: str, given: Sequence[_T], make: Callable[[_T], _M]) -> list[_M]:
+    """Return what `make` makes of each. Raises InvalidArgumentError; for one text, too, of which each character would
+    be one otherwise."""
+    if isinstance(given, str | bytes):
+        raise invalid(field, f"must be a list, is {type(given).__name__}")
+    return [_written(f"{field}[{i}]", each, make) for i, each in enumerate(given)]
+
+
+def _written(field: str, given: _T, make: Callable[[_T], _M]) -> _M:
+    try:
+        return make(given)
+    except (TypeError, ValueError) as error:  # for instance a lone surrogate
+        raise invalid(field, str(error)) from None
+
+
 def _input(text: Prompt) -> pooling_pb2.PoolInput:
     if isinstance(text, str):
         return pooling_pb2.PoolInput(text=text)
     ids: Any = text
     return pooling_pb2.PoolInput(token_ids=types_pb2.TokenIds(ids=ids))
+
+
+def _pair(texts: tuple[str, str]) -> pooling_pb2.TextPair:
+    if isinstance(texts, str):
+        raise TypeError("must be two texts, is one")
+    first, second = texts
+    return pooling_pb2.TextPair(first=first, second=second)
+
+
+def _text(text: str) -> str:
+    return pooling_pb2.TextPair(first=text).first

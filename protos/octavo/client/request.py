@@ -71,7 +71,7 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
     try:
         request = pb.GenerateRequest(model=model)
     except (TypeError, ValueError) as error:
-        raise _invalid("model", str(error)) from None
+        raise invalid("model", str(error)) from None
     request.prompt.CopyFrom(make_prompt(prompt))
     for name, value in options.items():
         if value is None:  # the same as leaving it out
@@ -91,7 +91,7 @@ def make_request(prompt: Prompt, *, model: str, options: GenerateOptions) -> pb.
             else:
                 setattr(owner, name, value)
         except (TypeError, ValueError) as error:
-            raise _invalid(path, f"{error}, is {value!r}") from None
+            raise invalid(path, f"{error}, is {value!r}") from None
     return request
 
 
@@ -114,9 +114,9 @@ def check_start(request_id: str, *, timeout: float | None, traceparent: str, tra
         try:
             pb.Start(request_id=value)
         except (TypeError, ValueError) as error:
-            raise _invalid(name, str(error)) from None
+            raise invalid(name, str(error)) from None
     if timeout is not None and not 0 < timeout < MAX_TIMEOUT_S:
-        raise _invalid("timeout", f"must be > 0 and < {MAX_TIMEOUT_S} seconds, is {timeout!r}")
+        raise invalid("timeout", f"must be > 0 and < {MAX_TIMEOUT_S} seconds, is {timeout!r}")
 
 
 def make_prompt(prompt: Prompt) -> types_pb2.Prompt:
@@ -125,30 +125,31 @@ def make_prompt(prompt: Prompt) -> types_pb2.Prompt:
         try:
             return types_pb2.Prompt(text=prompt)
         except ValueError as error:  # a lone surrogate
-            raise _invalid("prompt.text", str(error)) from None
+            raise invalid("prompt.text", str(error)) from None
     if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence):
-        raise _invalid("prompt", f"must be text, token ids or messages, is {type(prompt).__name__}")
+        raise invalid("prompt", f"must be text, token ids or messages, is {type(prompt).__name__}")
     if prompt and isinstance(prompt[0], Mapping):
         messages = [_message(i, message) for i, message in enumerate(prompt)]
         return types_pb2.Prompt(messages=types_pb2.ChatMessages(messages=messages))
     try:
         return types_pb2.Prompt(token_ids=types_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise _invalid("prompt.token_ids", str(error)) from None
+        raise invalid("prompt.token_ids", str(error)) from None
 
 
 def _message(position: int, message: object) -> types_pb2.ChatMessage:
     if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
         shape = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise _invalid(f"prompt.messages[{position}]", f"must have exactly role and content, has {shape}")
+        raise invalid(f"prompt.messages[{position}]", f"must have exactly role and content, has {shape}")
     try:
         content = [types_pb2.ContentPart(text=message["content"])]
         return types_pb2.ChatMessage(role=message["role"], content=content)
     except (TypeError, ValueError) as error:
-        raise _invalid(f"prompt.messages[{position}]", str(error)) from None
+        raise invalid(f"prompt.messages[{position}]", str(error)) from None
 
 
-def _invalid(field: str, description: str) -> InvalidArgumentError:
+def invalid(field: str, description: str) -> InvalidArgumentError:
+    """Return what the router would say of a field that cannot even be written down for it."""
     return InvalidArgumentError(
         f"{field}: {description}", reason=Reason.INVALID_FIELD, field_violations=[FieldViolation(field, description)]
     )
