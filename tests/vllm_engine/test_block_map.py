@@ -106,6 +106,23 @@ def test_messages_become_events() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"locality": "LOCAL"},
+        {"locality": None, "ownership": "OWNED"},
+        {"ownership": None, "session_id": "s"},
+        {"session_id": None, "lookahead_token_ids": [[1, 2]]},
+    ],
+    ids=["least", "0.26 to 0.28", "0.29", "0.30 to 0.32", "0.33"],
+)
+def test_what_a_release_says_besides_changes_nothing(more: dict[str, Any]) -> None:
+    pytest.importorskip("msgspec")
+    told = block_stored([b"A", b"B"], None, PROMPT[:8], extra_keys=[[SALT.hex()], None], group_idx=0, **more)
+    assert make_feed().take(0, message(told)) == stored(*ours(SALT)[:2])
+
+
 def test_a_gap_makes_all_uncertain() -> None:
     pytest.importorskip("msgspec")
     feed = make_feed()

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from workers.config import EngineConfig
 from workers.errors import ConfigError, ModelFileError
 from workers.types import ModelFiles
 from workers.vllm_engine import on_cpu, setup
+from workers.vllm_engine.directory import name_end
 from workers.vllm_engine.totals import Totals
 from workers.vllm_engine.versions import Sizes, StepStats, installed
 
@@ -97,6 +100,18 @@ def test_a_file_needs_a_place_for_its_directory(tmp_path: Path) -> None:
     files = ModelFiles(weights=file, tokenizer_json=file, chat_template=None, manifest=file)
     with pytest.raises(ModelFileError, match="vLLM reads directories"), setup.prepared(EngineConfig(), files, 1):
         pass
+
+
+def test_a_tokenizer_out_of_a_file_knows_the_end() -> None:
+    """vLLM 0.26 and 0.27 let an answer of a shape end with no other token."""
+    words = Tokenizer(models.WordLevel({"a": 0, "<end>": 1, "<turn>": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    name_end(tokenizer, None)
+    assert tokenizer.eos_token_id is None
+    name_end(tokenizer, [1, 2])
+    assert tokenizer.eos_token_id == 1
+    name_end(tokenizer, 2)
+    assert tokenizer.eos_token_id == 1, "what it knows stays"
 
 
 def test_it_has_the_threads_of_a_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from workers.errors import ModelFileError
 from workers.types import ModelFiles
@@ -30,7 +31,7 @@ def directory_of(files: ModelFiles, dtype: str) -> Path:
             f"{files.weights}: vLLM reads directories, and there is no place for one made of this file"
         )
     is_exact = dtype == "fp32"
-    target = files.packed / ("huggingface-fp32" if is_exact else "huggingface-bf16")
+    target = files.packed / ("huggingface-ends-fp32" if is_exact else "huggingface-ends-bf16")
     if not (target / "config.json").exists():
         _write_directory(files.weights, target, is_exact=is_exact)
     return target
@@ -49,7 +50,9 @@ def _write_directory(gguf: Path, target: Path, *, is_exact: bool) -> None:
         plain = type(model)(type(model.config)(**described))
         plain.load_state_dict(model.state_dict())
         plain.to(torch.float32 if is_exact else torch.bfloat16).save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        name_end(tokenizer, model.config.eos_token_id)
+        tokenizer.save_pretrained(made)
         made.rename(target)
     except OSError:
         if not (target / "config.json").exists():
@@ -58,3 +61,13 @@ def _write_directory(gguf: Path, target: Path, *, is_exact: bool) -> None:
         raise ModelFileError(f"{gguf}: could not be written as a directory for vLLM: {error}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def name_end(tokenizer: Any, ids: int | list[int] | None) -> None:
+    """Tell a tokenizer that was read from a GGUF file, and does not know it, which token ends an answer.
+
+    vLLM 0.26 and 0.27 let an answer of a shape end with this token alone. Without it they take one by its name, and
+    where a request does not stop at that, its answer fails right after its end ("grammar rejected tokens").
+    """
+    if tokenizer.eos_token_id is None and ids is not None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0] if isinstance(ids, list) else ids)

@@ -3,12 +3,16 @@
 Everything else here is plain data: vLLM's internals move from release to release, and only this file moves with them.
 Imported in the process that runs vLLM, and nowhere else.
 
-Read in 0.26, 0.29, 0.32 and 0.33; run with 0.32. What is used here is in all of them, and this has changed:
+Read in all of them; docs/vllm.md says which of them ran. What is used here is in all of them, and this has changed:
 
-    0.27 to 0.29   events of the cache have `ownership` beside `locality`; `EngineDeadError` is of another base; outputs
-                   tell of accepted drafts, if asked; `generate` takes a session
-    0.30 to 0.33   events have `session_id` and `lookahead_token_ids`; `generate` takes hints for the cache; requests
-                   that wait for blocks from elsewhere are counted apart (`num_kv_fetch_reqs_by_stage`)
+    0.27   `EngineDeadError` is of another base
+    0.28   an answer of a shape ends with any token that its request stops at, and before with the tokenizer's own end
+           alone, so that a directory made of a file has to name it (`directory.name_end`); `generate` takes a session
+    0.29   events of the cache have `ownership` beside `locality`; outputs tell of accepted drafts, if asked
+    0.30   events have `session_id`
+    0.31   `generate` takes hints for the cache
+    0.32   requests that wait for blocks from elsewhere are counted apart (`num_kv_fetch_reqs_by_stage`)
+    0.33   events have `lookahead_token_ids`
 
 Before 0.26 events of the cache were arrays, and their salts were not told.
 """
