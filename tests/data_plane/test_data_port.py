@@ -215,7 +215,7 @@ async def test_a_work_id_in_use_ends_the_stream_and_its_works() -> None:
 
 @pytest.mark.parametrize("protocol", [MIN_PROTOCOL, PROTOCOL])
 async def test_the_tokens_of_a_step_come_in_one_message_with_load_and_events(protocol: int) -> None:
-    async with replica_and_stream(fake_step_s=0.005) as (_, call):
+    async with replica_and_stream(fake_step_s=0.03) as (_, call):
         assert (await attach(call, protocol=protocol)).protocol == protocol
         prompts = {number: [number] * 8 for number in (1, 2, 3)}
         dispatch = pb.Dispatch(batch_id=9, work=[work(n, prompt, 6) for n, prompt in prompts.items()])
