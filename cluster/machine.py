@@ -20,7 +20,6 @@ import torch
 
 from cluster.capacity import WeightFormat, layer_sizes
 from workers import kernels
-from workers.forward import Forward
 from workers.memory import free_memory
 from workers.native import library
 from workers.native.model import NativeDtype, NativeModel
@@ -48,8 +47,8 @@ _PRODUCT_ROWS, _PRODUCT_OUTPUTS, _PRODUCT_INPUTS = 64, 1024, 1024
 _PRODUCTS = 8
 """In a row, so that starting threads is nothing beside them."""
 _OPERATIONS = 2 * _PRODUCTS * _PRODUCT_ROWS * _PRODUCT_OUTPUTS * _PRODUCT_INPUTS
-TRIES_S = 0.3
-"""How long a figure is tried for; of a step, three times at least."""
+TRIES_S, MIN_TRIES = 0.3, 3
+"""How long a figure is tried for, and how often at least: this process may be held up for longer."""
 _MOST_MEMORY = 0.5
 """Of what is free may measured steps take."""
 
@@ -116,7 +115,8 @@ def measure_steps(shape: ModelShape, weights: WeightFormat, run: StepRun, rows: 
     cache.pool.fill(0.01)  # memory that was never written is read from one page in a cache
     forward = model.over(cache)
     try:
-        return {count: 1e3 * _step_s(forward, _decodes(count, run.context, blocks)) for count in wanted}
+        steps = {count: _decodes(count, run.context, blocks) for count in wanted}
+        return {count: 1e3 * _best_of(partial(forward.compute, chunks)) for count, chunks in steps.items()}
     finally:
         forward.close()
 
@@ -156,13 +156,23 @@ class _Operands:
 
 def _best_s(tasks: Sequence[Callable[[], object]]) -> float:
     """Return the seconds in which all tasks, which release the GIL, end when they begin together; the best of some."""
-    best, give_up = float("inf"), time.perf_counter() + TRIES_S
     with ThreadPoolExecutor(len(tasks)) as threads:
-        while time.perf_counter() < give_up:
-            began = time.perf_counter()
+
+        def together() -> None:
             for task in [threads.submit(task) for task in tasks]:
                 task.result()
-            best = min(best, time.perf_counter() - began)
+
+        return _best_of(together)
+
+
+def _best_of(act: Callable[[], object]) -> float:
+    """Return the seconds that `act` takes, the best of some."""
+    best, tries, began = float("inf"), 0, time.perf_counter()
+    while tries < MIN_TRIES or time.perf_counter() - began < TRIES_S:
+        start = time.perf_counter()
+        act()
+        best = min(best, time.perf_counter() - start)
+        tries += 1
     return best
 
 
@@ -216,13 +226,3 @@ def _decodes(count: int, context: int, blocks: int) -> list[Chunk]:
         sequence.block_table = list(range(number * blocks, (number + 1) * blocks))
         chunks.append(Chunk(sequence, context, 1, samples=True))
     return chunks
-
-
-def _step_s(forward: Forward, chunks: list[Chunk]) -> float:
-    best, tries, began = float("inf"), 0, time.perf_counter()
-    while tries < 3 or time.perf_counter() - began < TRIES_S:
-        start = time.perf_counter()
-        forward.compute(chunks)
-        best = min(best, time.perf_counter() - start)
-        tries += 1
-    return best
