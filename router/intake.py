@@ -8,13 +8,14 @@ those that nobody takes and breaks off writes that get stuck.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import grpc.aio
-from octavo.names import Reason
+from octavo.names import Metadata, Reason
 from octavo.v1.inference_service_pb2 import GenerateRequest
 
 from router import status
@@ -84,6 +85,21 @@ class Intake:
 
     def deadline(self, accepted_at: float, timeout_s: float | None) -> float:
         return accepted_at + min(self.config.default_timeout_s if timeout_s is None else timeout_s, MAX_TIMEOUT_S)
+
+    def envelope(self, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> Envelope:
+        """Return what is known of a call that has just come in before its message is looked at, which calls it
+        `request_id`, or nothing. Raises OctavoError for somebody who is not known."""
+        now = time.monotonic()
+        metadata = dict(context.invocation_metadata() or ())
+        return Envelope(
+            request_id=request_id or secrets.token_hex(8),
+            accepted_at=now,
+            deadline=self.deadline(now, left_s := context.time_remaining()),
+            has_own_deadline=left_s is not None,
+            identity=self._identities.identify(context),
+            traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
+            tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
+        )
 
     def open(
         self,

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from typing import Any, TypeVar
 
 import grpc.aio
-from octavo.names import Metadata, Span
+from octavo.names import Span
 from octavo.v1 import pooling_pb2 as pb
 from octavo.v1.types_pb2 import Usage
 
 from router import status
-from router.identity import Identities
 from router.intake import Intake
 from router.model import ServedModel
 from router.pool_call import PoolCall
 from router.pool_validation import PoolMessage
-from router.validation import Envelope
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError
 
 T = TypeVar("T", pb.EmbedResponse, pb.ScoreResponse, pb.RerankResponse, pb.ClassifyResponse)
@@ -28,9 +25,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class PoolServicer:
     """What `InferenceServicer` serves beside Generate and Session."""
 
-    def __init__(self, intake: Intake, identities: Identities) -> None:
+    def __init__(self, intake: Intake) -> None:
         self._intake = intake
-        self._identities = identities
 
     async def embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         call, _ = await self._answered(request, context, Span.EMBED)
@@ -64,7 +60,7 @@ class PoolServicer:
     async def _answered(self, request: PoolMessage, context: Context, name: str) -> tuple[PoolCall, ServedModel]:
         """Return the call when all is there; whatever goes wrong ends it with a status."""
         try:
-            envelope = self._envelope(request, context)
+            envelope = self._intake.envelope(request.client_request_id, context)
         except OctavoError as error:
             self._intake.observer.refused(request.model, error.reason)
             await status.abort(context, error)
@@ -86,19 +82,6 @@ class PoolServicer:
             await status.abort(context, unexpected)
         finally:
             self._intake.close_pool(call)
-
-    def _envelope(self, request: PoolMessage, context: Context) -> Envelope:
-        now = time.monotonic()
-        metadata = dict(context.invocation_metadata() or ())
-        return Envelope(
-            request_id=request.client_request_id or secrets.token_hex(8),
-            accepted_at=now,
-            deadline=self._intake.deadline(now, left_s := context.time_remaining()),
-            has_own_deadline=left_s is not None,
-            identity=self._identities.identify(context),
-            traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
-            tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
-        )
 
 
 def _usage(call: PoolCall) -> Usage:

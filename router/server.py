@@ -96,7 +96,7 @@ class RouterServer:
         self._server = grpc.aio.server(options=_options(config, so_reuseport))
         self._is_bound = False
         self._leaving: asyncio.Task[None] | None = None
-        self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions, identities))
+        self._add(add_InferenceServiceServicer_to_server, InferenceServicer(self._intake, self._sessions))
         model_servicer = ModelServicer(models, backend, self._intake.validator)
         self._add(add_ModelServiceServicer_to_server, model_servicer, identities.identify)
         self.about = SelfReport(

@@ -7,7 +7,6 @@ request; its trailers say which replica answered and how much of the prompt it h
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -20,12 +19,11 @@ from octavo.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from router import status
 from router.answer import MAX_MESSAGE_TOKENS, Answer
-from router.identity import Identities
 from router.intake import Intake
 from router.pool_servicer import Context, PoolServicer
 from router.sessions import Sessions
 from router.stream_writer import StreamWriter
-from router.validation import MAX_ID_BYTES, Envelope
+from router.validation import MAX_ID_BYTES
 from workers.errors import CancelledRequestError, DeadlineError, OctavoError, OverloadedError
 
 MAX_FIRST_BYTES = 1_024
@@ -37,11 +35,10 @@ read it."""
 
 
 class InferenceServicer(InferenceServiceServicer):
-    def __init__(self, intake: Intake, sessions: Sessions, identities: Identities) -> None:
+    def __init__(self, intake: Intake, sessions: Sessions) -> None:
         self._intake = intake
-        self._identities = identities
         self._sessions = sessions
-        self._pools = PoolServicer(intake, identities)
+        self._pools = PoolServicer(intake)
 
     async def Generate(  # type: ignore[override]  # noqa: N802  (the stubs know only the form with yield)
         self, request: GenerateRequest, context: grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
@@ -49,7 +46,7 @@ class InferenceServicer(InferenceServiceServicer):
         """Write all messages but the last one, and return that; both serialised, see `router/server.py`."""
         ready = asyncio.Event()
         try:
-            envelope = self._envelope(request, context)
+            envelope = self._intake.envelope(request.client_request_id, context)
         except OctavoError as error:
             self._intake.observer.refused(request.model, error.reason)
             await status.abort(context, error)
@@ -85,19 +82,6 @@ class InferenceServicer(InferenceServiceServicer):
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:  # noqa: N802
         return await self._pools.classify(request, context)
-
-    def _envelope(self, request: GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]) -> Envelope:
-        now = time.monotonic()
-        metadata = dict(context.invocation_metadata() or ())
-        return Envelope(
-            request_id=request.client_request_id or secrets.token_hex(8),
-            accepted_at=now,
-            deadline=self._intake.deadline(now, left_s := context.time_remaining()),
-            has_own_deadline=left_s is not None,
-            identity=self._identities.identify(context),
-            traceparent=str(metadata.get(Metadata.TRACEPARENT, "")),
-            tracestate=str(metadata.get(Metadata.TRACESTATE, "")),
-        )
 
 
 class _Reply:

@@ -82,7 +82,7 @@ class Front:
         self.intake = Intake(config, models, backend, router_id="direct")
         identities = Identities()
         self.sessions = Sessions(self.intake, identities)
-        self._inference = InferenceServicer(self.intake, self.sessions, identities)
+        self._inference = InferenceServicer(self.intake, self.sessions)
         self._models = ModelServicer(models, backend, self.intake.validator)
 
     async def take(self, kind: type[Message], message: bytes) -> None:

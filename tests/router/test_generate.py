@@ -11,7 +11,6 @@ from octavo.names import Reason
 from octavo.v1 import inference_service_pb2 as pb
 from octavo.v1 import types_pb2 as types
 
-from router.identity import Identities
 from router.servicer import MAX_FIRST_BYTES, InferenceServicer
 from tests.router.rig import END, Rig, Work, answering, eventually, read_generate, running, text_request
 from workers.errors import DeadlineError, OctavoError, UnavailableError
@@ -245,7 +244,7 @@ async def serve(rig: Rig, script: Any) -> tuple[list[Any], pb.GenerateResponse]:
     rig.backend.script = script
     call: Any = Call()
     intake, sessions = rig.server.intake, rig.server.sessions
-    servicer = InferenceServicer(intake, sessions, Identities())
+    servicer = InferenceServicer(intake, sessions)
     last = await servicer.Generate(pb.GenerateRequest(prompt=text_request().prompt), call)
     return call.sent, pb.GenerateResponse.FromString(last)
 
