@@ -25,10 +25,11 @@ from typing import Any
 
 from load_tests.bars import Bar, at_least, at_most
 from load_tests.octavo_driver import OctavoDriver
-from load_tests.rigs import gpu_cases
+from load_tests.rigs import gpu_cases, gpu_ladder
 from load_tests.rigs.client_process import ClientProcess
 from load_tests.rigs.elastic_cluster import Cluster, serving
 from load_tests.rigs.gpu_cluster_time import Spent
+from load_tests.rigs.plain_router import Answers
 
 ROOT = Path(__file__).parents[2]
 MODEL = "qwen3-0.6b"
@@ -180,7 +181,6 @@ def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
     from workers import garbage
     from workers.build import build_engine, warm
     from workers.config import EngineConfig
-    from workers.types import GenerateWork, SamplingParams, WorkId
 
     config = EngineConfig(
         device="cpu" if is_tiny else "cuda", max_num_sequences=load.streams, max_model_len=2048, threads=1
@@ -188,20 +188,11 @@ def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
     engine = build_engine(config, fetch_model(str(model)), hash_key=b"bare", threads=1)
     warm(engine)
     garbage.settle()
-    params, number, rng = SamplingParams(temperature=0.0), 0, random.Random(1)
-
-    def submit(num_tokens: int) -> None:
-        nonlocal number
-        number += 1
-        prompt = rng.choices(range(300, 1_000), k=PROMPT)
-        engine.submit(
-            GenerateWork(work_id=WorkId("bare", number), prompt=prompt, max_tokens=num_tokens, sampling=params)
-        )
-
+    works = gpu_ladder.Load(Answers(streams=load.streams, prompt=PROMPT, output=OUTPUT), 1)
     firsts = []
     for _ in range(SINGLES):
         began = time.perf_counter()
-        submit(8)
+        engine.submit(works.work(8))
         first = None
         while engine.step():
             if engine.drain_outputs() and first is None:
@@ -212,19 +203,19 @@ def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
     for _ in range(2):
         began = time.perf_counter()
         for _ in range(load.streams):
-            submit(OUTPUT)
+            engine.submit(works.work(OUTPUT))
         while engine.step():
             engine.drain_outputs()
         at_once.append(load.streams * OUTPUT / (time.perf_counter() - began))
-    for stream in range(load.streams):
-        submit(max(1, OUTPUT * (stream + 1) // load.streams))
+    for work in works.first():
+        engine.submit(work)
     began, num_tokens = time.monotonic(), 0
     while (now := time.monotonic()) < began + load.duration_s:
         engine.step()
         for delta in engine.drain_outputs():
             num_tokens += len(delta.token_ids) if now >= began + load.warm_up_s else 0
             if delta.finish is not None:
-                submit(OUTPUT)
+                engine.submit(works.work(OUTPUT))
     engine.close()
     rate = num_tokens / (load.duration_s - load.warm_up_s)
     return Figures(rate, 1e3 * statistics.median(firsts[5:]), max(at_once))

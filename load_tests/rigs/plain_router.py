@@ -10,21 +10,16 @@ It proves the cluster's secret as routers do and looks at token counts and ends 
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import random
 import time
 from dataclasses import dataclass
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
-from load_tests.rigs.lean_http2 import Http2
-from router.hello import RouterIdentity, shake_hands
+from load_tests.rigs.data_port import DataStream
+from router.hello import RouterIdentity
 from workers.handshake import ClusterKeys
 
-ATTACH = "/octavo.internal.v1.DataPlaneService/Attach"
-WINDOW_BATCHES = 64
-ATTACH_S = 10.0
 VOCABULARY = range(300, 1_000)
 
 
@@ -37,55 +32,25 @@ class Answers:
     output: int
 
 
-class PlainRouter:
-    """Attached from `connect` to `close`. A `Listener` of its connection, and for `shake_hands` the call."""
-
+class PlainRouter(DataStream):
     def __init__(self, replica_id: str, secret: bytes, answers: Answers) -> None:
-        self._replica_id = replica_id
-        self._identity = RouterIdentity(router_id="plain", epoch=time.time_ns(), keys=ClusterKeys.derive(secret))
+        keys = ClusterKeys.derive(secret)
+        super().__init__(replica_id, RouterIdentity(router_id="plain", epoch=time.time_ns(), keys=keys))
         self._answers = answers
-        self._numbers = itertools.count(1)
         self._random = random.Random(3)
-        self._greetings: asyncio.Queue[pb.AttachResponse] = asyncio.Queue()
-        self._is_attached = False
-        self._connection: Http2
-        self._stream = 0
-        self.num_tokens = self.num_messages = self.num_answers = 0
+        self.num_tokens = self.num_messages = 0
         self.failure = ""
 
     async def connect(self, address: str) -> None:
         """Attach and ask for all streams, the first answers of which are shorter, so that they do not end together."""
-        self._connection = await Http2.connect(address, self)
-        self._stream = self._connection.open(ATTACH)
-        async with asyncio.timeout(ATTACH_S):
-            await shake_hands(self, self._identity, self._replica_id, credit=WINDOW_BATCHES)
-        self._is_attached = True
+        await super().connect(address)
         streams, output = self._answers.streams, self._answers.output
         lengths = [max(1, output * (stream + 1) // streams) for stream in range(streams)]
-        await self.write(pb.AttachRequest(dispatch=self._dispatch(lengths)))
+        self.send(pb.AttachRequest(dispatch=self._dispatch(lengths)))
 
-    def close(self) -> None:
-        self._connection.close()
-
-    # As `shake_hands` sees it: a call.
-
-    async def read(self) -> pb.AttachResponse:
-        return await self._greetings.get()
-
-    async def write(self, message: pb.AttachRequest) -> None:
-        self._connection.send(self._stream, message.SerializeToString())
-
-    # As its connection sees it.
-
-    def arrived(self, stream: int, message: bytes) -> None:
-        response = pb.AttachResponse.FromString(message)
-        if not self._is_attached:
-            self._greetings.put_nowait(response)
-            return
-        batch = response.step_batch
+    def told(self, batch: pb.StepBatch, now: float) -> None:
         ended = [delta for delta in batch.deltas if delta.HasField("finish")]
         self.num_messages += 1
-        self.num_answers += len(ended)
         self.num_tokens += len(batch.tokens.token_ids) + sum(len(delta.token_ids) for delta in batch.deltas)
         for delta in ended:
             if delta.finish.reason != "length":
@@ -93,7 +58,7 @@ class PlainRouter:
         reply = pb.AttachRequest(credit=pb.Credit(step_batches=1))
         if ended and not self.failure:
             reply.dispatch.CopyFrom(self._dispatch([self._answers.output] * len(ended)))
-        self._connection.send(self._stream, reply.SerializeToString())
+        self.send(reply)
 
     def ended(self, stream: int, status: str) -> None:
         self.failure = self.failure or f"the replica ended the stream with status {status}"
