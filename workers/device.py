@@ -121,6 +121,10 @@ class Device(Protocol):
         """Ascending: to how many rows decode steps are padded. Those with more are computed as they are."""
 
     @property
+    def prefill_interval(self) -> int:
+        """How often steps of decodes should have prompts in them, see `workers.pace`."""
+
+    @property
     def fatal_errors(self) -> tuple[type[Exception], ...]:
         """What `launch` and a ticket raise once nothing can be computed any more."""
 

@@ -26,9 +26,6 @@ class DeviceRunner:
     one is in flight."""
 
     lag = 1
-    prefill_interval = 4
-    """See `PrefillPace`. On an H200 a step of 256 sequences of a small model takes 3 ms as a graph, and 7 ms with a
-    short prompt in it: with a newcomer in each step it answered 35,700 tokens/s, half of what it could."""
     verifies_drafts = False
 
     def __init__(self, device: Device, block_size: int) -> None:
@@ -37,6 +34,7 @@ class DeviceRunner:
         self._slots = Slots(device.num_slots)
         self._graph_sizes = device.graph_sizes
         self.fatal_errors = device.fatal_errors
+        self.prefill_interval = device.prefill_interval
         self._room = _Room.sized(64)
         self._last: _Decode | None = None
         """The last step, if it was a decode step."""

@@ -1,9 +1,10 @@
 """How often steps of sequences that decode have prompts in them.
 
-An accelerator replays a step of decodes as a graph, and computes any other operator by operator, at twice the price,
-however short the prompt is. Where answers end and begin all the time that would be every step. So after a step with a
-prompt some follow without, unless there is enough to fill one: who comes then waits for as many steps, and whoever
-comes after a pause does not wait at all.
+An accelerator that replays a step of decodes as a graph, and computes any other operator by operator, does that at
+twice the price, however short the prompt is. Where answers end and begin all the time that would be every step. So
+after a step with a prompt some follow without, unless there is enough to fill one: who comes then waits for as many
+steps, and whoever comes after a pause does not wait at all. Where steps with prompts are graphs as well, the interval
+is 1 and nobody waits.
 """
 
 from __future__ import annotations

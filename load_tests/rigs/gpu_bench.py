@@ -1,7 +1,7 @@
 """Our engine beside vLLM on one GPU: both in memory, asked by turns, compared with each other and with the floor.
 
     python -m load_tests.rigs.gpu_bench --out FILE [--models A,B] [--rounds 2] [--engines octavo,vllm]
-        [--checks] [--cluster] [--vllm-path DIR] [--octavo-path DIR]
+        [--checks] [--weights GGUF] [--cluster] [--vllm-path DIR] [--octavo-path DIR]
 
 Each engine has a process of its own (`gpu_contestant`), with DIR in front of what Python finds. After each model FILE
 (NAME.json) has the bars, NAME_runs.json every figure, and NAME.txt a table of them: for every case what each engine
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{model}: {error}", flush=True)
         write(report, arguments.out)
     if arguments.checks:
-        report.checks = _other_rig("gpu_checks", arguments)
+        weights = ["--weights", str(arguments.weights)] if arguments.weights else []
+        report.checks = _other_rig("gpu_checks", arguments, weights)
         write(report, arguments.out)
     if arguments.cluster:
         report.cluster = _other_rig("gpu_cluster", arguments)
@@ -224,11 +225,11 @@ def write(report: Report, path: Path, *, shows: bool = True) -> list[Bar]:
     return bars
 
 
-def _other_rig(name: str, arguments: argparse.Namespace) -> Any:
+def _other_rig(name: str, arguments: argparse.Namespace, more: Sequence[str] = ()) -> Any:
     """Run another rig of this folder in a process of its own; return what it wrote, or why it did not."""
     out = arguments.out.with_name(f"{name}.json")
     path = os.pathsep.join(filter(None, (arguments.octavo_path, str(ROOT), str(ROOT / "protos"))))
-    command = [sys.executable, "-m", f"load_tests.rigs.{name}", "--out", str(out)]
+    command = [sys.executable, "-m", f"load_tests.rigs.{name}", "--out", str(out), *more]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
     try:
         return json.loads(out.read_text())
@@ -260,6 +261,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", default="octavo,vllm")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--checks", action="store_true", help="see that the engine computes what it should, too")
+    parser.add_argument("--weights", type=Path, help="for the checks: the GGUF file of the oracle")
     parser.add_argument("--cluster", action="store_true", help="measure through the whole cluster, too")
     parser.add_argument("--vllm-path", default="", help="where vLLM is installed, if not with this Python")
     parser.add_argument("--octavo-path", default="", help="where our optional dependencies are, likewise")

@@ -39,7 +39,7 @@ class RandomCheckpoint:
     stored = tensor
 
 
-def open_engine(config: dict[str, Any], **keys: Any) -> PagedEngine:
+def open_engine(config: dict[str, Any], *, hash_key: bytes = b"bench", **keys: Any) -> PagedEngine:
     """Return an engine for the model of a config.json; `keys` are those of `EngineConfig`."""
     shape = from_config(config)
     defaults: dict[str, Any] = {"max_num_sequences": 256, "max_model_len": MAX_MODEL_LEN}
@@ -47,7 +47,7 @@ def open_engine(config: dict[str, Any], **keys: Any) -> PagedEngine:
     settings.check()
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
     model = GpuModel(RandomCheckpoint(shape), dtype, torch.device("cuda"))
-    return assemble_on_device(settings, model, manifest(shape), hash_key=b"bench", memory=gpu_memory())
+    return assemble_on_device(settings, model, manifest(shape), hash_key=hash_key, memory=gpu_memory())
 
 
 def manifest(shape: ModelShape) -> ModelManifest:

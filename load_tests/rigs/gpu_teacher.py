@@ -97,7 +97,7 @@ class _Taught:
 
     def decode(self, slots: tuple[int, ...], position: int) -> torch.Tensor:
         rows = Rows(self._ints(slots), self._ints([position] * len(slots)))
-        return self._forward.decode(rows, len(slots))
+        return self._forward.decode(rows, len(slots)).clone()  # what it returns is there until the next
 
     def chunk(self, start: int, count: int) -> torch.Tensor:
         rows = Rows(self._ints([0] * count), self._ints(range(start, start + count)))
@@ -107,12 +107,11 @@ class _Taught:
             tables=self._memory.tables[:1, : -(-end // BLOCK_SIZE)].contiguous(),
             ends=self._ints([0, count]),
             lengths=self._ints([end]),
-            host_ends=[0, count],
-            host_lengths=[end],
             max_rows=count,
             max_length=end,
+            host=([0, count], [end]),
         )
-        return self._forward.compute(rows, count, spans, self._ints(range(count)))
+        return self._forward.compute(rows, count, spans, self._ints(range(count))).clone()
 
     def _ints(self, values: Sequence[int] | range) -> torch.Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=self._device)

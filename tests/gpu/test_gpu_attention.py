@@ -54,9 +54,9 @@ def test_decode_attention(
 
 def test_splits_keep_a_gpu_busy_and_are_no_more_than_needed() -> None:
     assert [splits_of(1, 8), splits_of(1, 3), splits_of(64, 8), splits_of(64, 3), splits_of(256, 8)] == [
-        64,
-        64,
-        1,
+        32,
+        32,
+        2,
         4,
         1,
     ]

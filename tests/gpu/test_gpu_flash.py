@@ -21,7 +21,7 @@ def test_sdpa_attends_to_the_tokens_up_to_each_row() -> None:
     ends = [0, 5, 8, 9]
     tables = torch.randperm(9).view(3, 3).int()
     ints = torch.tensor(ends, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
-    spans = Spans(Rows(ints[0], ints[0]), tables, *ints, ends, lengths, 5, 10)
+    spans = Spans(Rows(ints[0], ints[0]), tables, *ints, 5, 10, (ends, lengths))
     keys, values = torch.randn(2, 9, block_size, kv_heads, dim).unbind()
     queries, out = torch.randn(9, heads, dim), torch.empty(9, heads, dim)
     sdpa(queries, keys, values, spans, out)

@@ -40,6 +40,7 @@ class FakeDevice:
 
     graph_sizes = GRAPH_SIZES
     fatal_errors = (DeadDeviceError,)
+    prefill_interval = 4
 
     def __init__(
         self, num_blocks: int, num_slots: int = 16, *, vocab_size: int = VOCAB_SIZE, poison: int | None = None

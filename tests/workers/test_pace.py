@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from tests.workers.fake_device import FakeDevice, device_engine
 from tests.workers.toy_engine import toy_answer, work
-from workers.device_runner import DeviceRunner
 from workers.pace import PrefillPace
 from workers.sequence import Sequence
 from workers.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
-INTERVAL = DeviceRunner.prefill_interval
+INTERVAL = FakeDevice.prefill_interval
 
 
 def waiting(*lengths: int) -> list[Sequence]:

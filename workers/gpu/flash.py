@@ -27,10 +27,14 @@ from workers.gpu.layout import Rows
 _log = logging.getLogger(__name__)
 
 
+HostSpans = tuple[list[int], list[int]]
+"""The ends and the lengths of `Spans`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spans:
     """Chunks of a step, one behind the other: chunk i has `rows` ``[ends[i], ends[i + 1])``, which are the last ones of
-    ``lengths[i]`` tokens."""
+    ``lengths[i]`` tokens. Rows behind the last chunk are padding, and chunks of no rows too."""
 
     rows: Rows
     tables: torch.Tensor
@@ -39,22 +43,25 @@ class Spans:
     """[n + 1] int32: 0 and then where each chunk ends."""
     lengths: torch.Tensor
     """[n] int32."""
-    host_ends: list[int]
-    host_lengths: list[int]
-    """The same two, for those who compute one chunk after the other."""
     max_rows: int
+    """No chunk has more."""
     max_length: int
+    host: HostSpans | None = None
+    """Ends and lengths for those who compute one chunk after the other, and would otherwise have to wait for them."""
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, torch.Tensor], None]
 """Maps queries [rows, heads, dim] and keys and values in blocks [block, place, kv_head, dim] to the last tensor, of the
-size of the first."""
+size of the first. What it has for rows of no chunk stays as it is."""
 
 
 def sdpa(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
     block_size = keys.shape[1]
-    for i, length in enumerate(spans.host_lengths):
-        first, end = spans.host_ends[i], spans.host_ends[i + 1]
+    ends, lengths = spans.host or (spans.ends.tolist(), spans.lengths.tolist())
+    for i, length in enumerate(lengths):
+        first, end = ends[i], ends[i + 1]
+        if first == end:
+            continue
         table = spans.tables[i, : -(-length // block_size)]
         k, v = (store[table].flatten(0, 1)[:length].transpose(0, 1)[None] for store in (keys, values))
         num_rows, mask = end - first, None
@@ -69,6 +76,11 @@ def sdpa(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans:
             enable_gqa=True,
         )
         out[first:end] = mixed[0].transpose(0, 1)
+
+
+CAPTURABLE = ("flash-attn 3 of vllm", "flash-attn 3")
+"""Kernels that compute the same steps as part of a CUDA graph, where all but `max_rows` and `max_length` is in the
+device's memory."""
 
 
 def choose(dtype: torch.dtype, size: tuple[int, int, int, int], device: torch.device) -> tuple[str, Attend]:
@@ -109,7 +121,7 @@ def _try(attend: Attend, dtype: torch.dtype, size: tuple[int, int, int, int], de
 
     tables = torch.randperm(3 * num_blocks, device=device, generator=generator).int().view(3, num_blocks)
     device_ends, device_lengths = (torch.tensor(own, dtype=torch.int32, device=device) for own in (ends, lengths))
-    spans = Spans(Rows(device_ends, device_ends), tables, device_ends, device_lengths, ends, lengths, 13, 40)
+    spans = Spans(Rows(device_ends, device_ends), tables, device_ends, device_lengths, 13, 40, (ends, lengths))
     keys, values = (random(3 * num_blocks, block_size, num_kv_heads, dim) for _ in range(2))
     queries = random(21, num_heads, dim)
     own, expected = torch.empty_like(queries), torch.empty_like(queries)

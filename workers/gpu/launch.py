@@ -6,6 +6,10 @@ Triton finds out for each launch what its arguments are, which takes the host 30
 kernel is compiled for the types of its arguments, for which pointers and numbers are multiples of 16, and which numbers
 are 1: where all that is as it was before, so is the compiled kernel. Positional arguments come before all constants, as
 kernels here declare them.
+
+A kernel with ``EARLY=True`` begins while the one before it ends, where the GPU can do that (CUDA's programmatic
+dependent launch): each of its programs calls ``gdc_wait`` and reads nothing but weights before. If the kernel before it
+calls ``gdc_launch_dependents``, it begins as soon as there is room for it.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ class Launcher:
                 key.append(_kind_of_number(arg))
         found = self._compiled.get(tuple(key))
         if found is None:
+            if constants.get("EARLY"):
+                constants |= {"launch_pdl": True} if can_begin_early() else {"EARLY": False}
             compiled = kernel[grid](*args, **constants)
             if isinstance(kernel, JITFunction):  # otherwise it is interpreted, and there is nothing to keep
                 rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
@@ -53,6 +59,11 @@ class Launcher:
             width, height, depth, self._stream(), compiled.function, compiled.packed_metadata, None, None, None,
             *values, *rest,
         )  # fmt: skip
+
+
+def can_begin_early() -> bool:
+    """Whether kernels of this process can begin before those before them have ended."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _kind_of_number(number: object) -> object:

@@ -2,7 +2,7 @@
 
     one row    norm+qkv | attend | output+add | norm+gate+up+silu | down+add            5 kernels a layer, all our own
     decode     qkv | attend | output | add+norm | gate and up | gate | down | add+norm  8, products by cuBLAS
-    mixed      the same with rotate+store and a flash kernel for `attend`
+    mixed      the same with rotate+store and a flash kernel for `attend`, where rows are those of chunks
 
 Differences between models are numbers of `ModelShape`. The residual stream is fp32, products and cache have `dtype`;
 the head adds up and returns fp32. Knows rows, blocks and slots; not sequences, steps or sampling.
@@ -22,6 +22,7 @@ from workers.gpu.attention import DecodeAttention
 from workers.gpu.layout import BlockCache, Rows, StepMemory
 from workers.gpu.projection import project
 from workers.gpu.rows import Heads, add_norm, embed, gate, rotate_store
+from workers.gpu.upload import aligned
 from workers.rotary import inverse_frequencies
 from workers.weights.checkpoint import Checkpoint
 from workers.weights.shape import ModelShape
@@ -96,7 +97,7 @@ class GpuModel:
             num_layers=self.shape.num_layers, num_blocks=num_blocks, block_size=block_size,
             num_kv_heads=self.shape.num_kv_heads, head_dim=self.shape.head_dim, dtype=self.dtype, device=self.device,
         )  # fmt: skip
-        forward = GpuForward(self, memory, cache, max_decodes=num_slots)
+        forward = GpuForward(self, memory, cache, max_decodes=aligned(num_slots))
         self.kernels = f"triton, {forward.prompt_kernel}"
         return GpuDevice(forward, memory, cache, chunk_tokens=chunk_tokens, graph_sizes=graph_sizes)
 
@@ -163,6 +164,14 @@ class GpuForward:
         self.prompt_kernel, self._flash = flash.choose(
             model.dtype, (shape.num_heads, shape.num_kv_heads, shape.head_dim, memory.block_size), model.device
         )
+        self.is_capturable = model.device.type != "cuda" or self.prompt_kernel in flash.CAPTURABLE
+        """Whether `compute` may be part of a graph."""
+        layer = model.layers[0]
+        products = (layer.qkv, layer.output, layer.gate_up, layer.down)
+        self.flop_per_row = 2.0 * len(model.layers) * sum(product.weight.numel() for product in products)
+        """The arithmetic of products, the head's apart."""
+        self._head_room = torch.empty(max_decodes, shape.vocab_size, dtype=torch.float32, device=model.device)
+        """One for all graphs."""
 
     @property
     def vocab_size(self) -> int:
@@ -183,7 +192,7 @@ class GpuForward:
         """Compute rows each of a slot of its own, and behind them those of `spans`; return the logits [n, vocab], in
         fp32, of those numbered in `sampling` [n]."""
         x, y = self._embed(rows, num_rows)
-        mixed = self._new_mixed(num_rows)
+        mixed = self._new_mixed(num_rows).zero_()  # rows of no chunk must be finite: the spare block is theirs
         num_single = num_rows - (0 if spans is None else len(spans.rows.slots))
         for i, (layer, (keys, values)) in enumerate(self._layers):
             qkv = layer.qkv(y)
@@ -223,10 +232,11 @@ class GpuForward:
         return add_norm(x, layer.down(gate(layer.gate_up(y))), following, y, model.shape.norm_eps)
 
     def _logits(self, y: torch.Tensor) -> torch.Tensor:
-        head = self._model.head
+        head, fits = self._model.head, len(y) <= len(self._head_room)
+        room = self._head_room[: len(y)] if fits else self._head_room.new_empty(len(y), len(head))
         if y.dtype is torch.float32 or y.device.type != "cuda":
-            return y.float() @ head.float().T
-        return torch.mm(y, head.T, out_dtype=torch.float32)
+            return torch.mm(y.float(), head.float().T, out=room)
+        return torch.mm(y, head.T, out_dtype=torch.float32, out=room)
 
     def _decode_one(self, rows: Rows) -> torch.Tensor:
         model, eps = self._model, self._model.shape.norm_eps

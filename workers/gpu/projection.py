@@ -1,7 +1,7 @@
 """Products of one row with a weight, and what stands before and behind them, by one kernel each. Needs triton.
 
 One row is bound by reading the weight once and by the number of kernels that must be started. So norm, gate and
-residual are part of the product:
+residual are part of the product, and the weight is on its way before the row is there:
 
     project(x, w)                        x @ w.T
     project(x, w, norm=n)                norm(x) @ w.T
@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.launch import launch
 
@@ -24,17 +25,28 @@ from workers.gpu.launch import launch
 def _project(  # type: ignore[no-untyped-def]
     x, weight, bias, norm, out, num_out, num_in, eps,
     TILE_OUT: tl.constexpr, TILE_IN: tl.constexpr, HAS_NORM: tl.constexpr, IS_GATED: tl.constexpr,
-    ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
+    ADDS: tl.constexpr, HAS_BIAS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * TILE_OUT + tl.arange(0, TILE_OUT)
     is_out = n < num_out
     k = tl.arange(0, TILE_IN)
     lines = weight + n.to(tl.int64)[:, None] * num_in
     up_lines = weight + (n.to(tl.int64) + num_out)[:, None] * num_in
-    products = tl.zeros([TILE_OUT, TILE_IN], tl.float32)
-    up_products = tl.zeros([TILE_OUT, TILE_IN], tl.float32)
-    squares = tl.zeros([TILE_IN], tl.float32)
-    for start in tl.range(0, num_in, TILE_IN, num_stages=STAGES):
+    # The first tile of the weight is on its way while the kernel before this one ends.
+    is_in = k < num_in
+    is_inside = is_out[:, None] & is_in[None, :]
+    first = tl.load(lines + k[None, :], mask=is_inside, other=0.0)
+    up_first = tl.load(up_lines + k[None, :], mask=is_inside, other=0.0) if IS_GATED else first
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(x + k, mask=is_in, other=0.0).to(tl.float32)
+    squares = values * values
+    if HAS_NORM:
+        values = values * tl.load(norm + k, mask=is_in, other=0.0).to(tl.float32)
+    products = values[None, :] * first.to(tl.float32)
+    up_products = values[None, :] * up_first.to(tl.float32)
+    for start in tl.range(TILE_IN, num_in, TILE_IN, num_stages=STAGES):
         at = start + k
         is_in = at < num_in
         is_inside = is_out[:, None] & is_in[None, :]
@@ -83,7 +95,7 @@ def project(
         _project, (triton.cdiv(num_out, tile_out),),
         x, weight, weight if bias is None else bias, weight if norm is None else norm, out, num_out, num_in, eps,
         TILE_OUT=tile_out, TILE_IN=tile_in, HAS_NORM=norm is not None, IS_GATED=is_gated,
-        ADDS=added_to is not None, HAS_BIAS=bias is not None, STAGES=stages, num_warps=4,
+        ADDS=added_to is not None, HAS_BIAS=bias is not None, STAGES=stages, EARLY=True, num_warps=4,
     )  # fmt: skip
     return out
 

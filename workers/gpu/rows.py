@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from workers.gpu.launch import launch
 from workers.gpu.layout import Rows, StepMemory
@@ -29,8 +30,11 @@ def _normed(x, weight, columns, is_inside, num_columns, eps):  # type: ignore[no
 @triton.jit
 def _embed(  # type: ignore[no-untyped-def]
     tokens, slots, positions, embedding, weight, x, y, slot_stride, vocab_size, width, eps,
-    WIDTH: tl.constexpr, HAS_NORM: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row)
     token = tl.load(tokens + slot * slot_stride + position)
@@ -149,7 +153,7 @@ def embed(
         _embed, (len(x),),
         memory.tokens, rows.slots, rows.positions, embedding, norm, x, x if y is None else y,
         memory.tokens.stride(0), vocab_size, width, eps,
-        WIDTH=triton.next_power_of_2(width), HAS_NORM=y is not None, num_warps=_warps(width),
+        WIDTH=triton.next_power_of_2(width), HAS_NORM=y is not None, EARLY=y is None, num_warps=_warps(width),
     )  # fmt: skip
 
 
@@ -194,7 +198,7 @@ def rotate_store(
         memory.tables.stride(0), heads.eps,
         HEADS=heads.num, KV_HEADS=heads.num_kv, MANY=triton.next_power_of_2(heads.num),
         KV_MANY=triton.next_power_of_2(heads.num_kv), DIM=heads.dim, WIDE=triton.next_power_of_2(heads.dim),
-        BLOCK=memory.block_size, HAS_NORM=norms is not None, num_warps=4,
+        BLOCK=memory.block_size, HAS_NORM=norms is not None, num_warps=1,
     )  # fmt: skip
     return queries
 
