@@ -107,6 +107,11 @@ class PagedEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    @property
+    def is_ahead(self) -> bool:
+        """See `WatchableEngine`."""
+        return bool(self._launched)
+
     def submit(self, work: Work) -> None:
         """Take `work` on; see `Engine`. A work whose id is in progress already is the same work: no effect."""
         self._num_taken += 1

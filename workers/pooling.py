@@ -67,6 +67,8 @@ def _plan(number: int, batch: Seq[_Waiting]) -> StepPlan:
 class PoolingEngine:
     """Implements `WatchableEngine`. `step_tokens`: the budget of a step."""
 
+    is_ahead = False
+
     def __init__(
         self,
         model: PoolingModel,

@@ -152,3 +152,7 @@ class Watchable(Counted, Protocol):
 
 class WatchableEngine(SteppedEngine, Watchable, Protocol):
     """`PagedEngine`, `FakeEngine` and `PoolingEngine`."""
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a device computes a step while nobody steps the engine."""

@@ -34,6 +34,11 @@ from workers.types import (
 
 BLOCKED_WAIT_S = 0.005
 """How long to wait for a command while works are there but none of them can go on."""
+HAND_OVER_S = 0.0005
+"""How long to wait, while a device computes, for somebody to take what is to leave now. The interpreter runs one thread
+at a time: the next step, which is to be launched only when this one is over, would hold whoever sends it up."""
+HAND_OVER_MOST = 16
+"""Of more tokens together none is so urgent, and the next step takes its time."""
 _CANCELLED: Final = Finish(reason=FinishReason.CANCELLED)
 
 _log = logging.getLogger(__name__)
@@ -65,6 +70,8 @@ class EngineThread:
         self._load = engine.load()
         self._open: dict[WorkId, set[int]] = {}
         """The choices of each work that have not ended; the engine's thread only."""
+        self._taken = threading.Event()
+        """Whether outputs were drained since they were last announced."""
         self._is_closed = False
         """Whether `close` was called; a work that comes later never reaches the engine."""
         self._is_running = True
@@ -96,6 +103,7 @@ class EngineThread:
     def drain_outputs(self) -> list[TokenDelta]:
         with self._lock:
             outputs, self._outputs = self._outputs, []
+        self._taken.set()
         return outputs
 
     def kv_events(self, *, anew: bool = False) -> list[KvEvent]:
@@ -212,7 +220,10 @@ class EngineThread:
         is_due = self._emission.is_due(step_s=now - began, now=now, is_last=not is_busy)
         if is_due or has_only_events or has_news:
             self._emission.release()  # whatever waits leaves with it
+            self._taken.clear()
             self._notify()
+            if is_due and len(outputs) <= HAND_OVER_MOST and self._engine.is_ahead:
+                self._taken.wait(HAND_OVER_S)
 
     def _tell_cache(self) -> None:
         events = self._engine.kv_events(anew=True)

@@ -23,8 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import uvloop
+from octavo.client import Client
+
 from load_tests.bars import Bar, at_least, at_most
-from load_tests.octavo_driver import OctavoDriver
 from load_tests.rigs import gpu_cases, gpu_ladder
 from load_tests.rigs.client_process import ClientProcess
 from load_tests.rigs.elastic_cluster import Cluster, serving
@@ -47,6 +49,8 @@ CLIENT_START_S = 1.0
 """What a client's process takes to begin, and more."""
 SINGLES = 40
 """Prompts that are sent one at a time."""
+NUM_FIRST = 5
+"""Of these, not counted."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = measure_bare(arguments.bare, load, is_tiny=arguments.tiny)
         arguments.out.write_text(json.dumps(dataclasses.asdict(figures)))
         return 0
-    report = asyncio.run(measure(arguments, load))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        report = runner.run(measure(arguments, load))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1), flush=True)
     return 0 if all(bar["ok"] for bar in report["bars"]) else 1
@@ -100,7 +105,8 @@ async def measure(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
         async with serving(_cluster(model, arguments, load), variables=variables) as cluster:
             start_s = time.monotonic() - began
             rate, spent = await _throughput(cluster, load)
-            through = Figures(rate, await _first_token_ms(cluster))
+            first_token_ms, first_token_spent = await first_tokens(cluster.address, _prompts(SINGLES))
+            through = Figures(rate, first_token_ms)
     return {
         "model": MODEL,
         "workload": f"{load.streams} streams in {load.clients} processes, {PROMPT} + {OUTPUT} tokens",
@@ -109,6 +115,7 @@ async def measure(arguments: argparse.Namespace, load: Load) -> dict[str, Any]:
         "bare": dataclasses.asdict(bare),
         "cluster": dataclasses.asdict(through),
         "spent": spent,
+        "first_token_spent": first_token_spent,
         "bars": [dataclasses.asdict(bar) for bar in bars_of(bare, through)],
     }
 
@@ -168,11 +175,36 @@ async def _throughput(cluster: Cluster, load: Load) -> tuple[float, dict[str, An
     return rate, spent
 
 
-async def _first_token_ms(cluster: Cluster) -> float:
-    prompts = _prompts(SINGLES)
-    async with OctavoDriver(cluster.address) as driver:
-        samples = [await driver.ask(prompt, 8) for prompt in prompts]
-    return 1e3 * statistics.median(sample.first_token_s for sample in samples[5:])
+async def first_tokens(address: str, prompts: Sequence[Sequence[int]]) -> tuple[float, dict[str, float]]:
+    """Ask one prompt after the other; return how long a first token took in ms, and on which part of the way: medians
+    of all but the first few."""
+    began: dict[str, tuple[float, float]] = {}
+    async with Client(address) as client:
+        for prompt in prompts:
+            at, first_s = time.time(), 0.0
+            generation = client.generate(prompt, max_tokens=8, temperature=0.0, ignore_eos=True)
+            async for delta in generation:
+                if not first_s and delta.token_ids:
+                    first_s = time.time() - at
+            began[generation.request_id] = (at, first_s)
+        records = [(await client.find_requests(name))[0] for name in list(began)[NUM_FIRST:]]
+    rows = []
+    for record in records:
+        at, first_s = began[record.request_id]
+        attempt, engine_s = record.attempts[0], record.attempts[0].engine.queue_s + record.attempts[0].engine.prefill_s
+        arrived_s = record.arrived_at - at
+        rows.append(
+            {
+                "client_to_router_ms": arrived_s,
+                "in_router_ms": attempt.sent_at_s,
+                "engine_ms": engine_s,
+                "to_replica_and_back_ms": attempt.first_token_at_s - attempt.sent_at_s - engine_s,
+                "back_in_router_ms": record.first_sent_at_s - attempt.first_token_at_s,
+                "router_to_client_ms": first_s - arrived_s - record.first_sent_at_s,
+            }
+        )
+    spent = {name: round(1e3 * statistics.median(row[name] for row in rows), 3) for name in rows[0]}
+    return 1e3 * statistics.median(first_s for _, first_s in list(began.values())[NUM_FIRST:]), spent
 
 
 def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
@@ -218,7 +250,7 @@ def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
                 engine.submit(works.work(OUTPUT))
     engine.close()
     rate = num_tokens / (load.duration_s - load.warm_up_s)
-    return Figures(rate, 1e3 * statistics.median(firsts[5:]), max(at_once))
+    return Figures(rate, 1e3 * statistics.median(firsts[NUM_FIRST:]), max(at_once))
 
 
 def _prompts(count: int) -> list[list[int]]:
