@@ -241,15 +241,18 @@ def measure_bare(model: Path, load: Load, *, is_tiny: bool) -> Figures:
         at_once.append(load.streams * OUTPUT / (time.perf_counter() - began))
     for work in works.first():
         engine.submit(work)
-    began, num_tokens = time.monotonic(), 0
-    while (now := time.monotonic()) < began + load.duration_s:
-        engine.step()
-        for delta in engine.drain_outputs():
-            num_tokens += len(delta.token_ids) if now >= began + load.warm_up_s else 0
-            if delta.finish is not None:
-                engine.submit(works.work(OUTPUT))
+
+    def run(seconds: float) -> float:
+        """Return the tokens a second of so long a time."""
+        began, before = time.perf_counter(), works.num_tokens
+        while (now := time.perf_counter()) < began + seconds:
+            engine.step()
+            works.answer(engine)
+        return (works.num_tokens - before) / (now - began)
+
+    run(load.warm_up_s)
+    rate = run(load.duration_s - load.warm_up_s)
     engine.close()
-    rate = num_tokens / (load.duration_s - load.warm_up_s)
     return Figures(rate, 1e3 * statistics.median(firsts[NUM_FIRST:]), max(at_once))
 
 

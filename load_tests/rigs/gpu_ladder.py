@@ -95,11 +95,12 @@ class Load:
         return GenerateWork(work_id=WorkId("ladder", self._number), prompt=prompt, max_tokens=length, sampling=greedy)
 
     def answer(self, engine: PagedEngine | EngineThread) -> None:
-        """Take what `engine` has brought, and replace what has ended."""
+        """Take what `engine` has brought, as a cluster does, and replace what has ended."""
         for delta in engine.drain_outputs():
             self.num_tokens += len(delta.token_ids)
             if delta.finish is not None:
                 engine.submit(self.work(self._answers.output))
+        engine.kv_events()
 
 
 @dataclass(slots=True)
