@@ -51,7 +51,7 @@ class MixedSize:
         return self.singles + self.rows
 
     def places(self) -> list[slice]:
-        """Return where in the received numbers each of `parts_of` lies."""
+        """Return where in the received numbers each part that `arrange` returns lies."""
         lengths = (
             self.num_rows, self.num_rows, self.samples, self.samples, self.samples, self.rows, self.rows, self.chunks,
             self.chunks + 1, self.chunks,
@@ -76,7 +76,7 @@ class MixedRows:
 
     @classmethod
     def of(cls, size: MixedSize, received: torch.Tensor, memory: StepMemory, host: HostSpans | None) -> MixedRows:
-        """Make them of `received`, which has what `parts_of` returned for `size`."""
+        """Make them of `received`, which has the parts that `arrange` returned with `size`."""
         slots, positions, sampling, own_slots, own_positions, *chunks = (received[place] for place in size.places())
         spans = None
         if size.chunks:
@@ -94,10 +94,8 @@ class MixedSizes:
 
     def __init__(self, singles: Sequence[int], *, chunk_tokens: int, max_context: int, flop_per_row: float) -> None:
         self._singles = [0, *singles] if singles else []
-        most = min(chunk_tokens, MAX_GRAPH_FLOP / flop_per_row)
-        self._rows = [rows for rows in _ROWS if rows < most]
-        if chunk_tokens <= most and chunk_tokens < _ROWS[-1]:
-            self._rows.append(chunk_tokens)
+        most = min(chunk_tokens, _ROWS[-1], MAX_GRAPH_FLOP / flop_per_row)
+        self._rows = sorted({rows for rows in (*_ROWS, chunk_tokens) if rows <= most})
         self._max_context = min(max_context, MAX_CONTEXT)
         self._max_padding = MAX_PADDING_FLOP / flop_per_row
 
