@@ -65,8 +65,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """How much of a GPU's memory may be in use, by whomever, when the KV cache is there; the rest is for computing."""
     max_graph_rows: int = 512
-    """Steps of up to so many sequences that decode run as CUDA graphs, which cost the host nearly nothing but take
-    memory and time to make; 0: none."""
+    """Steps of up to so many sequences that decode run as CUDA graphs, with chunks of prompts beside them if
+    FlashAttention 3 computes these; graphs cost the host nearly nothing but take memory and time to make; 0: none."""
     threads: int = 0
     """Of one replica; 0: cores of the node // replicas of all models, at least 1."""
     prefix_cache: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,10 +11,11 @@ import pytest
 from octavo.names import Reason
 
 from tests.workers.toy_engine import Answer, EventReader, ToyEngine, gather, toy_answer, work
+from workers import thread as thread_module
 from workers.config import EngineConfig
 from workers.fake import FakeEngine, fake_continuation
 from workers.prefix import PrefixHasher
-from workers.thread import EngineThread
+from workers.thread import HAND_OVER_MOST, HAND_OVER_S, EngineThread
 from workers.types import FinishReason, Load, SteppedEngine, TokenDelta, Work, WorkId
 
 PATIENCE_S = 20.0
@@ -308,3 +310,104 @@ def test_deltas_after_an_ending_are_dropped(consume: Consume) -> None:
     consumer.thread.submit(work(1, [1], 3))
     consumer.wait(lambda: consumer.ended(1))
     assert consumer.answers.keys() == {WorkId("r", 1)}
+
+
+class Ahead(FakeEngine):
+    """Says that a device computes while nobody steps it, and notes in `log` how many outputs each step brought."""
+
+    def __init__(self, log: list[int | str], *, is_ahead: bool = True) -> None:
+        super().__init__()
+        self._log = log
+        self._is_ahead = is_ahead
+        self.before_step: Callable[[], None] = lambda: None
+
+    @property
+    def is_ahead(self) -> bool:
+        return self._is_ahead
+
+    def step(self) -> bool:
+        self.before_step()
+        return super().step()
+
+    def drain_outputs(self) -> list[TokenDelta]:
+        outputs = super().drain_outputs()
+        self._log.append(len(outputs))
+        return outputs
+
+
+class Taken(threading.Event):
+    """Notes in `log` that somebody waits for it, and for how long at most."""
+
+    def __init__(self, log: list[int | str], waits: list[float | None]) -> None:
+        super().__init__()
+        self._log = log
+        self._waits = waits
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._log.append("waits")
+        self._waits.append(timeout)
+        return super().wait(timeout)
+
+
+def test_whoever_drains_goes_before_the_next_step(consume: Consume, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was to be launched only when the one before it is over held up who was to send its tokens."""
+    monkeypatch.setattr(thread_module, "HAND_OVER_S", PATIENCE_S)
+    engine, left = Ahead([]), list[int]()
+    consumer = consume(engine)
+    engine.before_step = lambda: left.append(len(consumer.thread._outputs))
+    consumer.thread.submit(work(1, [1], 9))
+    while not consumer.ended(1):
+        assert consumer.news.wait(PATIENCE_S)
+        consumer.news.clear()
+        time.sleep(0.002)  # for many a step of an engine that does not wait
+        consumer.drain()
+    consumer.wait(lambda: consumer.thread.load().num_running == 0)
+    assert left[:9] == [0] * 9
+
+
+def test_who_drains_when_it_is_told_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_module, "HAND_OVER_S", 10 * PATIENCE_S)
+    answers: dict[WorkId, Answer] = {}
+    has_ended = threading.Event()
+
+    def take() -> None:
+        gather(thread.drain_outputs(), answers)
+        if any(answer.finish is not None for answer in answers.values()):
+            has_ended.set()
+
+    thread = EngineThread(Ahead([]), take)
+    try:
+        thread.submit(work(1, [1], 9))
+        assert has_ended.wait(PATIENCE_S)
+    finally:
+        thread.close()
+        assert thread.join(PATIENCE_S)
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_few_tokens_are_waited_for_a_moment_and_only_while_a_device_computes(consume: Consume, is_ahead: bool) -> None:
+    """By an engine from which nobody takes them: its works end all the same."""
+    log, waits, most = list[int | str](), list[float | None](), HAND_OVER_MOST + 4
+    engine, can_go = Ahead(log, is_ahead=is_ahead), threading.Event()
+    engine.before_step = lambda: assert_true(can_go.wait(PATIENCE_S))
+    consumer = consume(engine)
+    consumer.thread._taken = Taken(log, waits)
+    for number in range(most):
+        consumer.thread.submit(work(number, [1], 3 + number))
+    can_go.set()
+    give_up = time.monotonic() + PATIENCE_S
+    while (load := consumer.thread.load()).num_taken != most or load.num_running or load.num_waiting:
+        assert time.monotonic() < give_up, "nothing happened"
+        time.sleep(0.01)
+    waited_after = [before for before, entry in itertools.pairwise(log) if entry == "waits"]
+    expected = [entry for entry in log if isinstance(entry, int) and is_ahead and 0 < entry <= HAND_OVER_MOST]
+    assert waited_after == expected
+    assert waits == [HAND_OVER_S] * len(expected)
+    assert expected or not is_ahead, "few came"
+    assert any(isinstance(entry, int) and entry > HAND_OVER_MOST for entry in log), "many came"
+    consumer.drain()
+    assert consumer.ended(*range(most))
+
+
+def assert_true(condition: bool) -> None:
+    assert condition
