@@ -36,7 +36,7 @@ BLOCKED_WAIT_S = 0.005
 """How long to wait for a command while works are there but none of them can go on."""
 HAND_OVER_S = 0.0005
 """How long to wait, while a device computes, for somebody to take what is to leave now. The interpreter runs one thread
-at a time: the next step, which is to be launched only when this one is over, would hold whoever sends it up."""
+at a time, and planning the next step, for which there is time, would hold up whoever sends it."""
 HAND_OVER_MOST = 16
 """Of more tokens together none is so urgent, and the next step takes its time."""
 _CANCELLED: Final = Finish(reason=FinishReason.CANCELLED)
