@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton", reason="triton is not installed; it is part of the dev extra")
 
-from tests.workers.random_models import write_random_model
+from tests.workers.random_models import HIDDEN, write_random_model
 from workers.errors import ModelFileError
+from workers.gpu.mixed import MAX_CHUNKS
 from workers.gpu.model import GpuModel
 from workers.weights.checkpoint import open_checkpoint
 
@@ -40,3 +41,24 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, device: torch.dev
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ModelFileError, match=f"tensor {name}: has numbers that are not finite"):
         GpuModel(open_checkpoint(path), torch.float32, device)
+
+
+@pytest.mark.parametrize("num_slots", [6, 600])
+def test_graphs_have_their_logits_in_one_place_that_has_room_for_the_largest(
+    tmp_path: Path, device: torch.device, num_slots: int
+) -> None:
+    """As much as slots have rows was too little for the chunks beside few sequences, so that each graph had logits of
+    its own, and twice too much for many."""
+    model = GpuModel(open_checkpoint(write_random_model(tmp_path / "model", "llama")), torch.float32, device)
+    opened = model.open(
+        num_blocks=8, block_size=4, num_slots=num_slots, max_model_len=16, chunk_tokens=64, graph_sizes=(1, 3)
+    )
+    forward, sizes = opened._forward, opened._mixed_sizes.all()
+    assert forward is not None
+    counts = [*opened.graph_sizes, *(size.samples for size in sizes)]
+    assert max(counts) == 4 + MAX_CHUNKS
+    places = {forward._logits(torch.zeros(count, HIDDEN, device=device)).data_ptr() for count in counts}
+    assert len(places) == 1
+    assert len(forward._head_room) == max(counts)
+    assert len(forward._logits(torch.zeros(max(counts) + 1, HIDDEN, device=device))) == max(counts) + 1
+    opened.close()

@@ -22,7 +22,7 @@ from workers.gpu.drawing import Drawer
 from workers.gpu.flash import HostSpans, Spans
 from workers.gpu.graphs import Graphs
 from workers.gpu.layout import BlockCache, Rows, StepMemory
-from workers.gpu.mixed import MAX_CHUNKS, MixedRows, MixedSize, MixedSizes, arrange, padding
+from workers.gpu.mixed import MixedRows, MixedSize, MixedSizes, arrange, most_samples, padding
 from workers.gpu.model import GpuForward
 from workers.gpu.parameters import Likeliest, Sampling
 from workers.gpu.upload import Upload, aligned
@@ -53,8 +53,7 @@ class GpuDevice:
         self._memory = memory
         self._cache = cache
         device = memory.cells.device
-        most = max(graph_sizes, default=0)
-        max_chunks = max(self.num_slots, aligned(most) + MAX_CHUNKS)
+        max_chunks = max(self.num_slots, most_samples(graph_sizes))
         self._drawer = Drawer(max_chunks, memory, device)
         self._sampling = Sampling(memory, self._drawer)
         max_rows = max(chunk_tokens, max_chunks)
@@ -63,7 +62,7 @@ class GpuDevice:
         self._num_launched = 0
         self._mixed_sizes = MixedSizes.none()
         if graph_sizes and forward.is_capturable:
-            singles = sorted({aligned(min(FEW_SINGLES, most)), aligned(most)})
+            singles = sorted({aligned(min(FEW_SINGLES, max(graph_sizes))), aligned(max(graph_sizes))})
             self._mixed_sizes = MixedSizes(
                 singles, chunk_tokens=chunk_tokens, max_context=memory.max_tokens, flop_per_row=forward.flop_per_row
             )

@@ -120,6 +120,12 @@ class MixedSizes:
         return MixedSize(singles, rows, MAX_CHUNKS, singles + MAX_CHUNKS, rows, self._max_context)
 
 
+def most_samples(graph_sizes: Sequence[int]) -> int:
+    """Return behind how many rows a graph draws tokens at most, where there are graphs of as many decodes as
+    `graph_sizes` say, and of such beside chunks."""
+    return aligned(max(graph_sizes)) + MAX_CHUNKS if graph_sizes else 0
+
+
 def arrange(step: DeviceStep, sizes: MixedSizes, spare_slot: int) -> tuple[MixedSize, list[Ints], HostSpans]:
     """Return the size of `step`, padded if it can be, what the device must receive of it, and of that what it is
     without padding."""

@@ -20,6 +20,7 @@ from workers.errors import ModelFileError
 from workers.gpu import flash
 from workers.gpu.attention import DecodeAttention
 from workers.gpu.layout import BlockCache, Rows, StepMemory
+from workers.gpu.mixed import most_samples
 from workers.gpu.projection import project
 from workers.gpu.rows import Heads, add_norm, embed, gate, rotate_store
 from workers.gpu.upload import aligned
@@ -86,7 +87,7 @@ class GpuModel:
         graph_sizes: tuple[int, ...],
     ) -> GpuDevice:  # fmt: skip
         """Return the model at work with a cache of its own. Steps have at most `chunk_tokens` rows; decode steps of
-        `graph_sizes` are captured as graphs now."""
+        `graph_sizes`, and such beside chunks, are captured as graphs now."""
         from workers.gpu.device import GpuDevice
 
         memory = StepMemory(
@@ -97,7 +98,9 @@ class GpuModel:
             num_layers=self.shape.num_layers, num_blocks=num_blocks, block_size=block_size,
             num_kv_heads=self.shape.num_kv_heads, head_dim=self.shape.head_dim, dtype=self.dtype, device=self.device,
         )  # fmt: skip
-        forward = GpuForward(self, memory, cache, max_decodes=aligned(num_slots))
+        forward = GpuForward(
+            self, memory, cache, max_decodes=aligned(num_slots), max_graph_samples=most_samples(graph_sizes)
+        )
         self.kernels = f"triton, {forward.prompt_kernel}"
         return GpuDevice(forward, memory, cache, chunk_tokens=chunk_tokens, graph_sizes=graph_sizes)
 
@@ -148,9 +151,12 @@ class GpuModel:
 
 
 class GpuForward:
-    """A model over one cache: rows become logits, and their keys and values stay in the cache."""
+    """A model over one cache: rows become logits, and their keys and values stay in the cache. Logits are there until
+    the next ones. No graph draws behind more than `max_graph_samples` rows."""
 
-    def __init__(self, model: GpuModel, memory: StepMemory, cache: BlockCache, *, max_decodes: int) -> None:
+    def __init__(
+        self, model: GpuModel, memory: StepMemory, cache: BlockCache, *, max_decodes: int, max_graph_samples: int = 0
+    ) -> None:
         self._model = model
         self._memory = memory
         self._layers = list(zip(model.layers, cache.layers, strict=True))
@@ -170,8 +176,8 @@ class GpuForward:
         products = (layer.qkv, layer.output, layer.gate_up, layer.down)
         self.flop_per_row = 2.0 * len(model.layers) * sum(product.weight.numel() for product in products)
         """The arithmetic of products, the head's apart."""
-        self._head_room = torch.empty(max_decodes, shape.vocab_size, dtype=torch.float32, device=model.device)
-        """One for all graphs."""
+        self._head_room = torch.empty(max_graph_samples, shape.vocab_size, dtype=torch.float32, device=model.device)
+        """One for the logits of all graphs."""
 
     @property
     def vocab_size(self) -> int:
