@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +50,17 @@ class FakeGpu:
     type = "cuda"
 
 
+def try_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = flash._try
+
+    def on_cpu(
+        attend: Attend, dtype: torch.dtype, size: tuple[int, int, int, int], device: object, *, is_padded: bool
+    ) -> None:
+        tried(attend, dtype, size, torch.device("cpu"), is_padded=is_padded)
+
+    monkeypatch.setattr(flash, "_try", on_cpu)
+
+
 def test_a_kernel_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed is tried on a small problem first; what is not installed is no news."""
 
@@ -63,13 +76,43 @@ def test_a_kernel_that_fails_or_is_wrong_is_passed_over(monkeypatch: pytest.Monk
     def candidates() -> Iterator[tuple[str, Callable[[], Attend]]]:
         yield from (("a", missing), ("b", failing), ("c", wrong), ("d", lambda: sdpa), ("e", wrong))
 
-    tried = flash._try
-
-    def on_cpu(attend: Attend, dtype: torch.dtype, size: tuple[int, int, int, int], device: object) -> None:
-        tried(attend, dtype, size, torch.device("cpu"))
-
     monkeypatch.setattr(flash, "_candidates", candidates)
-    monkeypatch.setattr(flash, "_try", on_cpu)
+    try_on_cpu(monkeypatch)
     assert flash.choose(torch.float16, SIZE, FakeGpu())[0] == "d"  # type: ignore[arg-type]
     monkeypatch.setattr(flash, "_candidates", lambda: iter([("c", wrong)]))
     assert flash.choose(torch.float16, SIZE, FakeGpu()) == ("sdpa", sdpa)  # type: ignore[arg-type]
+
+
+def with_garbage(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, causal: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Stands for FlashAttention 3, whose result is memory of its own: rows of no chunk have what was there before."""
+    assert causal
+    unused = Rows(cu_seqlens_q, cu_seqlens_q)
+    out = torch.full_like(queries, torch.nan)
+    sdpa(queries, keys, values, Spans(unused, page_table, cu_seqlens_q, cache_seqlens, max_seqlen_q, 0), out)
+    return out
+
+
+def garbage_too(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Spans, out: torch.Tensor
+) -> None:
+    out.fill_(torch.nan)
+    sdpa(queries, keys, values, spans, out)
+
+
+def test_flash_attn_3_leaves_rows_of_no_chunk_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had for them went on to the layers behind, whose keys and values of padding are in the spare block, and
+    that block is part of tables: a NaN there is one in the answers of others."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_with_kvcache=with_garbage))
+    monkeypatch.setattr(flash, "_candidates", lambda: iter([("flash-attn 3", flash._load_3)]))
+    try_on_cpu(monkeypatch)
+    assert flash.choose(torch.float16, SIZE, FakeGpu())[0] == "flash-attn 3"  # type: ignore[arg-type]
+
+
+def test_only_who_pads_steps_needs_a_kernel_that_leaves_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    try_on_cpu(monkeypatch)
+    for name, chosen in (("flash-attn 2", "flash-attn 2"), ("flash-attn 3", "sdpa")):
+        monkeypatch.setattr(flash, "_candidates", lambda name=name: iter([(name, lambda: garbage_too)]))
+        assert flash.choose(torch.float16, SIZE, FakeGpu())[0] == chosen  # type: ignore[arg-type]

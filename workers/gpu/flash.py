@@ -52,7 +52,8 @@ class Spans:
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Spans, torch.Tensor], None]
 """Maps queries [rows, heads, dim] and keys and values in blocks [block, place, kv_head, dim] to the last tensor, of the
-size of the first. What it has for rows of no chunk stays as it is."""
+size of the first. What that has for rows of no chunk stays as it is, if the kernel is `CAPTURABLE`: others are given no
+such rows."""
 
 
 def sdpa(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Spans, out: torch.Tensor) -> None:
@@ -91,7 +92,7 @@ def choose(dtype: torch.dtype, size: tuple[int, int, int, int], device: torch.de
     for name, load in _candidates():
         try:
             attend = load()
-            _try(attend, dtype, size, device)
+            _try(attend, dtype, size, device, is_padded=name in CAPTURABLE)
         except ImportError:
             continue
         except Exception as error:  # a library for another chip, or another release of it
@@ -109,22 +110,27 @@ def _candidates() -> Iterator[tuple[str, Callable[[], Attend]]]:
     yield "flash-attn 2", _load_2
 
 
-def _try(attend: Attend, dtype: torch.dtype, size: tuple[int, int, int, int], device: torch.device) -> None:
-    """Raise unless `attend` agrees with torch."""
+def _try(
+    attend: Attend, dtype: torch.dtype, size: tuple[int, int, int, int], device: torch.device, *, is_padded: bool
+) -> None:
+    """Raise unless `attend` agrees with torch. `is_padded`: with a chunk of no rows and rows of no chunk, too."""
     num_heads, num_kv_heads, dim, block_size = size
-    ends, lengths = [0, 7, 8, 21], [7, 40, 33]
-    num_blocks = -(-40 // block_size)
+    num_rows, ends, lengths = 21, [0, 7, 8, 21], [7, 40, 33]
+    if is_padded:
+        num_rows, ends, lengths = 24, [*ends, 21], [*lengths, 0]
+    num_chunks, num_blocks = len(lengths), -(-40 // block_size)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    tables = torch.randperm(3 * num_blocks, device=device, generator=generator).int().view(3, num_blocks)
+    order = torch.randperm(num_chunks * num_blocks, device=device, generator=generator).int()
     device_ends, device_lengths = (torch.tensor(own, dtype=torch.int32, device=device) for own in (ends, lengths))
-    spans = Spans(Rows(device_ends, device_ends), tables, device_ends, device_lengths, 13, 40, (ends, lengths))
-    keys, values = (random(3 * num_blocks, block_size, num_kv_heads, dim) for _ in range(2))
-    queries = random(21, num_heads, dim)
-    own, expected = torch.empty_like(queries), torch.empty_like(queries)
+    rows, tables = Rows(device_ends, device_ends), order.view(num_chunks, num_blocks)
+    spans = Spans(rows, tables, device_ends, device_lengths, 13, 40, (ends, lengths))
+    keys, values = (random(num_chunks * num_blocks, block_size, num_kv_heads, dim) for _ in range(2))
+    queries = random(num_rows, num_heads, dim)
+    own, expected = torch.zeros_like(queries), torch.zeros_like(queries)
     attend(queries, keys, values, spans, own)
     sdpa(queries, keys, values, spans, expected)
     error = (own - expected).float().abs().max().item()
@@ -165,7 +171,8 @@ def _load_3() -> Attend:
             queries, keys, values, cache_seqlens=spans.lengths, page_table=spans.tables, cu_seqlens_q=spans.ends,
             max_seqlen_q=spans.max_rows, causal=True,
         )  # fmt: skip
-        out.copy_(mixed)
+        is_of_chunk = torch.arange(len(out), device=out.device) < spans.ends[-1]
+        torch.where(is_of_chunk[:, None, None], mixed, out, out=out)  # the others have what was in that memory before
 
     return attend
 
