@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed; it is part of the
 
 from tests.gpu.twins import TableOfRows, heads_of, norms_of, rotated
 from workers.gpu import attention
-from workers.gpu.attention import DecodeAttention, splits_of
+from workers.gpu.attention import DecodeAttention, splits_of, tile_of
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,18 @@ def test_splits_keep_a_gpu_busy_and_are_no_more_than_needed() -> None:
         4,
         1,
     ]
+
+
+@pytest.mark.parametrize(("num", "num_kv", "dim"), [(9, 3, 64), (16, 8, 128), (32, 8, 128)])
+def test_each_kernel_has_a_number_of_rows_that_has_it_compiled(num: int, num_kv: int, dim: int) -> None:
+    """A kernel for many rows was compiled when the first step of so many came, unless a graph of them was made."""
+    device = torch.device("cpu")
+    decode = DecodeAttention(heads_of(device, num=num, num_kv=num_kv, dim=dim, max_tokens=1), 1, device)
+
+    def kind(num_rows: int) -> tuple[bool, tuple[int, int]]:
+        return num_rows == 1, tile_of(num_rows * num_kv, num // num_kv, dim)
+
+    for most in (1, 2, 100, 600):
+        sizes = decode.sizes_of_kinds(most)
+        assert [kind(size) for size in sizes] == list(dict.fromkeys(kind(size) for size in range(1, most + 1)))
+        assert max(sizes) <= most

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("triton", reason="triton is not installed; it is part of the dev extra")
 
-from tests.workers.random_models import HIDDEN, write_random_model
+from tests.workers.random_models import HIDDEN, KV_HEADS, write_random_model
 from workers.errors import ModelFileError
+from workers.gpu import attention
+from workers.gpu import device as gpu_device
 from workers.gpu.mixed import MAX_CHUNKS
 from workers.gpu.model import GpuModel
 from workers.weights.checkpoint import open_checkpoint
@@ -61,4 +63,22 @@ def test_graphs_have_their_logits_in_one_place_that_has_room_for_the_largest(
     assert len(places) == 1
     assert len(forward._head_room) == max(counts)
     assert len(forward._logits(torch.zeros(max(counts) + 1, HIDDEN, device=device))) == max(counts) + 1
+    opened.close()
+
+
+def test_before_any_step_each_kind_of_them_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no request waits for a compiler, whatever graphs there are. One step after the other: where kernels are
+    interpreted, only one is at a time."""
+    monkeypatch.setattr(gpu_device, "NUM_COMPILERS", 1)
+    monkeypatch.setattr(attention, "tile_of", lambda num_pairs, *_: (64, 1) if num_pairs >= 3 * KV_HEADS else (32, 1))
+    model = GpuModel(
+        open_checkpoint(write_random_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu")
+    )
+    opened = model.open(num_blocks=8, block_size=4, num_slots=4, max_model_len=16, chunk_tokens=8, graph_sizes=())
+    forward, counts = opened._forward, list[int]()
+    assert forward is not None
+    decode = forward.decode
+    monkeypatch.setattr(forward, "decode", lambda rows, count: (counts.append(count), decode(rows, count))[1])
+    opened._warm(forward)
+    assert sorted(counts) == [1, 2, 3]
     opened.close()

@@ -153,7 +153,7 @@ class DecodeAttention:
         heads, num_rows = self._heads, len(qkv)
         q_norm, k_norm = norms or (heads.cos, heads.cos)
         group, splits = heads.num // heads.num_kv, splits_of(num_rows, heads.num_kv)
-        tile, num_warps = tile_of(num_rows * heads.num_kv, group, heads.dim)
+        tile, num_warps = self._tile(num_rows)
         launch(
             _attend, (heads.num_kv, num_rows, splits),  # heads of a row at once: their keys lie side by side
             qkv, keys, values, memory.tables, rows.slots, rows.positions, heads.cos, heads.sin, q_norm, k_norm,
@@ -164,6 +164,17 @@ class DecodeAttention:
             BLOCK=memory.block_size, TILE=tile, HAS_NORM=norms is not None, EARLY=num_rows == 1,
             PRECISION="ieee" if qkv.dtype is torch.float32 else "tf32", num_warps=num_warps, num_stages=3,
         )  # fmt: skip
+
+    def sizes_of_kinds(self, max_rows: int) -> list[int]:
+        """Return a number of rows for each of the kernels that up to `max_rows` rows are computed with."""
+        least: dict[object, int] = {}
+        for num_rows in range(1, max_rows + 1):
+            least.setdefault((num_rows == 1, self._tile(num_rows)), num_rows)
+        return list(least.values())
+
+    def _tile(self, num_rows: int) -> tuple[int, int]:
+        heads = self._heads
+        return tile_of(num_rows * heads.num_kv, heads.num // heads.num_kv, heads.dim)
 
 
 LOG2_E = 1.4426950408889634

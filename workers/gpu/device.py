@@ -10,6 +10,7 @@ Everything is in one stream, so steps follow each other and `launch` waits for n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,11 +105,8 @@ class GpuDevice:
             numbers = torch.tensor([[spare] * count, [0] * count], dtype=torch.int32, device=device)
             return Rows(numbers[0].clone(), numbers[1].clone())
 
-        def decode_one() -> None:
-            forward.decode(rows(1), 1)
-
-        def decode() -> None:
-            self._drawer.take_largest(forward.decode(rows(2), 2), rows(2))
+        def decode(count: int) -> None:
+            self._drawer.take_largest(forward.decode(rows(count), count), rows(count))
 
         def compute() -> None:
             one, zero = rows(1), torch.zeros(1, dtype=torch.int64, device=device)
@@ -121,10 +119,10 @@ class GpuDevice:
             logits = torch.zeros(1, forward.vocab_size, device=device)
             self._drawer.draw(logits, rows(1), torch.zeros(1, 5, dtype=torch.float64, device=device), sorts=True)
 
+        steps: list[Callable[[], None]] = [draw, compute]
+        steps += [partial(decode, count) for count in forward.sizes_of_kinds(self.num_slots)]
         with ThreadPoolExecutor(NUM_COMPILERS) as compilers:
-            for done in [
-                compilers.submit(torch.inference_mode()(step)) for step in (draw, compute, decode, decode_one)
-            ]:
+            for done in [compilers.submit(torch.inference_mode()(step)) for step in steps]:
                 done.result()
 
     def _capture(self) -> None:

@@ -183,6 +183,10 @@ class GpuForward:
     def vocab_size(self) -> int:
         return self._model.shape.vocab_size
 
+    def sizes_of_kinds(self, max_rows: int) -> list[int]:
+        """Return a number of rows for each way in which `decode` computes up to `max_rows` rows."""
+        return self._attend.sizes_of_kinds(max_rows)
+
     def decode(self, rows: Rows, num_rows: int) -> torch.Tensor:
         """Compute rows each of a slot of its own; return logits [rows, vocab] in fp32."""
         if num_rows == 1:
