@@ -71,14 +71,11 @@ class DeviceStep:
     position 0 of the spare slot, `Device.num_slots`, whose only block is the spare one."""
     num_chunks: int
     is_decode: bool
-    """Whether every chunk is one row, from which a token is drawn: a step that a graph may compute."""
+    """Whether every chunk is one row, from which a token is drawn."""
     goes_on: bool
     """Whether this step is the last one with all its positions moved on by one, padding apart."""
     samples: npt.NDArray[np.bool_]
     """[num_chunks]: whether a token is drawn behind the chunk's last row."""
-    num_rows: int
-    max_context: int
-    """The most tokens that a row attends to, its own included."""
     newcomers: list[Newcomer] = field(default_factory=list)
     tables: list[TableWrite] = field(default_factory=list)
     copies: tuple[tuple[int, int], ...] = ()

@@ -53,7 +53,7 @@ class Drawn:
         rows = np.arange(count, dtype=np.int32), np.full(count, len(HISTORY) - 1, np.int32), np.ones(count, np.int32)
         return DeviceStep(
             slots=rows[0], starts=rows[1], counts=rows[2], num_chunks=count, is_decode=True, goes_on=False,
-            samples=np.ones(count, dtype=np.bool_), num_rows=count, max_context=len(HISTORY), **changes,
+            samples=np.ones(count, dtype=np.bool_), **changes,
         )  # fmt: skip
 
     def tokens(self, logits: torch.Tensor, **changes: Any) -> list[int]:

@@ -71,7 +71,6 @@ def step_of(chunks: Sequence[Chunk]) -> DeviceStep:
     """Return a step of `chunks`, each of a slot of its own, the last slot first."""
     starts, counts, samples = zip(*chunks, strict=True)
     slots = np.arange(NUM_SLOTS, dtype=np.int32)[::-1][: len(chunks)]
-    ends = np.array(starts, dtype=np.int32) + np.array(counts, dtype=np.int32)
     return DeviceStep(
         slots=slots,
         starts=np.array(starts, dtype=np.int32),
@@ -80,8 +79,6 @@ def step_of(chunks: Sequence[Chunk]) -> DeviceStep:
         is_decode=False,
         goes_on=False,
         samples=np.array(samples, dtype=np.bool_),
-        num_rows=sum(counts),
-        max_context=int(ends.max()),
     )
 
 

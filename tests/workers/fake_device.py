@@ -86,8 +86,6 @@ class FakeDevice:
         assert len(step.slots) == len(step.starts) == len(step.counts)
         assert len(step.samples) == num_chunks
         assert len(set(step.slots[:num_chunks].tolist())) == num_chunks
-        assert step.num_rows == step.counts[:num_chunks].sum()
-        assert step.max_context == (step.starts + step.counts)[:num_chunks].max()
         if step.is_decode:
             assert step.samples.all()
             assert len(step.slots) in GRAPH_SIZES or num_chunks == len(step.slots) > GRAPH_SIZES[-1]
