@@ -64,14 +64,14 @@ class EngineThread:
         self._notify = notify
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
-        """Guards `_outputs`, `_events` and `_is_closed`."""
+        """Guards `_outputs`, `_taken`, `_events` and `_is_closed`."""
         self._outputs: list[TokenDelta] = []
         self._events: list[KvEvent] = []
         self._load = engine.load()
         self._open: dict[WorkId, set[int]] = {}
         """The choices of each work that have not ended; the engine's thread only."""
         self._taken = threading.Event()
-        """Whether outputs were drained since they were last announced."""
+        """Whether outputs were drained since some were last added."""
         self._is_closed = False
         """Whether `close` was called; a work that comes later never reaches the engine."""
         self._is_running = True
@@ -103,7 +103,7 @@ class EngineThread:
     def drain_outputs(self) -> list[TokenDelta]:
         with self._lock:
             outputs, self._outputs = self._outputs, []
-        self._taken.set()
+            self._taken.set()
         return outputs
 
     def kv_events(self, *, anew: bool = False) -> list[KvEvent]:
@@ -215,12 +215,12 @@ class EngineThread:
             # With the events, so that a reader between two equal loads has all events that the load knows of.
             self._load = load
             self._outputs += outputs
+            self._taken.clear()
             self._events += events
             has_only_events = bool(self._events) and not self._outputs
         is_due = self._emission.is_due(step_s=now - began, now=now, is_last=not is_busy)
         if is_due or has_only_events or has_news:
             self._emission.release()  # whatever waits leaves with it
-            self._taken.clear()
             self._notify()
             if is_due and len(outputs) <= HAND_OVER_MOST and self._engine.is_ahead:
                 self._taken.wait(HAND_OVER_S)

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from octavo.names import Reason
@@ -380,6 +381,30 @@ def test_who_drains_when_it_is_told_is_not_waited_for(monkeypatch: pytest.Monkey
         thread.submit(work(1, [1], 9))
         assert has_ended.wait(PATIENCE_S)
     finally:
+        thread.close()
+        assert thread.join(PATIENCE_S)
+
+
+def test_what_was_taken_before_it_is_announced_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is awake already may drain between the two."""
+    monkeypatch.setattr(thread_module, "HAND_OVER_S", 10 * PATIENCE_S)
+    answers: dict[WorkId, Answer] = {}
+    has_ended = threading.Event()
+    thread = EngineThread(Ahead([]), lambda: None)
+    is_due = thread._emission.is_due
+
+    def take_first(**keys: Any) -> bool:
+        gather(thread.drain_outputs(), answers)
+        if any(answer.finish is not None for answer in answers.values()):
+            has_ended.set()
+        return is_due(**keys)
+
+    monkeypatch.setattr(thread._emission, "is_due", take_first)
+    try:
+        thread.submit(work(1, [1], 9))
+        assert has_ended.wait(PATIENCE_S)
+    finally:
+        thread._taken.set()
         thread.close()
         assert thread.join(PATIENCE_S)
 
