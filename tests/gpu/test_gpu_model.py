@@ -14,6 +14,7 @@ from tests.workers.random_models import HIDDEN, KV_HEADS, write_random_model
 from workers.errors import ModelFileError
 from workers.gpu import attention
 from workers.gpu import device as gpu_device
+from workers.gpu.device import PACE, GpuDevice
 from workers.gpu.mixed import MAX_CHUNKS
 from workers.gpu.model import GpuModel
 from workers.weights.checkpoint import open_checkpoint
@@ -82,3 +83,23 @@ def test_before_any_step_each_kind_of_them_was_computed(tmp_path: Path, monkeypa
     opened._warm(forward)
     assert sorted(counts) == [1, 2, 3]
     opened.close()
+
+
+@pytest.mark.parametrize(
+    ("graph_sizes", "is_capturable", "flop_per_row", "interval"),
+    [((1, 3), True, 1e9, 1), ((), True, 1e9, PACE), ((1, 3), False, 1e9, PACE), ((1, 3), True, 1e12, PACE)],
+    ids=["graphs", "none are wanted", "a kernel for none", "too much arithmetic"],
+)
+def test_newcomers_wait_for_each_other_where_steps_with_them_are_no_graphs(
+    tmp_path: Path, graph_sizes: tuple[int, ...], is_capturable: bool, flop_per_row: float, interval: int
+) -> None:
+    model = GpuModel(
+        open_checkpoint(write_random_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu")
+    )
+    opened = model.open(num_blocks=8, block_size=4, num_slots=6, max_model_len=16, chunk_tokens=64, graph_sizes=())
+    forward = opened._forward
+    assert forward is not None
+    forward.is_capturable, forward.flop_per_row = is_capturable, flop_per_row
+    device = GpuDevice(forward, opened._memory, opened._cache, chunk_tokens=64, graph_sizes=graph_sizes)
+    assert device.prefill_interval == interval
+    assert bool(device._mixed_sizes.all()) == (interval == 1)
