@@ -154,7 +154,8 @@ async def test_the_router_s_own_deadline(way: str) -> None:
 
 
 async def test_the_deadline_reaches_the_back(rig: Rig, way: str) -> None:
-    """The back knows the deadline and may be the one who tells that it passed. On its way gRPC rounds it up, by 1 % at most."""
+    """The back knows the deadline and may be the one who tells that it passed. On its way gRPC rounds it up, by 1 % at
+    most."""
     rig.backend.script = lambda work: work.end(DeadlineError("expired in the queue"))
     before = time.monotonic()
     outcome = await rig.run(way, text_request())
