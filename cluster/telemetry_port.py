@@ -1,12 +1,14 @@
 """A port that answers ``GET /metrics`` over HTTP with Prometheus text, and the other end: who asks such a port.
 
 No TLS, no credentials, one answer a connection, a few connections at a time; whoever is idle or slow is cut off. Its
-thread sleeps until somebody asks. Knows text, not what is in it.
+thread sleeps until somebody asks, and for a moment when the process has no descriptor left to answer with. Knows text,
+not what is in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import socketserver
@@ -22,8 +24,12 @@ from cluster.telemetry_text import CONTENT_TYPE
 PATH: Final = "/metrics"
 MAX_CONNECTIONS: Final = 8
 IDLE_S: Final = 5.0
+PAUSE_S: Final = 1.0
+"""After a connection that could not be accepted for want of descriptors or memory. It still waits, so that the next
+try would be at once; asyncio's servers pause as long."""
 MAX_BYTES: Final = 32 * 1024 * 1024
 """Of an answer."""
+_WANT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _log = logging.getLogger(__name__)
 
@@ -35,20 +41,19 @@ class MetricsPort:
     def __init__(self, host: str, port: int, text: Callable[[], str], *, is_shared: bool = False) -> None:
         self._server = _Server(host.strip("[]"), port, text, is_shared=is_shared)
         self.port: int = self._server.server_address[1]
-        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="octavo-metrics", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Listen no more."""
-        self._is_stopped = True
+        self._server.is_stopped.set()
         with contextlib.suppress(OSError):
             self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which no timer does
         self._thread.join(1.0)
         self._server.server_close()
 
     def _run(self) -> None:
-        while not self._is_stopped:
+        while not self._server.is_stopped.is_set():
             self._server.handle_request()
 
 
@@ -87,6 +92,7 @@ class _Server(ThreadingHTTPServer):
         self.allow_reuse_port = is_shared
         self._text, self._turn = text, threading.Lock()
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.is_stopped = threading.Event()
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
@@ -97,11 +103,24 @@ class _Server(ThreadingHTTPServer):
         with self._turn:
             return self._text().encode()
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in _WANT and not self.is_stopped.is_set():
+                _log.warning("no connection is accepted for %g s: %s", PAUSE_S, error)
+                self.is_stopped.wait(PAUSE_S)
+            raise
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._places.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started, which would have given the place back
+            self._places.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from octavo.internal.v1 import data_plane_pb2 as pb
 
+MAX_TOKENS: Final = 4 * 1024 * 1024
+"""Of the works in a message: 20 MiB at most, of the 64 that a message may have. Of a long beginning that a group shares
+a batch counts the tokens once, and yet each of its works brings them all."""
 WINDOW_BATCHES = 16
 """StepBatches that may be on the way; a router that falls further behind gets them merged."""
 
@@ -13,6 +18,8 @@ class LinkOutbox:
 
     def __init__(self) -> None:
         self._dispatches: list[pb.AttachRequest] = []
+        self._num_tokens = 0
+        """Of the last of them."""
         self._aborts: list[tuple[int, int | None]] = []
         """Work ids, with the index of a choice if only that one ends."""
         self._wants_resync = False
@@ -24,9 +31,13 @@ class LinkOutbox:
         return self._num_taken >= WINDOW_BATCHES // 2
 
     def add(self, batch_id: int, work: pb.Work) -> None:
-        """Send `work`, with others of the same batch."""
-        if not self._dispatches or self._dispatches[-1].dispatch.batch_id != batch_id:
+        """Send `work`, with others of the same batch as long as they fit."""
+        num_tokens = _num_tokens(work)
+        self._num_tokens += num_tokens
+        is_begun = self._dispatches and self._dispatches[-1].dispatch.batch_id == batch_id
+        if not is_begun or self._num_tokens > MAX_TOKENS:
             self._dispatches.append(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=batch_id)))
+            self._num_tokens = num_tokens
         self._dispatches[-1].dispatch.work.append(work)
 
     def abort(self, work_id: int, index: int | None) -> None:
@@ -63,3 +74,11 @@ class LinkOutbox:
                 messages[-1].credit.step_batches = self._num_taken
                 self._num_taken = 0
         return messages
+
+
+def _num_tokens(work: pb.Work) -> int:
+    if work.HasField("pool"):
+        return len(work.pool.token_ids)
+    generate = work.generate
+    num_received = len(generate.received_token_ids) + sum(len(choice.ids) for choice in generate.received_choices)
+    return len(generate.prompt_token_ids) + num_received

@@ -189,7 +189,13 @@ class _Decode:
         samples: tuple[bool, ...],
         counts: tuple[int, ...],
     ) -> bool:
-        """Whether these are the columns of the next step of the same sequences."""
+        """Whether these are the columns of the next step of the same sequences.
+
+        Their block tables need no comparing: they are the same lists, longer by the blocks that begin. A sequence keeps
+        its blocks while a step of it is in flight. If it has lost them since, the plan that took them has somebody in
+        it, who needed them, and not this sequence: it is no longer in the last step. And where a block is replaced by
+        a copy, the copy is the plan's, and `launch` does not go on.
+        """
         return (
             sequences == self.sequences
             and samples == self.samples

@@ -27,6 +27,14 @@ class AttachedRouter:
         """Until a load counts so many works, this router does not know of some that others have sent; 0: it does."""
         self._last_counted = 0
 
+    def begin(self, batch_id: int, num_steps: int) -> Batch:
+        """Return the books of a batch of which a message has come after `num_steps` of the engine; a batch that is too
+        large for one comes in several."""
+        if not self.batches or self.batches[-1].batch_id != batch_id:
+            self.batches.append(Batch(batch_id))
+        self.batches[-1].num_steps = num_steps
+        return self.batches[-1]
+
     def last_counted_batch(self, load: Load) -> int:
         while self.batches and self.batches[0].is_counted(load):
             self._last_counted = self.batches.popleft().batch_id
@@ -34,14 +42,14 @@ class AttachedRouter:
 
 
 class Batch:
-    """A Dispatch until the engine's load counts its works."""
+    """What a router has dispatched together, until the engine's load counts its works."""
 
     __slots__ = ("batch_id", "num_steps", "num_submitted", "num_unseen")
 
-    def __init__(self, batch_id: int, num_steps: int) -> None:
+    def __init__(self, batch_id: int) -> None:
         self.batch_id = batch_id
-        self.num_steps = num_steps
-        """The engine's, when the batch was submitted."""
+        self.num_steps = 0
+        """The engine's, when the last of the batch was submitted."""
         self.num_submitted = 0
         """All works that were ever submitted, these included."""
         self.num_unseen = 0

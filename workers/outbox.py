@@ -2,18 +2,24 @@
 
 Deltas of one work and choice become one delta, KV events their net effect, loads the last one; so what waits for a
 slow router is bounded by its works and by the size of the block pool. Tokens of which nothing else is to be said, as of
-most, go in columns, if the router knows these. `take` needs credit, and says everything at once. Knows no gRPC stream,
-no clock and no engine.
+most, go in columns, if the router knows these. `take` needs credit, and says everything at once that a message can
+carry: numbers of many works may be too much for one. Knows no gRPC stream, no clock and no engine.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from octavo.internal.v1 import data_plane_pb2 as pb
 
 from workers.types import KvEvent, KvEventKind, Load, Resident, TokenDelta
-from workers.wire import add_to, fill_load, fill_tokens
+from workers.wire import add_to, fill_load, fill_tokens, num_bytes
+
+MAX_DELTA_BYTES: Final = 16 * 1024 * 1024
+"""Of the deltas in a message. The data plane's limit is four times that, for one delta that is larger, and for columns
+and KV events beside them. A larger message would end the stream, and all works on it, each time again."""
 
 
 class Outbox:
@@ -26,8 +32,11 @@ class Outbox:
         self._max_kv_events = max_kv_events
         self._resident = resident
         self._in_columns = in_columns
+        self._full: deque[pb.AttachResponse] = deque()
+        """Deltas that go before those of `_response`, for which there was no more room in their message."""
         self._response = pb.AttachResponse()
-        """With the deltas that wait, those of `_deltas`."""
+        """With the deltas that wait, those of `_deltas`, of `_size` bytes at most."""
+        self._size = 0
         self._deltas: dict[tuple[int, int], pb.WorkDelta] = {}
         self._tokens: dict[int, list[int]] = {}
         """By work: tokens of the first choice, of which nothing else is to be said; none of these is in `_deltas`."""
@@ -40,12 +49,12 @@ class Outbox:
 
     @property
     def has_deltas(self) -> bool:
-        return bool(self._deltas or self._tokens)
+        return bool(self._full or self._deltas or self._tokens)
 
     @property
     def num_deltas(self) -> int:
         """Choices of which something waits to be told, other than tokens alone."""
-        return len(self._deltas)
+        return len(self._deltas) + sum(len(full.step_batch.deltas) for full in self._full)
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +68,11 @@ class Outbox:
         self._credit += num_batches
 
     def add(self, delta: TokenDelta) -> None:
+        size = num_bytes(delta)
+        if self._size + size > MAX_DELTA_BYTES and self._deltas:
+            self._full.append(self._response)
+            self._response, self._deltas, self._size = pb.AttachResponse(), {}, 0
+        self._size += size
         number, index = delta.work_id.number, delta.index
         message = self._deltas.get((number, index))
         if message is None:
@@ -94,13 +108,17 @@ class Outbox:
         self._draining = pb.Draining(grace_us=round(grace_s * 1e6))
 
     def take(self) -> pb.AttachResponse:
-        """Return everything that waits as one message and spend a credit, if `can_take`."""
+        """Return all that waits as one message, or as much of it as fits, and spend a credit, if `can_take`."""
         assert self.can_take
-        if self._credit > 0:
+        if self._credit > 0 and self._full:
+            self._credit -= 1
+            response = self._full.popleft()
+        elif self._credit > 0:
             self._credit -= 1
             response = self._response
             self._fill(response.step_batch)
             self._response, self._deltas, self._tokens, self._load = pb.AttachResponse(), {}, {}, None
+            self._size = 0
         else:
             response = pb.AttachResponse()
         if self._draining is not None:

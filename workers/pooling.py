@@ -2,6 +2,10 @@
 
 Owns the works in progress. A plain synchronous object, as `PagedEngine` is: `EngineThread` gives it a thread. A step
 takes works by priority, then arrival, up to a budget of tokens; nothing is kept of them, so there are no blocks.
+
+Whoever was in none of `MAX_IDLE_STEPS` steps goes first, one of them a step, by arrival. So, whatever comes later, a
+work is computed within MAX_IDLE_STEPS + e + 1 steps, e being those here that arrived before it. The router does not see
+to that: its order is strict, and the credit that is left brings enough of smaller priorities to fill every step.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from octavo.names import Reason
 from workers.blocks import BlockPool
 from workers.errors import CapabilityError
 from workers.plan import Chunk, StepPlan
+from workers.precedence import MAX_IDLE_STEPS
 from workers.prefix import PrefixHasher
 from workers.scheduler import Scheduler
 from workers.sequence import Sequence
@@ -49,6 +54,8 @@ class _Waiting(NamedTuple):
     rank: tuple[int, int]
     work: PoolWork
     arrived_at: float
+    after_step: int
+    """The last one before it came."""
 
 
 class _Row(NamedTuple):
@@ -84,6 +91,7 @@ class PoolingEngine:
         self._step_tokens = step_tokens
         self._clock = clock
         self._waiting: dict[WorkId, _Waiting] = {}
+        """By arrival."""
         self._outputs: list[TokenDelta] = []
         self._num_taken = self._num_steps = self._num_tokens = self._num_prompt_tokens = 0
         self._is_closed = False
@@ -110,7 +118,8 @@ class PoolingEngine:
             self._end(work, FinishReason.ERROR, Reason.PROMPT_TOO_LONG, message)
         else:
             self._num_prompt_tokens += len(work.tokens)
-            self._waiting[work.work_id] = _Waiting((work.priority, self._num_taken), work, self._clock())
+            rank = work.priority, self._num_taken
+            self._waiting[work.work_id] = _Waiting(rank, work, self._clock(), self._num_steps)
 
     def abort(self, work_id: WorkId, index: int | None = None) -> None:
         if (waiting := self._waiting.pop(work_id, None)) is not None:
@@ -173,7 +182,11 @@ class PoolingEngine:
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
         left = self._step_tokens
-        for waiting in sorted(self._waiting.values()):
+        queue = sorted(self._waiting.values())
+        first = next(iter(self._waiting.values()), None)
+        if first is not None and self._num_steps - first.after_step >= MAX_IDLE_STEPS:
+            queue.sort(key=lambda each: each is not first)
+        for waiting in queue:
             left -= len(waiting.work.tokens)
             if batch and left < 0:
                 break

@@ -26,6 +26,8 @@ from workers.types import (
 
 SHARED_FIELDS = ("request_id", "attempt", "priority", "traceparent", "tracestate", "adapter", "salt")
 """Of every kind of work, called the same on the wire."""
+DELTA_BYTES, LOGPROBS_BYTES = 128, 24
+"""Of what surrounds the numbers of a delta, and those of a token's log probabilities."""
 MAX_CHOICES = 1_024
 """Of one work: each is a sequence, made before anything else is known of it."""
 
@@ -108,6 +110,16 @@ def add_to(message: pb.WorkDelta, delta: TokenDelta) -> None:
         message.pooled.extend(delta.pooled)
     if delta.finish is not None:
         _to_finish(message.finish, delta.finish)
+
+
+def num_bytes(delta: TokenDelta) -> int:
+    """Return how much a message grows by `delta`, at most."""
+    size = DELTA_BYTES + 5 * len(delta.token_ids) + 4 * len(delta.pooled)
+    for logprobs in delta.logprobs:
+        size += LOGPROBS_BYTES + 9 * len(logprobs.top)
+    if delta.finish is not None:
+        size += 4 * (len(delta.finish.error_reason) + len(delta.finish.error_message))
+    return size
 
 
 def _to_finish(message: pb.Finish, finish: Finish) -> None:

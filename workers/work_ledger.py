@@ -13,7 +13,7 @@ from dataclasses import replace
 from octavo.internal.v1 import data_plane_pb2 as pb
 from octavo.names import Reason
 
-from workers.ledger_entries import AttachedRouter, Batch, LiveWork
+from workers.ledger_entries import AttachedRouter, LiveWork
 from workers.outbox import Outbox
 from workers.step_telemetry import StepTelemetry
 from workers.types import (
@@ -97,8 +97,7 @@ class WorkLedger:
     def submit(self, router: AttachedRouter, dispatch: pb.Dispatch, now: float) -> None:
         """Hand a router's works to the engine. Raises BadDispatchError for a work that runs already, and if the router
         is to be told of more choices than any would send."""
-        batch, num_before = Batch(dispatch.batch_id, self._engine.load().num_steps), self._num_submitted
-        router.batches.append(batch)
+        batch, num_before = router.begin(dispatch.batch_id, self._engine.load().num_steps), self._num_submitted
         for message in dispatch.work:
             try:
                 work = from_work(message, router.owner, now)

@@ -18,6 +18,8 @@ from workers.weights.shape import ModelShape, from_config
 
 CHUNK_TOKENS = 8_192
 """The engine's own default on a GPU."""
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Where there is no GPU triton interprets the kernels, if TRITON_INTERPRET says so: to try a rig, not to measure."""
 
 
 class RandomCheckpoint:
@@ -27,13 +29,13 @@ class RandomCheckpoint:
         self.shape = shape
         self._std = std
         self._seed = seed
-        self._generator = torch.Generator("cuda")
+        self._generator = torch.Generator(DEVICE)
 
     def tensor(self, name: str, *size: int) -> torch.Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(size, dtype=torch.bfloat16, device="cuda")
+            return torch.ones(size, dtype=torch.bfloat16, device=DEVICE)
         self._generator.manual_seed(self._seed + zlib.crc32(name.encode()))
-        empty = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+        empty = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
         return empty.normal_(0.0, self._std, generator=self._generator)
 
     stored = tensor
@@ -46,8 +48,13 @@ def open_engine(config: dict[str, Any], *, hash_key: bytes = b"bench", **keys: A
     settings = EngineConfig(device="cuda", **(defaults | keys))
     settings.check()
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
-    model = GpuModel(RandomCheckpoint(shape), dtype, torch.device("cuda"))
-    return assemble_on_device(settings, model, manifest(shape), hash_key=hash_key, memory=gpu_memory())
+    model = GpuModel(RandomCheckpoint(shape), dtype, DEVICE)
+    return assemble_on_device(settings, model, manifest(shape), hash_key=hash_key, memory=device_memory())
+
+
+def device_memory() -> tuple[int, int]:
+    """Return the bytes that are free on the device, and those that it has; 1 GiB without one."""
+    return gpu_memory() if DEVICE.type == "cuda" else (1 << 30, 1 << 30)
 
 
 def manifest(shape: ModelShape) -> ModelManifest:

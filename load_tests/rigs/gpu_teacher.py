@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from load_tests.rigs.gpu_engine import DEVICE
 from workers.gpu.flash import Spans
 from workers.gpu.layout import BlockCache, Rows, StepMemory
 from workers.gpu.model import GpuForward, GpuModel
@@ -39,20 +40,20 @@ def reference_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     )
     with torch.device("meta"):
         model = model_class(config).to(dtype)
-    model.to_empty(device="cuda")
+    model.to_empty(device=DEVICE)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(checkpoint.tensor(name, *parameter.shape))
     frequencies, _ = model.model.rotary_emb.compute_default_rope_parameters(model.config)
-    model.model.rotary_emb.inv_freq = frequencies.to("cuda")
+    model.model.rotary_emb.inv_freq = frequencies.to(DEVICE)
     return model.eval()
 
 
 @torch.inference_mode()
 def reference_logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     """Return the logits [len(tokens), vocab] of one plain forward pass, in fp32."""
-    logits: torch.Tensor = model(torch.tensor([list(tokens)], device="cuda"), use_cache=False).logits[0]
+    logits: torch.Tensor = model(torch.tensor([list(tokens)], device=DEVICE), use_cache=False).logits[0]
     return logits.float()
 
 

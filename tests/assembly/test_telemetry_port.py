@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from cluster import telemetry_merge
+from cluster import telemetry_merge, telemetry_port
 from cluster.telemetry_merge import MergedMetrics
 from cluster.telemetry_port import MAX_CONNECTIONS, MetricsPort, fetch
 
@@ -99,6 +100,71 @@ def test_who_is_idle_keeps_nobody_else_out_for_long(monkeypatch: pytest.MonkeyPa
                 if fetch(address, 5) == TEXT:
                     return
             assert time.monotonic() < end
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process has no descriptor left for anything new."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Accepts:
+    """Counts how often a port tries to take a connection."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num = 0
+        self.first = threading.Event()
+        accept = telemetry_port._Server.get_request
+
+        def get_request(server: telemetry_port._Server) -> tuple[socket.socket, object]:
+            self.num += 1
+            self.first.set()
+            return accept(server)
+
+        monkeypatch.setattr(telemetry_port._Server, "get_request", get_request)
+
+
+def test_without_descriptors_it_pauses_and_then_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that cannot be accepted stays where it is, so the port tried again at once, and took a core."""
+    accepts = Accepts(monkeypatch)
+    with port() as address, socket.socket() as client:
+        client.settimeout(10)
+        with no_descriptors():
+            client.connect((HOST, int(address.rpartition(":")[2].removesuffix("/metrics"))))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert accepts.first.wait(10)
+            time.sleep(0.2)
+            assert accepts.num < 5
+        with client.makefile() as answer:
+            assert answer.read().endswith(TEXT)
+
+
+def test_it_stops_during_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry_port, "PAUSE_S", 60.0)
+    accepts = Accepts(monkeypatch)
+    with socket.socket() as client, port() as address, no_descriptors():
+        client.connect((HOST, int(address.rpartition(":")[2].removesuffix("/metrics"))))
+        assert accepts.first.wait(10)
+    assert not any(thread.name == "octavo-metrics" for thread in threading.enumerate())
+
+
+def test_threads_that_cannot_be_started_take_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    with port() as address:
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", no_thread)
+            for _ in range(MAX_CONNECTIONS + 1):
+                with pytest.raises(OSError, match=r"answers b''|reset|Broken"):
+                    fetch(address, 5)
+        assert fetch(address, 5) == TEXT
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_router_never_imports_torch_and_only_the_ray_shaped_files_import_ray() -
 
 ENVIRONMENT = {
     "workers/vllm_engine/setup.py",  # writes what vLLM reads, and takes in no other way
+    "workers/vllm_engine/guard.py",  # a process of its own, which is told its owner and a directory
     "load_tests/rigs/gpu_bench.py",  # a program of its own, on a machine that has nothing but the packed files
     "load_tests/rigs/gpu_contestant.py",  # a process of that
 }

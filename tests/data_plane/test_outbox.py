@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from octavo.internal.v1 import data_plane_pb2 as pb
 
 from router.wire import from_tokens
-from workers.outbox import Outbox
+from workers import outbox as outbox_module
+from workers.outbox import MAX_DELTA_BYTES, Outbox
 from workers.types import Finish, FinishReason, KvEvent, KvEventKind, Load, TokenDelta, TokenLogprobs, WorkId
+from workers.wire import num_bytes
 
 STORED, REMOVED, CLEARED = KvEventKind.STORED, KvEventKind.REMOVED, KvEventKind.CLEARED
 
@@ -102,6 +104,77 @@ def test_every_token_is_told_once_and_in_order(steps: list[tuple[int, bool, bool
             for number_told, token_ids in [*columns.items(), *((d.work_id, d.token_ids) for d in batch.deltas)]:
                 heard[number_told] += token_ids
     assert heard == said
+
+
+def test_more_numbers_than_a_message_may_have_go_in_several() -> None:
+    """As one message they were more than gRPC sends: the stream broke, and all works on it with it, again and again."""
+    outbox = make_outbox(credit=0)
+    numbers = (0.5,) * (MAX_DELTA_BYTES // 4 * 2 // 5)
+    for number in range(5):
+        outbox.add(delta(number, pooled=numbers, finish=Finish(reason=FinishReason.STOP)))
+    outbox.add_tokens(7, [1])
+    outbox.report(Load(num_steps=5), 3)
+    assert outbox.num_deltas == 5
+    found = []
+    while not outbox.is_empty:
+        assert outbox.has_deltas
+        outbox.grant(1)
+        response = outbox.take()
+        assert response.ByteSize() <= MAX_DELTA_BYTES
+        assert not outbox.can_take, "each costs a credit"
+        found.append(response.step_batch)
+    assert [[d.work_id for d in batch.deltas] for batch in found] == [[0, 1], [2, 3], [4, 7]]
+    assert [batch.HasField("load") for batch in found] == [False, False, True]
+    assert outbox.num_deltas == 0
+
+
+TEXTS = st.text(max_size=20)
+LOGPROBS = st.builds(TokenLogprobs, st.just(-1.5), st.lists(st.tuples(st.integers(0, 2**32 - 1), st.just(-2.5))))
+FINISHES = st.builds(
+    Finish,
+    reason=st.sampled_from(FinishReason),
+    stop_token_id=st.sampled_from([None, 2**32 - 1]),
+    error_reason=TEXTS,
+    error_message=TEXTS,
+    queue_s=st.just(0.1),
+    prefill_s=st.just(0.1),
+    decode_s=st.just(0.1),
+    num_preemptions=st.integers(0, 2**31 - 1),
+    num_steps=st.integers(0, 2**31 - 1),
+)
+DELTAS = st.builds(
+    TokenDelta,
+    st.builds(WorkId, st.just("r"), st.sampled_from([1, 2**64 - 1])),
+    st.sampled_from([0, 2**32 - 1]),
+    st.lists(st.integers(0, 2**32 - 1), max_size=3),
+    st.lists(LOGPROBS, max_size=3),
+    st.none() | FINISHES,
+    st.sampled_from([None, 0, 2**32 - 1]),
+    st.lists(st.just(0.5), max_size=40),
+)
+
+
+@given(st.lists(DELTAS, max_size=12), st.integers(300, 900))
+def test_no_message_is_larger_than_the_bound_and_nothing_is_lost(deltas: list[TokenDelta], bound: int) -> None:
+    """`bound` is less than the largest delta, which goes alone."""
+    outbox = make_outbox(credit=100)
+    messages: list[pb.AttachResponse] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(outbox_module, "MAX_DELTA_BYTES", bound)
+        for one in deltas:
+            outbox.add(one)
+    while outbox.can_take:
+        messages.append(outbox.take())
+    for message in messages:
+        is_alone = len(message.step_batch.deltas) == 1
+        assert message.ByteSize() <= bound or is_alone
+    for one in deltas:
+        alone = make_outbox()
+        alone.add(one)
+        assert alone.take().ByteSize() <= num_bytes(one)
+    told = [(d.work_id, d.index, x) for m in messages for d in m.step_batch.deltas for x in d.token_ids]
+    assert sorted(told) == sorted((d.work_id.number, d.index, x) for d in deltas for x in d.token_ids)
+    assert sum(len(d.pooled) for m in messages for d in m.step_batch.deltas) == sum(len(d.pooled) for d in deltas)
 
 
 def test_columns_that_do_not_add_up_are_no_message() -> None:

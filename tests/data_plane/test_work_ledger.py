@@ -25,10 +25,13 @@ def make_ledger(*, in_columns: bool = False, chunk_tokens: int = 8) -> tuple[Fak
     return engine, ledger, router
 
 
-def send(ledger: WorkLedger, router: AttachedRouter, number: int, *, num_tokens: int = 30, **fields: int) -> None:
+def send(
+    ledger: WorkLedger, router: AttachedRouter, number: int, *, batch_id: int = 0, num_tokens: int = 30, **fields: int
+) -> None:
+    """As a batch of its own, unless it is said of which."""
     request = make_request(range(number, number + num_tokens), **fields)  # type: ignore[arg-type]
     work = to_work(request, work_id=number, attempt=1, now=request.accepted_at, traceparent="", tracestate="")
-    ledger.submit(router, pb.Dispatch(batch_id=number, work=[work]), request.accepted_at)
+    ledger.submit(router, pb.Dispatch(batch_id=batch_id or number, work=[work]), request.accepted_at)
 
 
 def report(ledger: WorkLedger, router: AttachedRouter) -> pb.StepBatch:
@@ -47,6 +50,17 @@ def test_the_first_report_that_counts_a_dispatch_says_so() -> None:
     send(ledger, router, 2)
     batch = report(ledger, router)
     assert (batch.last_batch_id, batch.load.owed_prefill_tokens) == (2, 22 + 30)
+
+
+def test_a_batch_in_two_messages_is_counted_when_both_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ledger, router = make_ledger()
+    send(ledger, router, 1, batch_id=7)
+    half = engine.load()
+    send(ledger, router, 2, batch_id=7)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "load", lambda: half)
+        assert report(ledger, router).last_batch_id == 0
+    assert report(ledger, router).last_batch_id == 7
 
 
 @pytest.mark.parametrize(("chunk_tokens", "is_urgent"), [(32, True), (8, False)])

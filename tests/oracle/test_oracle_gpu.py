@@ -1,4 +1,4 @@
-"""The GPU's kernels over the real model, interpreted on a CPU: the same rule, on few tokens, as each row takes seconds."""
+"""The GPU's kernels over the real model, interpreted: the same rule, on few tokens, as each row takes seconds."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def test_an_engine_s_answers(default_model: ModelFiles, model: GpuModel, committ
     manifest = read_manifest(default_model.manifest)
     engine = assemble_on_device(config, model, manifest, hash_key=b"oracle", memory=(1 << 30, 1 << 30))
     answers = generate(engine, [entry.prompt for entry in entries], 5)
-    assert len(entries) == 2 and [answer.tokens for answer in answers] == [entry.answer[:5] for entry in entries]
+    assert len(entries) == 2
+    assert [answer.tokens for answer in answers] == [entry.answer[:5] for entry in entries]
     engine.check_integrity()
     engine.close()

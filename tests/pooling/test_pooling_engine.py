@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tests.workers.toy_engine import BLOCK_SIZE, toy_info
 from workers.pooling import PoolingEngine
+from workers.precedence import MAX_IDLE_STEPS
 from workers.prefix import PrefixHasher
 from workers.types import FinishReason, PoolWork, WorkId
 
@@ -59,3 +60,18 @@ def test_one_that_fails_fails_alone_and_what_was_computed_counts_once() -> None:
     assert [ends[number][1] for number in (0, 2, 3)] == [(6.0,), (9.0,), (6.0,)]
     assert model.batches == [[0, 1, 2, 3], [0], [1], [2], [3]]
     assert engine.load().num_computed_tokens == 6
+
+
+def test_nobody_waits_for_ever_while_smaller_priorities_fill_every_step() -> None:
+    """A work that a router had sent was passed by those of a smaller priority until its deadline, and held credit."""
+    model = Adder()
+    engine = PoolingEngine(model, info=toy_info(1), hasher=PrefixHasher(bytes(32), BLOCK_SIZE), step_tokens=8)
+    for number in range(3):
+        engine.submit(PoolWork(work_id=WorkId("low", number), tokens=[1] * 5, priority=1))
+    for number in range(MAX_IDLE_STEPS + 4):
+        engine.submit(PoolWork(work_id=WorkId("high", number + 3), tokens=[1] * 8))
+        assert engine.step()
+    took = [number for batch in model.batches for number in batch]
+    assert [number for number in took if number < 3] == [0, 1, 2], "by arrival"
+    assert model.batches[:MAX_IDLE_STEPS] == [[number + 3] for number in range(MAX_IDLE_STEPS)], "not before"
+    assert [batch[0] for batch in model.batches[MAX_IDLE_STEPS : MAX_IDLE_STEPS + 3]] == [0, 1, 2], "one a step"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,12 +15,14 @@ from typing import Any
 import pytest
 from octavo.names import Reason
 
+from tests.vllm_engine.test_guard import SLEEPS, ends
 from workers.config import EngineConfig
 from workers.errors import StartupError
 from workers.types import FinishReason, GenerateWork, ModelFiles, ModelManifest, TokenDelta, WorkId
 from workers.vllm_engine import engine as engine_module
 from workers.vllm_engine import setup, versions
 from workers.vllm_engine.engine import VllmEngine
+from workers.vllm_engine.guard import LOOK_S
 
 SIZES = versions.Sizes(
     block_size=16, num_blocks=100, max_model_len=1_000, step_tokens=500, max_num_sequences=4, dtype="float32"
@@ -85,7 +90,6 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> FakeLlm:
     monkeypatch.setattr(versions, "sizes", lambda llm: SIZES)
     monkeypatch.setattr(versions, "sampling", lambda arguments: arguments)
     monkeypatch.setattr(versions, "prompt", lambda token_ids, salt: token_ids)
-    monkeypatch.setattr(engine_module, "descendants", lambda pid: [])
     return made
 
 
@@ -195,3 +199,49 @@ def test_a_start_that_takes_for_ever_is_an_error(llm: FakeLlm, tmp_path: Path, m
         start(tmp_path, llm)
     goes_on.set()
     assert llm.is_shut_down.wait(10)
+    for thread in threading.enumerate():
+        if thread.name == "octavo-vllm":  # what else starts below this process belongs to it until it ends
+            thread.join(10)
+
+
+_STARTS = """
+import sys, time
+from pathlib import Path
+from subprocess import Popen
+from tests.vllm_engine.test_engine_over_fake_vllm import SLEEPS, FakeLlm, start
+from workers.vllm_engine import versions
+
+def begin(arguments, endpoint, on_stats):
+    print(Popen(SLEEPS).pid, flush=True)
+    time.sleep(60)
+
+versions.installed, versions.start = lambda: "0.32.0", begin
+start(Path(sys.argv[1]), FakeLlm())
+"""
+
+
+def test_a_replica_killed_while_vllm_starts_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its guard came only once the engine was ready, and vLLM's process kept its memory for ever."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _STARTS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as replica:
+        assert replica.stdout is not None
+        child = int(replica.stdout.readline())
+        time.sleep(6 * LOOK_S)
+        replica.send_signal(signal.SIGKILL)
+    assert ends(child)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(
+    tmp_path: Path, llm: FakeLlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def begin(*_: object) -> None:
+        begun.append(subprocess.Popen(SLEEPS))
+        raise RuntimeError("no such model")
+
+    monkeypatch.setattr(versions, "start", begin)
+    with pytest.raises(StartupError, match="no such model"):
+        start(tmp_path, llm)
+    assert begun[0].wait(10) == -signal.SIGKILL

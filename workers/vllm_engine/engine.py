@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -45,7 +44,7 @@ from workers.vllm_engine.cache_feed import CacheFeed
 from workers.vllm_engine.choices import Choice
 from workers.vllm_engine.description import description
 from workers.vllm_engine.directory import has_tokenizer
-from workers.vllm_engine.guard import descendants, guarded
+from workers.vllm_engine.guard import guarded
 from workers.vllm_engine.outbox import Outbox
 from workers.vllm_engine.setup import Setup, prepared
 from workers.vllm_engine.totals import Totals
@@ -91,8 +90,12 @@ class VllmEngine:
 
         def run() -> None:
             try:
-                with prepared(config, files, threads) as setup, contextlib.closing(self._loop):
-                    self._loop.run_until_complete(self._serve(setup, hash_key, has_started))
+                with (
+                    prepared(config, files, threads) as setup,
+                    guarded(setup.directory) as all_started,
+                    contextlib.closing(self._loop),
+                ):
+                    self._loop.run_until_complete(self._serve(setup, hash_key, all_started, has_started))
             except BaseException as error:
                 if has_started.is_set():
                     _log.error("the engine is broken", exc_info=error)
@@ -166,7 +169,9 @@ class VllmEngine:
 
     # The loop's thread.
 
-    async def _serve(self, setup: Setup, hash_key: bytes, has_started: threading.Event) -> None:
+    async def _serve(
+        self, setup: Setup, hash_key: bytes, all_started: Callable[[], None], has_started: threading.Event
+    ) -> None:
         version = versions.installed()
         llm = self._llm = versions.start(setup.arguments, setup.events_endpoint, self._on_stats)
         feed: CacheFeed | None = None
@@ -179,12 +184,12 @@ class VllmEngine:
             await feed.start()
             await self._warm()
             self._load = self._make_load()
-            with guarded(descendants(os.getpid()), setup.directory):
-                has_started.set()
-                await self._stopped_or_dead(llm)
-                for work_id in list(self._choices):
-                    self._abort(work_id, None)
-                await asyncio.to_thread(llm.shutdown)
+            all_started()
+            has_started.set()
+            await self._stopped_or_dead(llm)
+            for work_id in list(self._choices):
+                self._abort(work_id, None)
+            await asyncio.to_thread(llm.shutdown)
         finally:
             if feed is not None:
                 feed.stop()
