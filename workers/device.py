@@ -119,7 +119,8 @@ class Device(Protocol):
 
     @property
     def prefill_interval(self) -> int:
-        """How often steps of decodes should have prompts in them, see `workers.pace`."""
+        """If the step that was launched last had prompts: the how manieth after it should have some again, see
+        `workers.pace`."""
 
     @property
     def fatal_errors(self) -> tuple[type[Exception], ...]:

@@ -34,10 +34,14 @@ class DeviceRunner:
         self._slots = Slots(device.num_slots)
         self._graph_sizes = device.graph_sizes
         self.fatal_errors = device.fatal_errors
-        self.prefill_interval = device.prefill_interval
         self._room = _Room.sized(64)
         self._last: _Decode | None = None
         """The last step, if it was a decode step."""
+
+    @property
+    def prefill_interval(self) -> int:
+        """See `Device`."""
+        return self._device.prefill_interval
 
     def launch(self, plan: StepPlan) -> RunnerTicket:
         """Begin to compute `plan`. There are no adapters here: a sequence that has one gets an error for a token."""

@@ -89,7 +89,7 @@ class PagedEngine:
             max_num_sequences=config.max_num_sequences,
             prefix_cache=config.prefix_cache,
             reserve=config.reserve,
-            prefill_interval=getattr(runner, "prefill_interval", 1),
+            prefill_interval=lambda: getattr(runner, "prefill_interval", 1),
         )
         self._works: dict[WorkId, list[Sequence]] = {}
         """The sequences of each work that has not ended."""

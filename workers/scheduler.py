@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Callable
 from heapq import merge
 
 from workers import decoding
@@ -44,7 +45,7 @@ class Scheduler:
         max_num_sequences: int,
         prefix_cache: bool = True,
         reserve: bool = False,
-        prefill_interval: int = 1,
+        prefill_interval: Callable[[], int] = lambda: 1,
     ) -> None:
         self._tables = BlockTables(pool, hasher, prefix_cache=prefix_cache, reserve=reserve)
         self._reserve = reserve

@@ -16,7 +16,16 @@ from workers.device import DeviceStep, Ints
 from workers.gpu import mixed
 from workers.gpu.flash import HostSpans
 from workers.gpu.layout import StepMemory
-from workers.gpu.mixed import MAX_GRAPH_FLOP, MAX_PADDING_FLOP, MixedRows, MixedSize, MixedSizes, arrange, padding
+from workers.gpu.mixed import (
+    MAX_GRAPH_FLOP,
+    MAX_PADDING_FLOP,
+    MixedRows,
+    MixedSize,
+    MixedSizes,
+    arrange,
+    padding,
+    singles_of,
+)
 from workers.gpu.upload import Upload
 
 NUM_SLOTS = SPARE = 12
@@ -257,3 +266,32 @@ def test_graphs_are_made_for_few_sizes_the_largest_first(keys: dict[str, float],
     found = [(size.rows, size.singles) for size in some_sizes(**keys).all()]
     assert found == [(own, singles) for own in rows for singles in (4, 2, 0)]
     assert MixedSizes.none().all() == []
+
+
+def test_a_short_step_without_a_graph_takes_the_host_longer() -> None:
+    sizes = some_sizes(flop_per_row=MAX_GRAPH_FLOP / 10)
+    exact = MixedSize(singles=2, rows=4, chunks=2, samples=3, max_rows=3, max_length=MAX_CONTEXT)
+    assert not sizes.is_host_bound(sizes.padded(exact))
+    for other in (replace(exact, chunks=MAX_CHUNKS + 1), replace(exact, max_length=MAX_CONTEXT + 1)):
+        assert sizes.padded(other) is other
+        assert sizes.is_host_bound(other)
+        assert sizes.is_host_bound(replace(other, rows=8))
+        assert not sizes.is_host_bound(replace(other, rows=9))
+    assert MixedSizes.none().is_host_bound(replace(exact, rows=16))
+    assert not MixedSizes.none().is_host_bound(replace(exact, rows=17))
+
+
+@pytest.mark.parametrize(
+    ("most", "rows_of_padding", "expected"),
+    [
+        (256, 192, [64, 256]),
+        (256, 191, [64, 128, 192, 256]),
+        (300, 100, [64, 128, 192, 256, 300]),
+        (64, 1, [64]),
+        (10, 1, [12]),
+    ],
+)
+def test_there_are_as_many_sizes_of_decodes_as_padding_may_not_skip(
+    most: int, rows_of_padding: int, expected: list[int]
+) -> None:
+    assert singles_of(most, MAX_PADDING_FLOP / rows_of_padding) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,10 +12,11 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("triton", reason="triton is not installed; it is part of the dev extra")
 
 from tests.workers.random_models import HIDDEN, KV_HEADS, write_random_model
+from workers.device import DeviceStep, Ints
 from workers.errors import ModelFileError
 from workers.gpu import attention
 from workers.gpu import device as gpu_device
-from workers.gpu.device import PACE, GpuDevice
+from workers.gpu.device import PACE
 from workers.gpu.mixed import MAX_CHUNKS
 from workers.gpu.model import GpuModel
 from workers.weights.checkpoint import open_checkpoint
@@ -67,6 +69,37 @@ def test_graphs_have_their_logits_in_one_place_that_has_room_for_the_largest(
     opened.close()
 
 
+@pytest.mark.parametrize("graph_sizes", [(1, 3), ()])
+def test_newcomers_wait_for_each_other_after_a_short_step_that_was_no_graph(
+    tmp_path: Path, device: torch.device, graph_sizes: tuple[int, ...]
+) -> None:
+    model = GpuModel(open_checkpoint(write_random_model(tmp_path / "model", "llama")), torch.float32, device)
+    opened = model.open(
+        num_blocks=8, block_size=4, num_slots=6, max_model_len=16, chunk_tokens=8, graph_sizes=graph_sizes
+    )
+    assert opened.prefill_interval == 1
+    opened.launch(_step_of_one(start=0, count=3)).wait()
+    assert opened.prefill_interval == (1 if opened._mixed_sizes.all() else PACE)
+    opened.launch(_step_of_one(start=3, count=1)).wait()
+    assert opened.prefill_interval == 1
+    opened.close()
+
+
+def _step_of_one(start: int, count: int) -> DeviceStep:
+    def ints(number: int) -> Ints:
+        return np.array([number], dtype=np.int32)
+
+    return DeviceStep(
+        slots=ints(0),
+        starts=ints(start),
+        counts=ints(count),
+        num_chunks=1,
+        is_decode=count == 1,
+        goes_on=False,
+        samples=np.array([True]),
+    )
+
+
 def test_before_any_step_each_kind_of_them_was_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no request waits for a compiler, whatever graphs there are. One step after the other: where kernels are
     interpreted, only one is at a time."""
@@ -83,23 +116,3 @@ def test_before_any_step_each_kind_of_them_was_computed(tmp_path: Path, monkeypa
     opened._warm(forward)
     assert sorted(counts) == [1, 2, 3]
     opened.close()
-
-
-@pytest.mark.parametrize(
-    ("graph_sizes", "is_capturable", "flop_per_row", "interval"),
-    [((1, 3), True, 1e9, 1), ((), True, 1e9, PACE), ((1, 3), False, 1e9, PACE), ((1, 3), True, 1e12, PACE)],
-    ids=["graphs", "none are wanted", "a kernel for none", "too much arithmetic"],
-)
-def test_newcomers_wait_for_each_other_where_steps_with_them_are_no_graphs(
-    tmp_path: Path, graph_sizes: tuple[int, ...], is_capturable: bool, flop_per_row: float, interval: int
-) -> None:
-    model = GpuModel(
-        open_checkpoint(write_random_model(tmp_path / "model", "llama")), torch.float32, torch.device("cpu")
-    )
-    opened = model.open(num_blocks=8, block_size=4, num_slots=6, max_model_len=16, chunk_tokens=64, graph_sizes=())
-    forward = opened._forward
-    assert forward is not None
-    forward.is_capturable, forward.flop_per_row = is_capturable, flop_per_row
-    device = GpuDevice(forward, opened._memory, opened._cache, chunk_tokens=64, graph_sizes=graph_sizes)
-    assert device.prefill_interval == interval
-    assert bool(device._mixed_sizes.all()) == (interval == 1)

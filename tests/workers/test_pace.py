@@ -17,7 +17,7 @@ def waiting(*lengths: int) -> list[Sequence]:
 
 
 def test_who_comes_after_a_pause_does_not_wait() -> None:
-    pace = PrefillPace(4, 100)
+    pace = PrefillPace(lambda: 4, 100)
     assert pace.admits(waiting(5))
     pace.count(has_prefill=True)
     for _ in range(3):
@@ -29,7 +29,7 @@ def test_who_comes_after_a_pause_does_not_wait() -> None:
 
 
 def test_enough_to_fill_a_step_does_not_wait_nor_one_that_is_due() -> None:
-    pace = PrefillPace(4, 100)
+    pace = PrefillPace(lambda: 4, 100)
     pace.count(has_prefill=True)
     assert not pace.admits(waiting(60, 39))
     assert pace.admits(waiting(60, 40))
@@ -41,8 +41,31 @@ def test_enough_to_fill_a_step_does_not_wait_nor_one_that_is_due() -> None:
     assert not pace.admits(spared), "what others compute is not its own"
 
 
+def test_how_many_steps_wait_is_what_is_said_of_the_last_one_with_prompts() -> None:
+    interval = 1
+    pace = PrefillPace(lambda: interval, 100)
+    pace.count(has_prefill=True)
+    interval = 3  # of that step, once it was launched
+    assert not pace.admits(waiting(5))
+    pace.count(has_prefill=False)
+    interval = 1  # of another
+    assert not pace.admits(waiting(5))
+    pace.count(has_prefill=False)
+    assert pace.admits(waiting(5))
+
+
+def test_nobody_who_is_asked_late_waits_longer() -> None:
+    """In the steps after the first nobody came."""
+    pace = PrefillPace(lambda: 3, 100)
+    pace.count(has_prefill=True)
+    pace.count(has_prefill=False)
+    assert not pace.admits(waiting(5))
+    pace.count(has_prefill=False)
+    assert pace.admits(waiting(5))
+
+
 def test_an_interval_of_one_lets_everybody_in() -> None:
-    pace = PrefillPace(1, 100)
+    pace = PrefillPace(lambda: 1, 100)
     for _ in range(3):
         assert pace.admits(waiting(1))
         pace.count(has_prefill=True)

@@ -23,7 +23,7 @@ from workers.gpu.drawing import Drawer
 from workers.gpu.flash import HostSpans, Spans
 from workers.gpu.graphs import Graphs
 from workers.gpu.layout import BlockCache, Rows, StepMemory
-from workers.gpu.mixed import MixedRows, MixedSize, MixedSizes, arrange, most_samples, padding
+from workers.gpu.mixed import MixedRows, MixedSize, MixedSizes, arrange, most_samples, padding, singles_of
 from workers.gpu.model import GpuForward
 from workers.gpu.parameters import Likeliest, Sampling
 from workers.gpu.upload import Upload, aligned
@@ -31,11 +31,9 @@ from workers.gpu.upload import Upload, aligned
 NUM_TICKETS = 4
 NUM_COMPILERS = 4
 PACE = 4
-"""The interval of steps with prompts where these are no graphs. On an H200 a step of 256 sequences of a small model
-takes 3.4 ms as a graph, and with a short prompt in it 7 ms without: with a newcomer in each step it answered 35,700
-tokens/s, half of what it could."""
-FEW_SINGLES = 64
-"""Of the sequences that decode beside a chunk: graphs are made for none, so many, and all."""
+"""The interval of steps with prompts after one that took the host longer than the GPU. On an H200 a step of 256
+sequences of a small model takes 3.4 ms as a graph, and with a short prompt in it 7 ms without: with a newcomer in each
+step it answered 35,700 tokens/s, half of what it could."""
 
 
 class GpuDevice:
@@ -63,11 +61,11 @@ class GpuDevice:
         self._num_launched = 0
         self._mixed_sizes = MixedSizes.none()
         if graph_sizes and forward.is_capturable:
-            singles = sorted({aligned(min(FEW_SINGLES, max(graph_sizes))), aligned(max(graph_sizes))})
+            singles = singles_of(max(graph_sizes), forward.flop_per_row)
             self._mixed_sizes = MixedSizes(
                 singles, chunk_tokens=chunk_tokens, max_context=memory.max_tokens, flop_per_row=forward.flop_per_row
             )
-        self.prefill_interval = 1 if self._mixed_sizes.all() else PACE
+        self.prefill_interval = 1
         self._graphs = Graphs(device)
         if device.type == "cuda":
             self._warm(forward)
@@ -147,6 +145,7 @@ class GpuDevice:
 
     def _launch_decode(self, step: DeviceStep, upload: Upload) -> tuple[Rows, torch.Tensor]:
         size = len(step.slots)
+        self.prefill_interval = 1
         upload.add(step.slots)
         upload.add(step.starts)
         self._apply(step, upload)
@@ -173,6 +172,7 @@ class GpuDevice:
         for part in parts:
             upload.add(part)
         self._apply(step, upload)
+        self.prefill_interval = PACE if self._mixed_sizes.is_host_bound(size) else 1
         logits = self._graphs.replay(size)
         if logits is None:
             logits = self._mixed(size, host)

@@ -32,6 +32,7 @@ MAX_GRAPH_FLOP = 8e12
 """Steps with more arithmetic take a GPU longer than the host takes to launch them operator by operator: no graphs."""
 MAX_PADDING_FLOP = 1e12
 """What padding may cost."""
+FEW_SINGLES = 64
 _ROWS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
@@ -93,11 +94,13 @@ class MixedSizes:
     costs `flop_per_row`."""
 
     def __init__(self, singles: Sequence[int], *, chunk_tokens: int, max_context: int, flop_per_row: float) -> None:
+        self._flop_per_row = flop_per_row
         self._singles = [0, *singles] if singles else []
         most = min(chunk_tokens, _ROWS[-1], MAX_GRAPH_FLOP / flop_per_row)
         self._rows = sorted({rows for rows in (*_ROWS, chunk_tokens) if rows <= most})
         self._max_context = min(max_context, MAX_CONTEXT)
         self._max_padding = MAX_PADDING_FLOP / flop_per_row
+        self._sizes = frozenset(self.all())
 
     @classmethod
     def none(cls) -> MixedSizes:
@@ -116,8 +119,20 @@ class MixedSizes:
         fits = size.max_length <= self._max_context and found.num_rows - size.num_rows <= self._max_padding
         return found if fits else size
 
+    def is_host_bound(self, size: MixedSize) -> bool:
+        """Say whether a GPU computes a step of `size` faster than the host launches it: a short one without a graph."""
+        is_short = size.rows <= _ROWS[-1] and size.num_rows * self._flop_per_row <= MAX_GRAPH_FLOP
+        return is_short and size not in self._sizes
+
     def _size(self, singles: int, rows: int) -> MixedSize:
         return MixedSize(singles, rows, MAX_CHUNKS, singles + MAX_CHUNKS, rows, self._max_context)
+
+
+def singles_of(most: int, flop_per_row: float) -> list[int]:
+    """Return how many decodes graphs of steps with chunks are made for, of up to `most`: few and all, or as many sizes
+    between them as padding may not skip."""
+    step = FEW_SINGLES if (most - FEW_SINGLES) * flop_per_row > MAX_PADDING_FLOP else most
+    return sorted({aligned(min(count, most)) for count in (FEW_SINGLES, *range(step, most, step), most)})
 
 
 def most_samples(graph_sizes: Sequence[int]) -> int:
