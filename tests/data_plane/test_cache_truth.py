@@ -25,7 +25,7 @@ from workers.data_plane import DataPlaneTimes
 from workers.types import KvEvent
 
 USUAL = DataPlaneTimes()
-"""Not quickened: what is noticed is to be noticed within two of these heartbeats."""
+"""Not quickened: what is noticed is noticed with the next of these heartbeats."""
 
 
 async def ask(dispatcher: Dispatcher, prompt: list[int], max_tokens: int = 4) -> RecordingSink:
@@ -61,7 +61,7 @@ def empty_silently(replica: Replica) -> None:
     assert pool.resident().num_blocks == 0
 
 
-async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_seconds(
+async def test_a_cache_emptied_behind_the_routers_back_is_noticed_by_itself(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     prompt = make_prompt(random.Random(1), 41)
@@ -73,13 +73,13 @@ async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_sec
             state = link_to(dispatcher, emptied).state
             await until(lambda: len(state.resident) == 11)
             await on_engine_thread(emptied, lambda: empty_silently(emptied))
-            await until(lambda: not state.resident, timeout_s=2.0)
+            await until(lambda: not state.resident)
             assert state.num_resyncs == 1
             sink = await ask(dispatcher, prompt)
             assert sink.decisions[0].matched_tokens == sink.cached_tokens == 0
             views = {view.replica_id: view.num_resyncs for view in dispatcher.replicas()}
             assert views == {emptied.replica_id: 1, (two if home == "one" else one).replica_id: 0}
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "router.link"] == [
         f"the cache of {home} is not what was told of it; it is asked for anew"
     ]
 
@@ -101,7 +101,7 @@ async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
         await ask(dispatcher, prompts[1])
         await until(lambda: len(lost) >= 11)
         replica.engine.kv_events = drain  # type: ignore[method-assign]
-        await until(lambda: state.resident == replica.engine._pool.resident_hashes(), timeout_s=2.0)
+        await until(lambda: state.resident == replica.engine._pool.resident_hashes())
         assert state.num_resyncs == 1
         sink = await ask(dispatcher, prompts[1])
         assert sink.decisions[0].matched_tokens == sink.cached_tokens == 40
@@ -168,21 +168,24 @@ async def test_a_burst_with_one_new_prefix_is_prefilled_once(num_at_once: int) -
 
 async def test_a_cancelled_prompt_is_expected_nowhere() -> None:
     prefix = make_prompt(random.Random(7), 400)
-    replica = Replica("one", fake_step_s=0.02, chunk_tokens=64)
+    replica = Replica("one", chunk_tokens=64)
     async with ready_cluster(replica) as dispatcher:
+        replica.hold()
         state = link_to(dispatcher, replica).state
         cancel = dispatcher.submit(make_request(prefix), RecordingSink())
         await until(lambda: state.num_expected == 1)
         cancel()
         assert state.num_expected == 0
         dispatcher.check_integrity()
+        replica.go_on()
 
 
 async def test_a_prompt_of_which_each_choice_was_cancelled_is_expected_nowhere() -> None:
     """Nothing more was said of such a work, in either direction, so its blocks were expected while the stream lived."""
     prefix = make_prompt(random.Random(7), 400)
-    replica = Replica("one", fake_step_s=0.02, chunk_tokens=64)
+    replica = Replica("one", chunk_tokens=64)
     async with ready_cluster(replica) as dispatcher:
+        replica.hold()
         state, sink = link_to(dispatcher, replica).state, RecordingSink()
         cancel = dispatcher.submit(make_request(prefix, n=2), sink)
         await until(lambda: state.num_expected == 1)
@@ -191,3 +194,4 @@ async def test_a_prompt_of_which_each_choice_was_cancelled_is_expected_nowhere()
             cancel(index)
         assert (await sink.wait()).error is None
         assert state.num_expected == 0
+        replica.go_on()
