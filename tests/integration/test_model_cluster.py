@@ -20,7 +20,7 @@ async def test_the_length_of_the_engine_is_that_of_the_router(model_cluster: Clu
         assert (model.name, model.max_model_len) == (model_cluster.ready["models"][0], 1_024)
         with pytest.raises(InvalidArgumentError) as refused:
             await client.complete([5] * 1_000, max_tokens=25)
-        longest = await client.complete([5] * 1_000, max_tokens=24, temperature=0.0, ignore_eos=True, timeout=60)
+        longest = await client.complete([5] * 1_000, max_tokens=24, temperature=0.0, ignore_eos=True, timeout=150)
     assert refused.value.reason == "PROMPT_TOO_LONG"
     assert "prompt (1000 tokens) + max_tokens must be <= 1024, the model's context, is 25" in refused.value.message
     assert len(longest.token_ids) == 24
