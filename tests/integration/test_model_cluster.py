@@ -36,7 +36,7 @@ def test_how_kv_memory_was_sized_is_said_on_stderr(model_cluster: ClusterProcess
 async def test_a_replica_has_no_torch(model_cluster: ClusterProcess) -> None:
     """Neither of ours nor of what Ray and Serve import, also after answers that were drawn."""
     async with Client(model_cluster.address) as client:
-        await client.complete([5] * 10, max_tokens=2, temperature=0.7, seed=1, ignore_eos=True, timeout=60)
+        await client.complete([5] * 10, max_tokens=2, temperature=0.7, seed=1, ignore_eos=True, timeout=150)
     (pid,) = model_cluster.pids
     mapped = (Path("/proc") / str(pid) / "maps").read_text()
     assert "_kernels" in mapped

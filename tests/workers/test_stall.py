@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,13 +18,12 @@ def test_one_step_of_one_replica_takes_as_much_longer_as_the_file_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, slept = tmp_path / "stall", list[float]()
-    sleep = time.sleep
 
     def sleep_noted(seconds: float) -> None:
         slept.append(seconds)
-        sleep(seconds)
+        time.sleep(seconds)
 
-    monkeypatch.setattr("workers.stall.time.sleep", sleep_noted)
+    monkeypatch.setattr("workers.stall.time", SimpleNamespace(sleep=sleep_noted))
     engines = [FakeEngine(EngineConfig(engine="fake", stall_file=str(file))) for _ in range(2)]
     watches = [engine.watch() for engine in engines]
     for engine in engines:
