@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from workers.data_plane import DataPlaneTimes
 from workers.types import KvEvent
 
 USUAL = DataPlaneTimes()
-"""Not quickened: what is noticed is noticed with the next of these heartbeats."""
+"""Not quickened: what is noticed is to be noticed within two of these heartbeats."""
 
 
 async def ask(dispatcher: Dispatcher, prompt: list[int], max_tokens: int = 4) -> RecordingSink:
@@ -61,9 +62,19 @@ def empty_silently(replica: Replica) -> None:
     assert pool.resident().num_blocks == 0
 
 
-async def test_a_cache_emptied_behind_the_routers_back_is_noticed_by_itself(
+async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_seconds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Unless this machine holds all up; but hardly so three times."""
+    for _ in range(3):
+        caplog.clear()
+        if await noticed_after_s(caplog) <= 2.0:
+            return
+    raise AssertionError("later")
+
+
+async def noticed_after_s(caplog: pytest.LogCaptureFixture) -> float:
+    """Empty a cache behind the back of a router; return after how long it knew."""
     prompt = make_prompt(random.Random(1), 41)
     one, two = Replica("one", times=USUAL), Replica("two", times=USUAL)
     with caplog.at_level(logging.WARNING, logger="router.link"):
@@ -73,7 +84,9 @@ async def test_a_cache_emptied_behind_the_routers_back_is_noticed_by_itself(
             state = link_to(dispatcher, emptied).state
             await until(lambda: len(state.resident) == 11)
             await on_engine_thread(emptied, lambda: empty_silently(emptied))
+            emptied_at = time.monotonic()
             await until(lambda: not state.resident)
+            took_s = time.monotonic() - emptied_at
             assert state.num_resyncs == 1
             sink = await ask(dispatcher, prompt)
             assert sink.decisions[0].matched_tokens == sink.cached_tokens == 0
@@ -82,6 +95,7 @@ async def test_a_cache_emptied_behind_the_routers_back_is_noticed_by_itself(
     assert [record.getMessage() for record in caplog.records if record.name == "router.link"] == [
         f"the cache of {home} is not what was told of it; it is asked for anew"
     ]
+    return took_s
 
 
 async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
