@@ -237,7 +237,7 @@ async def test_a_replica_of_the_version_before_is_spoken_to_in_its_own() -> None
     """A rolling update: such a replica sends no columns, and is not asked for any."""
     peer = Impostor(challenge(min_protocol=MIN_PROTOCOL, max_protocol=MIN_PROTOCOL), hello_ack())
     async with impostor(peer) as address, link_to(address) as (link, _):
-        await until(lambda: link.can_send)
+        await until(lambda: link.can_send and bool(peer.heard))
         assert [message.hello.protocol for message in peer.heard] == [MIN_PROTOCOL]
     assert MIN_PROTOCOL < PROTOCOL
 
