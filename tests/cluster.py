@@ -23,7 +23,7 @@ from typing import Any
 MARK = "CLUSTER_UNDER_TEST"
 START_TIMEOUT_S = 100.0
 STOP_TIMEOUT_S = 60.0
-END_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 30.0
 
 
 class ClusterProcess:

@@ -22,7 +22,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from load_tests.span_collector import Span, read_spans
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from cluster.models import fetch_model
 from tests.cluster import ClusterProcess, running
@@ -17,6 +18,11 @@ from workers.types import ModelFiles
 
 if not Path("/dev/nvidiactl").exists():  # triton asks when it is imported, which the tests of any folder may do first
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# The same examples each time, and none of them timed: what fails, fails of itself, and for everybody. More are tried
+# with `--hypothesis-profile=default`.
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

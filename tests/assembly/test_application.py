@@ -73,7 +73,7 @@ Asked = list[dict[str, dict[str, Any]]]
 def asked() -> Asked:
     """What Serve is asked for by each of `ASKED`, by the names of the deployments."""
     command, given = [sys.executable, "-c", PROGRAM], json.dumps(ASKED)
-    done = subprocess.run(command, check=True, timeout=50, input=given, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, timeout=150, input=given, stdout=subprocess.PIPE, text=True)
     found: Asked = json.loads(done.stdout)
     return found
 

@@ -31,7 +31,7 @@ def traced(environ: dict[str, str]) -> str:
     trace = {"GRPC_VERBOSITY": "DEBUG", "GRPC_TRACE": "tcp,event_engine_endpoint"}
     environ = {name: value for name, value in os.environ.items() if name != EXPERIMENTS} | trace | environ
     run = subprocess.run(
-        [sys.executable, "-c", ECHO], env=environ, capture_output=True, text=True, timeout=50, check=True
+        [sys.executable, "-c", ECHO], env=environ, capture_output=True, text=True, timeout=150, check=True
     )
     return run.stderr
 

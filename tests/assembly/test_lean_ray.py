@@ -26,7 +26,7 @@ print(json.dumps({"inside": inside, "after": look()}))
 
 def test_ray_starts_no_log_monitor_autoscaler_and_dashboard_for_the_scope() -> None:
     # In a process of its own: here something else may have loaded the dashboard's libraries.
-    said = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=60, check=True)
+    said = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=150, check=True)
     assert json.loads(said.stdout) == {"inside": [False, True, True, ["", None]], "after": [None, False, False]}
 
 

@@ -94,7 +94,7 @@ def test_who_is_idle_keeps_nobody_else_out_for_long(monkeypatch: pytest.MonkeyPa
         number = int(address.rpartition(":")[2].removesuffix("/metrics"))
         for _ in range(MAX_CONNECTIONS + 2):
             idle.enter_context(socket.create_connection((HOST, number)))
-        end = time.monotonic() + 10
+        end = time.monotonic() + 30
         while True:
             with contextlib.suppress(OSError):
                 if fetch(address, 5) == TEXT:
@@ -186,7 +186,7 @@ def test_whoever_does_not_answer_is_given_up_in_time(act: Callable[[socket.socke
 
 
 def test_who_is_silent_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry_merge, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(telemetry_merge, "TIMEOUT_S", 1.5)
     missed: list[int] = []
     with contextlib.ExitStack() as peers:
         well = peers.enter_context(port())

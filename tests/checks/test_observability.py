@@ -52,7 +52,7 @@ def promtool(*arguments: str) -> str:
     if found is None:
         pytest.skip("promtool: Prometheus is not installed (Debian's package prometheus)")
     done = subprocess.run(
-        [found, *arguments], cwd=OBSERVABILITY, capture_output=True, text=True, timeout=60, check=False
+        [found, *arguments], cwd=OBSERVABILITY, capture_output=True, text=True, timeout=150, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

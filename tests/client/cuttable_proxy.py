@@ -15,6 +15,8 @@ class CuttableProxy:
         self._target_port = int(port)
         self._writers: set[asyncio.StreamWriter] = set()
         self._pumps: set[asyncio.Task[None]] = set()
+        self._openings: set[asyncio.Task[None]] = set()
+        """Of connections whose other half is not there yet."""
         self._flow = asyncio.Event()
         self._flow.set()
         self.num_connections = 0
@@ -37,16 +39,25 @@ class CuttableProxy:
         """Forward everything again, what came meanwhile first."""
         self._flow.set()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        there_reader, there_writer = await asyncio.open_connection(self._host, self._target_port)
+        task = asyncio.create_task(self._open(reader, writer))
+        self._openings.add(task)
+        task.add_done_callback(self._openings.discard)
+
+    async def _open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there_reader, there_writer = await asyncio.open_connection(self._host, self._target_port)
+        except OSError:
+            writer.transport.abort()
+            return
         for source, sink in ((reader, there_writer), (there_reader, writer)):
+            self._writers.add(sink)
             task = asyncio.create_task(self._pump(source, sink))
             self._pumps.add(task)
             task.add_done_callback(self._pumps.discard)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        self._writers.add(sink)
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
                 await self._flow.wait()
@@ -66,6 +77,6 @@ async def cuttable_proxy(target: str) -> AsyncIterator[CuttableProxy]:
     finally:
         server.close()
         proxy._flow.set()
-        proxy.cut()
-        if proxy._pumps:
-            await asyncio.wait(proxy._pumps)
+        while proxy._openings or proxy._pumps:
+            proxy.cut()
+            await asyncio.wait(proxy._openings | proxy._pumps)

@@ -121,7 +121,7 @@ async def test_a_cancel_while_the_session_is_broken_reaches_the_router(
     router: ScriptedRouter, make_client: Callable[..., Client]
 ) -> None:
     router.hold(2)
-    async with make_client(router.address, backoff=Backoff(first_s=0.4, max_s=0.4)) as client:
+    async with make_client(router.address, backoff=Backoff(first_s=1.5, max_s=1.5)) as client:
         generation = client.generate("p", request_id="gone")
         await until(lambda: generation._exchange.num_buffered_tokens == 2)
         router.break_sessions()
@@ -144,7 +144,8 @@ async def test_a_cancel_that_was_lost_with_its_session_is_repeated(client: Clien
 
 async def test_a_timeout_ends_the_request_here_and_there(client: Client, router: ScriptedRouter) -> None:
     router.hold(2)
-    reading = aiter(client.generate("p", timeout=0.1, request_id="late"))
+    assert await client.health()  # and so there is a connection
+    reading = aiter(client.generate("p", timeout=1.0, request_id="late"))
     assert [(await anext(reading)).token_offset for _ in range(2)] == [0, 1], "what came before is delivered"
     with pytest.raises(DeadlineExceededError) as caught:
         await anext(reading)

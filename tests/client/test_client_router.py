@@ -19,6 +19,7 @@ from octavo.client import (
 )
 from octavo.names import Reason
 
+from router.session import LINGER_S
 from tests.client.cuttable_proxy import CuttableProxy, cuttable_proxy
 from tests.client.waiting import until
 from tests.router.rig import Rig, Work, answering, running
@@ -181,7 +182,7 @@ async def test_a_cut_before_the_first_token_does_not_ask_twice(client: Client, r
     reading = asyncio.create_task(client.complete("Hi"))
     work = await rig.backend.work()
     proxy.cut()
-    await until(lambda: proxy.num_connections == 2)
+    await until(lambda: proxy.num_connections >= 2)
     work.dispatch()
     work.emit(TEXT)
     work.finish()
@@ -201,9 +202,11 @@ async def test_two_hundred_requests_over_a_network_that_breaks(client: Client, r
 
     rig.backend.script = script
     readings = [asyncio.create_task(client.complete(f"{i}")) for i in range(200)]
+    pause_s = 0.1
     while not all(reading.done() for reading in readings):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(pause_s)
         proxy.cut()
+        pause_s *= 1.1  # where to attach all of them takes longer than that
     for reading in readings:
         assert sorted((await reading).text) == sorted(TEXT[:30])
         assert (await reading).finish is not None
@@ -221,7 +224,7 @@ async def test_an_unread_answer_waits_for_its_reader(
         await until(lambda: slow._exchange.num_buffered_tokens == 4)
         assert (await client.complete("fast")).text == TEXT
         proxy.cut()
-        await until(lambda: proxy.num_connections == 2)
+        await until(lambda: proxy.num_connections >= 2)
         assert (await client.complete("fast")).text == TEXT
         assert slow._exchange.num_buffered_tokens == 4
         assert (await slow.complete()).text == TEXT
@@ -249,11 +252,12 @@ async def test_leaving_cancels_in_the_back(client: Client, rig: Rig, proxy: Cutt
 
 
 async def test_a_deadline_reaches_the_back(client: Client, rig: Rig) -> None:
+    assert await client.health()  # and so there is a connection
     with pytest.raises(DeadlineExceededError) as caught:
-        await client.complete("Hi", timeout=0.1)
+        await client.complete("Hi", timeout=1.0)
     assert caught.value.reason == Reason.DEADLINE_PASSED
     [work] = rig.backend.works
-    assert work.request.deadline - work.request.accepted_at < 0.11
+    assert work.request.deadline - work.request.accepted_at < 1.1
     await until(lambda: rig.server.intake.num_open == 0)
 
 
@@ -266,7 +270,7 @@ async def test_a_request_turned_away_is_a_new_one_at_its_next_try(client: Client
         work.end(errors.UnavailableError("no replica"))
 
     rig.backend.script = turn_away
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(0.9 * LINGER_S):
         assert (await client.complete("Hi")).text == TEXT
     assert len(rig.backend.works) == 2
     await rig.assert_nothing_left()
@@ -275,7 +279,7 @@ async def test_a_request_turned_away_is_a_new_one_at_its_next_try(client: Client
 async def test_a_drain_lets_answers_finish(client: Client, rig: Rig) -> None:
     running_answer = asyncio.create_task(client.complete("Hi"))
     work = await rig.backend.work()
-    draining = asyncio.create_task(rig.server.drain(5.0))
+    draining = asyncio.create_task(rig.server.drain(30.0))
     await until(lambda: rig.server.intake.is_draining)
     with pytest.raises((UnavailableError, DeadlineExceededError)):
         await client.complete("too late", timeout=0.2)

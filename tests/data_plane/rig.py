@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -30,6 +31,8 @@ from workers.types import Finish, FinishReason, SamplingParams, TokenLogprobs
 SECRET = bytes(range(32))
 KEYS = ClusterKeys.derive(SECRET)
 VOCAB = 1_000
+PATIENCE_S = 20.0
+"""How long is waited for what comes soon, on whatever machine."""
 TIMES = DataPlaneTimes(heartbeat_s=0.1)
 FAST = LinkTimes(attach_s=2.0, min_backoff_s=0.01, max_backoff_s=0.1)
 ROUTER = RouterIdentity(router_id="router-1", epoch=7, keys=KEYS)
@@ -69,6 +72,7 @@ class Replica:
             credentials=server_credentials(keys.data_plane_tls) if is_encrypted else None,
         )
         self.thread = EngineThread(self.engine, self.server.notify)
+        self._may_go_on = threading.Event()
         self.metrics: ReplicaMetrics | None = None
         """Told of steps, if this replica is `traced`."""
 
@@ -87,6 +91,20 @@ class Replica:
         await self.server.start(self.thread, steps)
         return self
 
+    def hold(self) -> None:
+        """Have the engine stand still before its next step, until `go_on` or the end: for what a test does meanwhile
+        there is as much time as it takes."""
+        step, self._may_go_on = self.engine.step, threading.Event()
+
+        def step_later() -> bool:
+            self._may_go_on.wait()
+            return step()
+
+        self.engine.step = step_later  # type: ignore[method-assign]
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
+
     async def kill(self) -> None:
         """End it as a crash would: streams break, nothing is said."""
         await self.server.stop(0.0)
@@ -98,7 +116,8 @@ class Replica:
 
     async def _close_engine(self) -> None:
         self.thread.close()
-        assert await asyncio.to_thread(self.thread.join, 5.0)
+        self.go_on()
+        assert await asyncio.to_thread(self.thread.join, PATIENCE_S)
 
 
 class RecordingSink:
@@ -166,7 +185,7 @@ class RecordingSink:
         self.error = error
         self.done.set()
 
-    async def wait(self, timeout_s: float = 10.0) -> RecordingSink:
+    async def wait(self, timeout_s: float = PATIENCE_S) -> RecordingSink:
         async with asyncio.timeout(timeout_s):
             await self.done.wait()
         return self
@@ -220,9 +239,9 @@ async def ready_cluster(*replicas: Replica) -> AsyncIterator[Dispatcher]:
         yield dispatcher
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool]) -> None:
     """Wait for what must come true by itself."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110  what it waits for is in another thread
             await asyncio.sleep(0.005)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ from octavo.names import Reason
 
 from router.wire import from_tokens
 from tests.client.cuttable_proxy import cuttable_proxy
-from tests.data_plane.rig import KEYS, VOCAB, Replica, until
+from tests.data_plane.rig import KEYS, PATIENCE_S, VOCAB, Replica, until
 from workers.data_plane import DataPlaneServer, DataPlaneTimes
 from workers.errors import StartupError
 from workers.fake import fake_continuation
@@ -75,7 +76,7 @@ def work(number: int, prompt: list[int], max_tokens: int = 4, **fields: Any) -> 
 
 async def read_until(call: Any, condition: Any) -> list[pb.StepBatch]:
     batches: list[pb.StepBatch] = []
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(PATIENCE_S):
         while not (batches and condition(batches)):
             batches.append((await call.read()).step_batch)
     return batches
@@ -215,12 +216,17 @@ async def test_a_work_id_in_use_ends_the_stream_and_its_works() -> None:
 
 @pytest.mark.parametrize("protocol", [MIN_PROTOCOL, PROTOCOL])
 async def test_the_tokens_of_a_step_come_in_one_message_with_load_and_events(protocol: int) -> None:
-    async with replica_and_stream(fake_step_s=0.03) as (_, call):
+    async with replica_and_stream() as (replica, call):
         assert (await attach(call, protocol=protocol)).protocol == protocol
         prompts = {number: [number] * 8 for number in (1, 2, 3)}
         dispatch = pb.Dispatch(batch_id=9, work=[work(n, prompt, 6) for n, prompt in prompts.items()])
-        await call.write(pb.AttachRequest(dispatch=dispatch))
-        batches = await read_until(call, has_finished(3))
+        batches: list[pb.StepBatch] = []
+        with one_by_one(replica) as may_step:
+            await call.write(pb.AttachRequest(dispatch=dispatch))
+            await until(lambda: replica.server.num_works == 3)
+            while not (batches and has_finished(3)(batches)):
+                may_step.release()
+                batches += await read_until(call, lambda new: new[-1].deltas or new[-1].HasField("tokens"))
         for number, prompt in prompts.items():
             assert tokens_of(batches, number) == fake_continuation(prompt, 6, VOCAB)
         with_tokens = [batch for batch in batches if batch.deltas or batch.HasField("tokens")]
@@ -235,6 +241,28 @@ async def test_the_tokens_of_a_step_come_in_one_message_with_load_and_events(pro
         assert with_tokens[-1].load.num_running == 0
         steps = [batch.step for batch in with_tokens]
         assert steps == sorted(set(steps))
+
+
+@contextmanager
+def one_by_one(replica: Replica) -> Iterator[threading.Semaphore]:
+    """Have the engine take a step when it may, and its thread look for new works when it may for the first time."""
+    step, may_step = replica.engine.step, threading.Semaphore(0)
+
+    def step_later() -> bool:
+        may_step.acquire()
+        return step()
+
+    def begin() -> None:
+        may_step.acquire()
+        may_step.release()
+
+    replica.thread._inbox.put(begin)
+    replica.engine.step = step_later  # type: ignore[method-assign]
+    try:
+        yield may_step
+    finally:
+        replica.engine.step = step  # type: ignore[method-assign]
+        may_step.release(1_000)
 
 
 async def test_without_credit_steps_are_merged() -> None:
@@ -266,7 +294,7 @@ async def test_an_abort_is_final_and_frees_blocks() -> None:
 async def test_an_abort_of_one_choice_leaves_the_others() -> None:
     async with replica_and_stream(fake_step_s=0.002) as (replica, call):
         await attach(call)
-        several = work(1, [5] * 8, 60)
+        several = work(1, [5] * 8, 400)
         several.generate.n = 2
         await call.write(pb.AttachRequest(dispatch=pb.Dispatch(batch_id=1, work=[several])))
         await read_until(call, lambda batches: tokens_of(batches, 1))
@@ -315,7 +343,7 @@ async def test_a_disconnected_router_loses_its_works() -> None:
 
 async def test_a_router_whose_machine_is_gone_loses_its_works() -> None:
     """Nothing closes such a connection: its works went on to their end, and the stream for hours."""
-    replica = await Replica("one", times=DataPlaneTimes(silence_s=0.4), fake_step_s=0.05).start()
+    replica = await Replica("one", times=DataPlaneTimes(silence_s=1.5), fake_step_s=0.05).start()
     async with (
         cuttable_proxy(replica.server.address) as proxy,
         grpc.aio.insecure_channel(proxy.address) as channel,

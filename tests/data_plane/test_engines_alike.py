@@ -40,7 +40,7 @@ VLLM = pytest.param(
 """tests/vllm_engine says the same of it, over whole clusters."""
 LONG = 24
 HEADER = "x-octavo-tenant"
-OPTIONS: dict[str, Any] = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True, "timeout": 20}
+OPTIONS: dict[str, Any] = {"max_tokens": LONG, "temperature": 0.0, "ignore_eos": True, "timeout": 100}
 PROMPTS = [[4 + i, 5, 6 + i, 7, 8, 9, 10] for i in range(6)]
 
 
@@ -62,7 +62,7 @@ class Pace:
         def slow_step() -> bool:
             time.sleep(0.003)
             if self.left == 0:
-                self._go.wait(10)
+                self._go.wait(60)
             has_run = bool(step())
             if has_run and self.left:
                 self.left -= 1
@@ -148,7 +148,7 @@ def _settings(name: str) -> dict[str, Any]:
 async def _stop(replica: DataPlaneServer, engine: EngineThread) -> None:
     await replica.stop()
     engine.close()
-    assert await asyncio.to_thread(engine.join, 5.0)
+    assert await asyncio.to_thread(engine.join, 20.0)
 
 
 async def answers(client: Client, prompts: Sequence[Sequence[int]]) -> list[list[int]]:

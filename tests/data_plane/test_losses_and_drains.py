@@ -32,7 +32,8 @@ async def test_a_request_that_loses_every_replica_is_given_up() -> None:
         sink = RecordingSink()
         dispatcher.submit(make_request(range(20)), sink)
         for number in range(1, 4):
-            replica = await Replica(f"replica-{number}", fake_step_s=0.1).start()
+            replica = await Replica(f"replica-{number}").start()
+            replica.hold()
             dispatcher.update_replicas([replica.address])
             await until(partial(was_sent, sink, number))
             await replica.kill()
@@ -81,13 +82,13 @@ async def _server_again(replica: Replica, port: int) -> DataPlaneServer:
 async def test_drain_of_a_replica_finishes_what_runs_and_takes_nothing_new() -> None:
     one, two = Replica("one", fake_step_s=0.002), Replica("two", fake_step_s=0.002)
     async with cluster(one) as dispatcher:
-        running = make_request(range(20), 60)
+        running = make_request(range(20), 300)
         sink = RecordingSink()
         dispatcher.submit(running, sink)
         await until(lambda: bool(sink.token_ids))
         await two.start()
         dispatcher.update_replicas([one.address, two.address])
-        draining = asyncio.create_task(one.server.drain(5.0))
+        draining = asyncio.create_task(one.server.drain(30.0))
         await until(lambda: dispatcher.replicas()[0].state == "draining")
         late = [make_request(range(i, 20 + i)) for i in range(8)]
         late_sinks = [RecordingSink() for _ in late]
@@ -121,7 +122,7 @@ async def test_work_that_crosses_the_announcement_of_a_drain_is_placed_again() -
 async def test_a_replica_that_leaves_the_set_finishes_its_work_and_is_let_go() -> None:
     replica = Replica("one", fake_step_s=0.002)
     async with cluster(replica) as dispatcher:
-        request, sink = make_request(range(20), 50), RecordingSink()
+        request, sink = make_request(range(20), 400), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: bool(sink.token_ids))
         dispatcher.update_replicas([])
@@ -136,7 +137,7 @@ async def test_a_draining_router_refuses_and_waits() -> None:
         request, sink = make_request(range(10), 30), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: bool(sink.token_ids))
-        draining = asyncio.create_task(dispatcher.drain(5.0))
+        draining = asyncio.create_task(dispatcher.drain(30.0))
         await asyncio.sleep(0)
         with pytest.raises(UnavailableError) as refusal:
             dispatcher.submit(make_request(range(10)), RecordingSink())
@@ -162,8 +163,9 @@ async def test_stop_ends_what_a_drain_left() -> None:
 
 async def test_an_attempt_that_is_over_is_not_heard() -> None:
     """Fencing: what a replica says of a work that the router took away from it changes nothing."""
-    replica = Replica("one", fake_step_s=0.05)
+    replica = Replica("one")
     async with cluster(replica) as dispatcher:
+        replica.hold()
         request, sink = make_request(range(10), 3), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: bool(dispatcher._flights.aboard))
@@ -174,5 +176,6 @@ async def test_an_attempt_that_is_over_is_not_heard() -> None:
         dispatcher._lose(flight, "taken away", Reason.REPLICA_LOST)
         dispatcher.link_delivered(link, pb.StepBatch(deltas=[late], tokens=tokens))
         assert sink.token_ids == []
+        replica.go_on()
         assert_answers(await sink.wait(), request)
         assert [decision.attempt for decision in sink.decisions] == [1, 2]

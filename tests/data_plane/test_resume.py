@@ -105,8 +105,9 @@ async def test_all_choices_go_on_where_each_of_them_was() -> None:
 
 @pytest.mark.parametrize(("tokens", "reason"), [(9, FinishReason.LENGTH), (3, FinishReason.STOP)])
 async def test_an_answer_whose_end_alone_was_lost_ends(tokens: int, reason: FinishReason) -> None:
-    replica = Replica("one", fake_step_s=0.2)
+    replica = Replica("one")
     async with cluster(replica) as dispatcher:
+        replica.hold()
         answer = fake_continuation(range(20), tokens, VOCAB)
         stop_token_ids = frozenset(answer[-1:]) if reason is FinishReason.STOP else frozenset()
         request = make_request(range(20), 9, stop_token_ids=stop_token_ids)
@@ -144,7 +145,7 @@ async def test_a_drain_that_takes_too_long_hands_over_what_runs() -> None:
 async def test_a_frozen_replica_is_left_and_what_it_says_when_it_thaws_reaches_nobody() -> None:
     """Behind a proxy that lets nothing through for a while, which is what a stopped process looks like."""
     frozen, other = Replica("frozen", fake_step_s=0.01), Replica("other", fake_step_s=0.01)
-    times = replace(FAST, silence_s=0.3)
+    times = replace(FAST, silence_s=1.5)
     async with AsyncExitStack() as stack:
         for replica in (frozen, other):
             await replica.start()
@@ -152,7 +153,7 @@ async def test_a_frozen_replica_is_left_and_what_it_says_when_it_thaws_reaches_n
         proxy = await stack.enter_async_context(cuttable_proxy(frozen.server.address))
         dispatcher = await stack.enter_async_context(cluster(times=times))
         dispatcher.update_replicas([replace(frozen.address, address=proxy.address)])
-        request, sink = make_request(range(20), 150), RecordingSink()
+        request, sink = make_request(range(20), 100), RecordingSink()
         dispatcher.submit(request, sink)
         await until(lambda: len(sink.token_ids) > 3)
         proxy.freeze()
@@ -165,10 +166,10 @@ async def test_a_frozen_replica_is_left_and_what_it_says_when_it_thaws_reaches_n
 
 async def test_progress_is_what_keeps_a_request_that_loses_replica_after_replica() -> None:
     async with cluster() as dispatcher:
-        request, sink = make_request(range(20), 600), RecordingSink()
+        request, sink = make_request(range(20), 900), RecordingSink()
         dispatcher.submit(request, sink)
         for number in range(6):
-            replica = await Replica(f"replica-{number}", fake_step_s=0.002).start()
+            replica = await Replica(f"replica-{number}", fake_step_s=0.01).start()
             before = len(sink.token_ids)
             dispatcher.update_replicas([replica.address])
             await until(partial(lambda before: len(sink.token_ids) > before, before))
@@ -181,8 +182,9 @@ async def test_progress_is_what_keeps_a_request_that_loses_replica_after_replica
 
 @pytest.mark.parametrize(("count", "losses"), [("num_idle_losses", MAX_IDLE_LOSSES), ("num_losses", MAX_LOSSES)])
 async def test_what_no_replica_could_go_on_with_ends_as_lost(count: str, losses: int) -> None:
-    replica = Replica("one", fake_step_s=1.0)
+    replica = Replica("one")
     async with cluster(replica) as dispatcher:
+        replica.hold()
         sink = RecordingSink()
         dispatcher.submit(make_request(range(20), 500), sink)
         await until(lambda: bool(dispatcher._flights.aboard))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
@@ -42,11 +41,13 @@ async def test_what_waits_runs_has_ended_and_was_turned_away() -> None:
     assert counts == (3, 5, 4, 1)
     assert (signal.num_running, signal.num_aboard, signal.num_ready, signal.num_ended_total) == (0, 0, 0, 0)
     replica = await Replica("one", fake_step_s=0.01).start()
+    replica.hold()
     dispatcher.update_replicas([replica.address])
     await until(lambda: dispatcher.signal("toy").num_running == 3)
     signal = dispatcher.signal("toy")
     assert (signal.num_queued, signal.num_aboard, signal.num_ready, signal.oldest_wait_s) == (0, 3, 1, 0.0)
     assert signal.running_s > 0
+    replica.go_on()
     for sink in sinks:
         await sink.wait()
     await until(lambda: dispatcher.signal("toy").num_aboard == 0)
@@ -108,7 +109,7 @@ async def test_requests_wait_inside_their_deadlines_while_a_replica_starts() -> 
     assert isinstance(first.error, DeadlineError)
     assert second.num_ends == 0
     said[0] = outlook(failure="no memory")
-    await asyncio.wait_for(second.done.wait(), 5)
+    await second.wait()
     assert isinstance(second.error, UnavailableError)
     assert dispatcher.signal("toy").num_turned_away_total == 2
     await dispatcher.stop()

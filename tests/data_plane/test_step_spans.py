@@ -20,6 +20,8 @@ from workers.step_telemetry import LinkBudget
 from workers.types import Finish, TokenDelta
 
 LEAST_S = 1e-6
+STEP_S = 0.05
+"""Of steps whose parts are told apart: much more than a moment in which a thread does not run."""
 
 
 async def ask(replica: Replica, *requests: tuple[int, int, str], **options: object) -> list[RecordingSink]:
@@ -79,7 +81,7 @@ async def test_every_step_and_batch_is_linked_to_all_its_members(exporter: InMem
 
 
 async def test_a_step_says_where_its_time_went(exporter: InMemorySpanExporter) -> None:
-    await ask(Replica("one", fake_step_s=0.004), (40, 6, SAMPLED))
+    await ask(Replica("one", fake_step_s=STEP_S), (40, 6, SAMPLED))
     steps = named(exporter, "octavo.step")
     assert len(steps) == 6
     for step in steps:
@@ -93,7 +95,7 @@ async def test_a_step_says_where_its_time_went(exporter: InMemorySpanExporter) -
             )
         ]
         assert min(parts) >= 0
-        assert parts[1] >= 0.004
+        assert parts[1] >= STEP_S
         assert abs(sum(parts) - number(step, Attribute.STEP_DURATION)) < LEAST_S
         assert abs(seconds(step) - number(step, Attribute.STEP_DURATION)) < LEAST_S
         assert attributes(step)[Attribute.REPLICA] == "one"
@@ -101,12 +103,13 @@ async def test_a_step_says_where_its_time_went(exporter: InMemorySpanExporter) -
     for one_step, next_step in pairwise(steps):
         assert one_step.end_time <= next_step.start_time  # type: ignore[operator]
     prefill, decode = one(exporter, "octavo.prefill"), one(exporter, "octavo.decode")
-    assert abs(steps[0].start_time - prefill.start_time) < 1e6  # type: ignore[operator]
+    # What a span's times are on the world's clock is found out for each of the two on its own.
+    assert abs(steps[0].start_time - prefill.start_time) < STEP_S / 2 * 1e9  # type: ignore[operator]
     assert decode.start_time <= steps[0].end_time <= decode.end_time  # type: ignore[operator]
 
 
 async def test_only_sampled_members_are_linked_and_only_their_steps_have_spans(exporter: InMemorySpanExporter) -> None:
-    await ask(Replica("one", fake_step_s=0.001), (20, 4, SAMPLED), (20, 40, UNSAMPLED), (20, 40, ""))
+    await ask(Replica("one", fake_step_s=0.001), (20, 400, UNSAMPLED), (20, 400, ""), (20, 4, SAMPLED))
     dispatch = one(exporter, "octavo.dispatch")
     steps = named(exporter, "octavo.step")
     assert 0 < len(steps) <= 5
@@ -126,7 +129,7 @@ async def test_a_step_that_fails_has_a_span_with_its_error(exporter: InMemorySpa
         return launch(plan)
 
     replica.engine.runner.launch = fail  # type: ignore[assignment, method-assign]
-    good, bad = await ask(replica, (20, 40, contexts[0]), (30, 5, contexts[1]))
+    good, bad = await ask(replica, (20, 200, contexts[0]), (30, 5, contexts[1]))
     assert good.error is None
     assert bad.error is not None
     good_dispatch, bad_dispatch = (span_id(dispatch_of(exporter, each)) for each in contexts)
@@ -135,12 +138,12 @@ async def test_a_step_that_fails_has_a_span_with_its_error(exporter: InMemorySpa
     assert failed.status.description == "ArithmeticError"
     assert attributes(failed)[Attribute.ERROR_TYPE] == Reason.INTERNAL
     assert set(links(failed)) == {good_dispatch, bad_dispatch}
-    assert [links(step) for step in steps if step is not failed] == [[good_dispatch]] * 39
+    assert [links(step) for step in steps if step is not failed] == [[good_dispatch]] * 199
     prefill, decode = (
         next(span for span in named(exporter, name) if span.parent and span.parent.span_id == good_dispatch)
         for name in ("octavo.prefill", "octavo.decode")
     )
-    assert [number(span, Attribute.NUM_STEPS) for span in (prefill, decode)] == [1, 39]
+    assert [number(span, Attribute.NUM_STEPS) for span in (prefill, decode)] == [1, 199]
     errors = [span for span in exporter.get_finished_spans() if Attribute.ERROR_TYPE in attributes(span)]
     assert {span.name for span in errors} == {"octavo.step", "octavo.dispatch", "octavo.prefill"}
 
@@ -164,7 +167,9 @@ async def test_choices_of_one_request_are_one_member(exporter: InMemorySpanExpor
 async def test_a_preemption_and_what_was_evicted_are_events(exporter: InMemorySpanExporter) -> None:
     """Two answers that need 40 blocks of 4 tokens each, in a pool of 48."""
     contexts = [context(), context()]
-    sinks = await ask(Replica("one", num_blocks=48), *((8, 152, traceparent) for traceparent in contexts))
+    sinks = await ask(
+        Replica("one", num_blocks=48, fake_step_s=0.002), *((8, 152, traceparent) for traceparent in contexts)
+    )
     num_preemptions = [sink.finish.num_preemptions for sink in sinks if sink.finish is not None]
     assert sum(num_preemptions) >= 1
     for traceparent, expected in zip(contexts, num_preemptions, strict=True):
@@ -227,34 +232,30 @@ def test_a_budget_is_saved_for_a_while_and_paid_back() -> None:
 
 
 async def test_a_slow_step_is_the_slowest_of_its_members_and_of_nobody_else(exporter: InMemorySpanExporter) -> None:
-    """One step takes 0.3 s; who came later, or had gone before, does not know of it."""
+    """One step takes a second; who came later, or had gone before, does not know of it."""
     replica = await Replica("one", fake_step_s=0.002).start(is_traced=True)
     dispatcher = make_dispatcher()
     dispatcher.start()
     dispatcher.update_replicas([replica.address])
     before, during, after = (context() for _ in range(3))
-    launch, is_slow = replica.engine.runner.launch, False
+    launch, num_left = replica.engine.runner.launch, 0
 
     def slow_once(plan: object) -> object:
-        nonlocal is_slow
+        nonlocal num_left
         ticket = launch(plan)  # type: ignore[arg-type]
-        if is_slow:
-            is_slow = False
-            return type(ticket)(ticket.plan, ticket.result, 0.3)
-        return ticket
+        num_left -= 1
+        return type(ticket)(ticket.plan, ticket.result, 1.0) if num_left == 0 else ticket
 
     replica.engine.runner.launch = slow_once  # type: ignore[assignment, method-assign]
     for traceparent in (before, during, after):
         sink = RecordingSink()
+        num_left = 5 if traceparent is during else 0
         dispatcher.submit(make_request(range(30), 20, traceparent=traceparent), sink)
-        if traceparent is during:
-            await until(lambda sink=sink: len(sink.token_ids) > 3)  # type: ignore[misc]
-            is_slow = True
         await sink.wait()
     await until(lambda: replica.server.num_works == 0)
     await dispatcher.stop()
     await replica.stop()
-    slow = [step for step in named(exporter, "octavo.step") if number(step, Attribute.STEP_DURATION) >= 0.3]
+    slow = [step for step in named(exporter, "octavo.step") if number(step, Attribute.STEP_DURATION) >= 1.0]
     assert [links(step) for step in slow] == [[span_id(dispatch_of(exporter, during))]]
     for traceparent in (before, during, after):
         parent = span_id(dispatch_of(exporter, traceparent))
@@ -262,9 +263,9 @@ async def test_a_slow_step_is_the_slowest_of_its_members_and_of_nobody_else(expo
         (event,) = [event for event in decode.events if event.name == Event.SLOWEST_STEP]
         assert event.attributes is not None
         is_hit = traceparent is during
-        assert (float(str(event.attributes[Attribute.STEP_DURATION])) >= 0.3) == is_hit
+        assert (float(str(event.attributes[Attribute.STEP_DURATION])) >= 1.0) == is_hit
         assert (event.attributes[Attribute.STEP] == attributes(slow[0])[Attribute.STEP]) == is_hit
-        assert (seconds(decode) >= 0.3) == is_hit
+        assert (seconds(decode) >= 1.0) == is_hit
 
 
 async def test_an_engine_that_nobody_can_watch_has_its_phases_all_the_same(exporter: InMemorySpanExporter) -> None:
@@ -280,12 +281,12 @@ async def test_an_engine_that_nobody_can_watch_has_its_phases_all_the_same(expor
     dispatcher.start()
     dispatcher.update_replicas([replica.address])
     sink = RecordingSink()
-    dispatcher.submit(make_request(range(30), 20, traceparent=SAMPLED), sink)
+    dispatcher.submit(make_request(range(30), 300, traceparent=SAMPLED), sink)
     await sink.wait()
     await dispatcher.stop()
     await replica.stop()
     prefill, decode = one(exporter, "octavo.prefill"), one(exporter, "octavo.decode")
-    assert number(decode, Attribute.OUTPUT_TOKENS) == 20
+    assert number(decode, Attribute.OUTPUT_TOKENS) == 300
     assert seconds(prefill) >= 0.002
     assert seconds(decode) >= 0.002
     assert prefill.end_time == decode.start_time

@@ -189,5 +189,5 @@ def is_idle(found: GetStatusResponse) -> bool:
 async def octavo_trace(address: str, *arguments: str) -> tuple[int, str, str]:
     """Run `octavo trace`; return its exit code and what it wrote to stdout and stderr."""
     command = (sys.executable, "-m", "cluster.cli", "trace", *arguments, "--address", address)
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60, check=False)
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=150, check=False)
     return done.returncode, done.stdout, done.stderr

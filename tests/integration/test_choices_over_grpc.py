@@ -16,7 +16,7 @@ PROMPT = "The capital of France is"
 
 async def ask(cluster: ClusterProcess, **options: object) -> Completion:
     async with Client(cluster.address) as client:
-        return await client.complete(PROMPT, timeout=60, **options)  # type: ignore[arg-type]
+        return await client.complete(PROMPT, timeout=150, **options)  # type: ignore[arg-type]
 
 
 async def test_each_choice_is_what_its_seed_gives_alone(model_cluster: ClusterProcess) -> None:

@@ -27,7 +27,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 def octavo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
 def test_a_port_in_use_is_noticed_although_routers_share_ports() -> None:
@@ -149,7 +149,7 @@ async def test_serve_deploy_takes_the_file_in_deploy(other_ray: ClusterProcess, 
     (tmp_path / "octavo.yaml").write_text(yaml.safe_dump(file))
     dashboard = other_ray.ready["dashboard"]
     command = [Path(sys.executable).with_name("serve"), "deploy", tmp_path / "octavo.yaml", "--address", dashboard]
-    await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=60, check=True)
+    await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=150, check=True)
     async with connected(f"127.0.0.1:{port}") as channel:
         await asyncio.wait_for(channel.channel_ready(), 60)
         await await_status(channel, has_ready(2))

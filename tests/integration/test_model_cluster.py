@@ -20,7 +20,7 @@ async def test_the_length_of_the_engine_is_that_of_the_router(model_cluster: Clu
         assert (model.name, model.max_model_len) == (model_cluster.ready["models"][0], 1_024)
         with pytest.raises(InvalidArgumentError) as refused:
             await client.complete([5] * 1_000, max_tokens=25)
-        longest = await client.complete([5] * 1_000, max_tokens=24, temperature=0.0, ignore_eos=True, timeout=60)
+        longest = await client.complete([5] * 1_000, max_tokens=24, temperature=0.0, ignore_eos=True, timeout=150)
     assert refused.value.reason == "PROMPT_TOO_LONG"
     assert "prompt (1000 tokens) + max_tokens must be <= 1024, the model's context, is 25" in refused.value.message
     assert len(longest.token_ids) == 24
@@ -36,7 +36,7 @@ def test_how_kv_memory_was_sized_is_said_on_stderr(model_cluster: ClusterProcess
 async def test_a_replica_has_no_torch(model_cluster: ClusterProcess) -> None:
     """Neither of ours nor of what Ray and Serve import, also after answers that were drawn."""
     async with Client(model_cluster.address) as client:
-        await client.complete([5] * 10, max_tokens=2, temperature=0.7, seed=1, ignore_eos=True, timeout=60)
+        await client.complete([5] * 10, max_tokens=2, temperature=0.7, seed=1, ignore_eos=True, timeout=150)
     (pid,) = model_cluster.pids
     mapped = (Path("/proc") / str(pid) / "maps").read_text()
     assert "_kernels" in mapped

@@ -36,7 +36,7 @@ def entries(*names: str) -> list[Committed]:
 
 
 async def ask(client: Client, prompt: Prompt, max_tokens: int) -> Completion:
-    return await client.complete(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, timeout=60)
+    return await client.complete(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, timeout=150)
 
 
 def assert_answer(completion: Completion, entry: Committed, *, cached_tokens: int | None) -> None:

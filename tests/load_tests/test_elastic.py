@@ -85,14 +85,28 @@ class ScriptedAnswer:
         yield Delta("", tuple(range(self._num_tokens)), token_offset=0, finish=Finish(FinishReason.LENGTH))
 
 
+class EndOfTestError(Exception):
+    """What was to be seen has been."""
+
+
 async def test_a_crowd_keeps_open_what_its_shape_says_and_lets_all_end() -> None:
-    client = ScriptedClient()
+    client, seen = ScriptedClient(), list[int]()
+
+    def shape(at: float) -> int:
+        seen.append(crowd.num_open)
+        if len(crowd.streams) < 12:
+            return 4
+        if seen[-1] == 1:
+            raise EndOfTestError
+        return 1
+
     async with Crowd(client, tokens=3) as crowd:  # type: ignore[arg-type]  # all of a client that a crowd uses
-        await crowd.follow(lambda at: 4 if at < 0.2 else 1, 0.4)
+        with pytest.raises(EndOfTestError):
+            await crowd.follow(shape, 60.0)
         assert crowd.num_open == 1
     assert crowd.num_open == client.num_open == 0
     assert client.most_open == 4
-    assert len(crowd.streams) >= 8
+    assert len(crowd.streams) >= 12
     assert all(stream.is_ended for stream in crowd.streams)
 
 

@@ -187,7 +187,7 @@ async def test_a_closed_loop_never_has_more_open_than_users() -> None:
 async def test_the_next_turn_repeats_the_answer() -> None:
     target = ScriptedTarget()
     kinds = [{"name": "one", "turns": 2, "prompt": {"own": 4}}]
-    await drive(target, kinds=kinds, arrivals={"process": "constant", "rate": 5, "duration_s": 0.2})
+    await drive(target, kinds=kinds, arrivals={"process": "constant", "rate": 0.1, "duration_s": 10})
     first, second = target.requests
     assert list(second.prompt)[:7] == [*first.prompt, 0, 1, 2]
 

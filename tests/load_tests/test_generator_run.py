@@ -13,7 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from octavo.v1.status_service_pb2 import GetStatusRequest
+from octavo.v1.status_service_pb2_grpc import StatusServiceStub
 
 from load_tests.__main__ import main
 from load_tests.rigs.router_clock import TICKS_PER_S
@@ -86,7 +89,7 @@ def is_alive(pid: int) -> bool:
 
 def load_tests(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "load_tests", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
 
 
 def report_in(folder: Path) -> dict[str, Any]:
@@ -157,15 +160,17 @@ def test_what_cannot_be_run_is_exit_code_2_and_says_why(
 def test_ctrl_c_ends_it_early_with_what_there_was(rig: RouterRig, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "load_tests", "run", "chat", "--target", rig.address, "--out", out]
+    before = num_accepted(rig)
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
-        deadline = time.monotonic() + 20
-        while not children(child.pid) and time.monotonic() < deadline:
+        give_up = time.monotonic() + 100
+        while num_accepted(rig) == before:
+            assert time.monotonic() < give_up, "it sent nothing"
             time.sleep(0.05)
-        time.sleep(2.5)
+        time.sleep(0.5)
         started = children(child.pid)
         os.killpg(child.pid, signal.SIGINT)
-        stdout, stderr = child.communicate(timeout=20)
+        stdout, stderr = child.communicate(timeout=60)
     finally:
         child.kill()
         child.wait()
@@ -174,6 +179,13 @@ def test_ctrl_c_ends_it_early_with_what_there_was(rig: RouterRig, tmp_path: Path
     assert report_in(out)["is_whole"] is False
     assert started
     assert not [pid for pid in started if is_alive(pid)]
+
+
+def num_accepted(rig: RouterRig) -> int:
+    """Return how many requests the router has had so far."""
+    with grpc.insecure_channel(rig.address) as channel:
+        found = StatusServiceStub(channel).GetStatus(GetStatusRequest(), timeout=20)
+    return int(found.router.num_accepted_total)
 
 
 def children(pid: int) -> list[int]:

@@ -288,7 +288,7 @@ def test_a_rig_that_wrote_nothing_misses_and_spoils_the_whole() -> None:
 def test_the_bench_runs_a_rig_and_writes_its_bars(tmp_path: Path) -> None:
     """The quickest one, in a process of its own."""
     command = [*BENCH, "--bars", "index", "--results", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=50, check=False)
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=150, check=False)
     bars = json.loads((tmp_path / "router.json").read_text())
     assert [set(bar) for bar in bars] == [{"bar", "value", "limit", "ok", "detail"}] * 3
     assert bars[1]["value"] > 0
@@ -306,7 +306,7 @@ def test_a_bench_that_is_stopped_judges_what_there_is(tmp_path: Path) -> None:
     assert "overload" in process.stdout.readline()
     time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=50)
+    process.communicate(timeout=150)
     assert process.returncode == 1
     bars = json.loads((tmp_path / "router.json").read_text())
     assert not any(bar["ok"] for bar in bars)

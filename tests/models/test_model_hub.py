@@ -156,7 +156,7 @@ def test_the_environment_counts(hub: Hub, tmp_path: Path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=True,
     )
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "hf")

@@ -87,6 +87,6 @@ def serve(tmp_path: Path) -> NewServed:
             for replica, engine_thread in zip(replicas, engines, strict=True):
                 await replica.stop()
                 engine_thread.close()
-                assert await asyncio.to_thread(engine_thread.join, 5.0)
+                assert await asyncio.to_thread(engine_thread.join, 40.0)
 
     return serving

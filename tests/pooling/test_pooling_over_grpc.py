@@ -129,7 +129,7 @@ class Slow:
 
         def pool(model: EncoderModel, works: Any) -> Any:
             if len(works[0].tokens) > 1:  # not the one that warms it
-                self.go.wait(10)
+                self.go.wait(30)
             return plain(model, works)
 
         monkeypatch.setattr(EncoderModel, "pool", pool)
@@ -177,7 +177,7 @@ async def test_what_loses_every_replica_is_given_up(
     async with serve(tmp_path / "m", num_replicas=MAX_IDLE_LOSSES + 1) as served:
         stub: Any = InferenceServiceStub(channel := served.client._dial(served.client._targets[0]))
         request = pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(text="cat")])
-        asking = asyncio.ensure_future(stub.Embed(request, timeout=20))
+        asking = asyncio.ensure_future(stub.Embed(request, timeout=60))
         alive = set(range(MAX_IDLE_LOSSES + 1))
         for _ in range(MAX_IDLE_LOSSES):
             await until(lambda: any(served.replicas[i].num_works for i in alive))

@@ -40,13 +40,13 @@ async def test_bad_requests_say_field_and_rule(serve: NewServed, tmp_path: Path)
         stub: Any = InferenceServiceStub(channel)
         for name, (request, field) in BAD.items():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Embed(request, timeout=5)
+                await stub.Embed(request, timeout=30)
             error = from_rpc(caught.value)
             assert isinstance(error, InvalidArgumentError), name
             assert any(violation.field.startswith(field) for violation in error.field_violations), name
         left = pooling_pb2.EmbedRequest(inputs=[pooling_pb2.PoolInput(text="a")], truncate=types_pb2.TRUNCATE_LEFT)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.Embed(left, timeout=5)
+            await stub.Embed(left, timeout=30)
         assert isinstance(from_rpc(caught.value), UnimplementedError)
         await channel.close()
 

@@ -45,6 +45,8 @@ from workers.types import Finish, FinishReason, Load, ModelManifest, TokenLogpro
 END, USER = 256, 257
 VOCAB_SIZE = 260
 MAX_MODEL_LEN = 64
+PATIENCE_S = 20.0
+"""How long is waited for what comes at once, on whatever machine."""
 TEMPLATE = (
     "{% for message in messages %}{{ '<|user|>' ~ message.role ~ ':' ~ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|user|>' }}{% endif %}"
@@ -180,7 +182,7 @@ class FakeBackend:
         """Wait for the request number `index`."""
         while len(self.works) <= index:
             self._arrival.clear()
-            await asyncio.wait_for(self._arrival.wait(), 5)
+            await asyncio.wait_for(self._arrival.wait(), PATIENCE_S)
         return self.works[index]
 
     def replicas(self) -> Sequence[ReplicaView]:
@@ -375,7 +377,7 @@ class ClientSession:
 
     async def read(self) -> None:
         """Read one message. `is_over` afterwards: the router has ended the stream."""
-        message = await asyncio.wait_for(self.call.read(), 5)
+        message = await asyncio.wait_for(self.call.read(), PATIENCE_S)
         if message is grpc.aio.EOF:
             self.is_over = True
             return
@@ -444,7 +446,7 @@ def text_request(text: str = "hi", **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=types.Prompt(text=text), **fields)
 
 
-async def eventually(holds: Callable[[], bool] | Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
+async def eventually(holds: Callable[[], bool] | Callable[[], Awaitable[bool]], timeout_s: float = PATIENCE_S) -> None:
     """Wait until `holds()`; for what a test cannot await."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -41,7 +41,7 @@ class Served(list[str]):
 
 
 async def test_models_are_opened_side_by_side_and_listed_as_they_were_configured(tmp_path: Path) -> None:
-    files, together = Files(tmp_path), threading.Barrier(3, timeout=5)
+    files, together = Files(tmp_path), threading.Barrier(3, timeout=30)
 
     def find(name: str) -> ModelFiles:
         together.wait()
@@ -80,8 +80,8 @@ async def test_one_whose_files_take_long_follows_the_others(tmp_path: Path, monk
         if name == "b-files":
             begun.set()
         else:  # and one there must be, however long it takes
-            assert begun.wait(5)
-        assert name != "b-files" or fetched.wait(10)
+            assert begun.wait(30)
+        assert name != "b-files" or fetched.wait(30)
         return files(name)
 
     models = Catalogue(SOURCES[:2], find, served)

@@ -56,7 +56,8 @@ def test_what_templates_use(template: str, text: str) -> None:
 
 
 def test_the_time() -> None:
-    assert render("{{ strftime_now('%Y-%m') }}") == time.strftime("%Y-%m")
+    before = time.strftime("%Y-%m")
+    assert render("{{ strftime_now('%Y-%m') }}") in (before, time.strftime("%Y-%m"))
 
 
 def test_a_template_s_own_refusal() -> None:

@@ -73,7 +73,7 @@ async def test_what_was_not_sent_to_a_replica_is_given_back(path: Path, way: str
     _, token = new_key(path, "acme")
     set_terms(path, "acme", Terms(tokens_per_minute=40))
     async with running(keys_file=str(path)) as rig, client_of(rig, token) as client:
-        asking = asyncio.create_task(client.embed([TEN] * 4, timeout=0.3 if way == "deadline" else None))
+        asking = asyncio.create_task(client.embed([TEN] * 4, timeout=1.0 if way == "deadline" else None))
         await eventually(lambda: len(rig.backend.works) == 4)
         rig.backend.works[0].dispatch()
         if way == "cancel":

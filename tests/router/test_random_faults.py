@@ -104,7 +104,7 @@ async def live(session: ClientSession, ids: list[str], rng: random.Random, cance
 async def test_everything_ends_once(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     players: list[asyncio.Task[None]] = []
-    async with running(session_grace_s=2.0, slow_consumer_s=1.0) as rig:
+    async with running(session_grace_s=2.0, slow_consumer_s=5.0) as rig:
         rig.backend.script = lambda work: players.append(asyncio.create_task(play(work, rng)))
         clients = [over_generate(rig, rng) for _ in range(60)] + [over_session(rig, rng, i) for i in range(12)]
         await asyncio.gather(*clients)

@@ -190,7 +190,7 @@ async def test_clients_of_a_router_that_has_a_successor_find_it_at_once() -> Non
         works = [await backend.work(i) for i in range(2)]
         second.bind("127.0.0.1", port)
         await second.start()
-        drain = asyncio.create_task(first.drain(5, has_successor=True))
+        drain = asyncio.create_task(first.drain(60, has_successor=True))
         await session.until(lambda: session.go_away is not None)
         for _ in range(20):
             new = Rig(second, successor, old.address)

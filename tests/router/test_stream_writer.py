@@ -26,11 +26,12 @@ class Context:
 
 
 async def start_write(context: Any) -> tuple[asyncio.Task[None], StreamWriter]:
-    """Return a task in the middle of a write, and its writer, whose limit is a second."""
+    """Return a task in the middle of a write, and its writer, whose limit is a hundred seconds: more than this process
+    may be held up."""
     writers: list[StreamWriter] = []
 
     async def write() -> None:
-        writers.append(StreamWriter(context, 1.0))
+        writers.append(StreamWriter(context, 100.0))
         await writers[0].write("one")
         await writers[0].write("two")
 
@@ -42,17 +43,17 @@ async def start_write(context: Any) -> tuple[asyncio.Task[None], StreamWriter]:
 async def test_a_write_within_the_limit_goes_on() -> None:
     context = Context()
     task, writer = await start_write(context)
-    writer.check(time.monotonic() + 0.9)
+    writer.check(time.monotonic() + 50.0)
     context.reads.set()
     await task
     assert context.written == ["one", "two"]
-    writer.check(time.monotonic() + 5.0)  # nothing is being written
+    writer.check(time.monotonic() + 500.0)  # nothing is being written
 
 
 async def test_a_write_that_gets_stuck_is_broken_off() -> None:
     task, writer = await start_write(Context())
-    writer.check(time.monotonic() + 1.1)
-    writer.check(time.monotonic() + 1.2)
+    writer.check(time.monotonic() + 101.0)
+    writer.check(time.monotonic() + 102.0)
     with pytest.raises(OverloadedError) as caught:
         await task
     assert caught.value.reason == Reason.SLOW_CONSUMER
@@ -61,7 +62,7 @@ async def test_a_write_that_gets_stuck_is_broken_off() -> None:
 
 async def test_a_client_that_leaves_meanwhile_is_no_slow_one() -> None:
     task, writer = await start_write(Context())
-    writer.check(time.monotonic() + 1.1)
+    writer.check(time.monotonic() + 101.0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -106,6 +106,6 @@ def test_a_process_ends_while_a_step_is_computed(tmp_path: Path) -> None:
             cwd=root,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=110,
         )
         assert (ended.returncode, ended.stderr) == (0, "")

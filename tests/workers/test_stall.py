@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from tests.workers.toy_engine import ToyEngine, toy_answer, work
 from workers.config import EngineConfig
@@ -10,20 +14,31 @@ from workers.fake import FakeEngine
 from workers.types import WorkId
 
 
-def test_one_step_of_one_replica_takes_as_much_longer_as_the_file_says(tmp_path: Path) -> None:
-    file = tmp_path / "stall"
+def test_one_step_of_one_replica_takes_as_much_longer_as_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, slept = tmp_path / "stall", list[float]()
+
+    def sleep_noted(seconds: float) -> None:
+        slept.append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr("workers.stall.time", SimpleNamespace(sleep=sleep_noted))
     engines = [FakeEngine(EngineConfig(engine="fake", stall_file=str(file))) for _ in range(2)]
     watches = [engine.watch() for engine in engines]
     for engine in engines:
         engine.submit(work(1, [1, 2], 6))
+    held_up = []
     for number in range(6):
         if number == 3:
             file.write_text("0.1")
-        for engine, watch in zip(engines, watches, strict=True):
+        for i, (engine, watch) in enumerate(zip(engines, watches, strict=True)):
             engine.step()
             watch.ended()
-    slow = [(i, r.plan.number) for i, watch in enumerate(watches) for r in watch.drain() if r.run_s >= 0.1]
-    assert slow == [(0, 4)]
+            (record,) = watch.drain()
+            if slept:
+                held_up.append((i, record.plan.number, slept.pop(), record.run_s >= 0.1))
+    assert held_up == [(0, 4, 0.1, True)]
     assert not file.exists()
 
 

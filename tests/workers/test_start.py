@@ -35,7 +35,7 @@ class Heard:
             self.ended.set()
 
     async def end(self) -> None:
-        assert await asyncio.to_thread(self.ended.wait, 5)
+        assert await asyncio.to_thread(self.ended.wait, 30)
 
 
 async def test_stages_are_told_in_order_off_the_loop() -> None:

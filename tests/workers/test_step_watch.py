@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from tests.workers.test_thread import Consumer
+from tests.workers.test_thread import PATIENCE_S, Consumer
 from tests.workers.toy_engine import BLOCK_SIZE, Clock, ToyEngine, ToyRunner, ToyTicket, work
 from workers.config import EngineConfig
 from workers.fake import FakeEngine
@@ -130,7 +130,7 @@ def test_the_step_that_broke_an_engine_is_told_before_its_works_end() -> None:
     consumer.wait(lambda: consumer.ended(1))
     assert [(record.error, numbers(record)) for record in watch.drain()] == [("MemoryError", {1})]
     consumer.thread.close()
-    assert consumer.thread.join(5.0)
+    assert consumer.thread.join(PATIENCE_S)
 
 
 def test_counts_of_tokens() -> None:
@@ -202,4 +202,4 @@ def test_the_thread_tells_of_a_step_before_it_tells_its_tokens() -> None:
         assert consumer.thread.counts().num_generated_tokens == 20
     finally:
         consumer.thread.close()
-        assert consumer.thread.join(5.0)
+        assert consumer.thread.join(PATIENCE_S)

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+import grpc
 import grpc.aio
 
 from octavo.client.backoff import Backoff
@@ -164,7 +165,8 @@ class Link:
             self._session = None
         if session.is_proven:
             self._num_failures = 0
-        if error is not None and not session.is_connected:
+        # Any other status is a router's, whose answer may come before the Session knows that it is connected.
+        if error is not None and not session.is_connected and error.code is grpc.StatusCode.UNAVAILABLE:
             message = f"cannot reach {self.target}: {error.message}"
             error = ConnectionFailedError(message, reason=Reason.SESSION_LOST)
         if error is not None and was_current:

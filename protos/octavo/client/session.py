@@ -71,7 +71,8 @@ class Session:
         self._is_closing = False
         stub: pb_grpc.InferenceServiceAsyncStub = pb_grpc.InferenceServiceStub(channel)
         self._call = stub.Session(metadata=metadata)
-        self._has_failed_write = False
+        self._is_write_unsure = False
+        """A write is under way, or has met the end of the call."""
         self._task = self._loop.create_task(self._run(), name="octavo-session")
 
     @property
@@ -156,16 +157,18 @@ class Session:
                 self._wake.clear()
                 while self._outbox:
                     message, started = self._outbox.take(self._loop.time())
+                    self._is_write_unsure = True
                     await self._call.write(message)
+                    self._is_write_unsure = False
                     for exchange in started:
                         self._owner.session_started(exchange)
                 if self._is_retiring and not self.exchanges:
                     await self._call.done_writing()
                     return
         except grpc.aio.AioRpcError:
-            self._has_failed_write = True  # the call is over; the reader learns why
+            self._is_write_unsure = True  # the call is over; the reader learns why
         except (grpc.aio.UsageError, asyncio.InvalidStateError):
-            return  # likewise
+            self._is_write_unsure = False  # likewise, and it had its status already
         except Exception:
             _LOGGER.exception("a Session's writer failed; the Session is given up")
             self._call.cancel()
@@ -191,11 +194,12 @@ class Session:
     async def _verdict(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
         """Return how the router ended the call, if it did.
 
-        When a write meets the end of the call, grpc.aio calls that INTERNAL at once; the router's own status, which
-        tells whether another try makes sense, takes its place when it has been read, a moment later.
+        When a write meets the end of the call, grpc.aio calls that INTERNAL at once, and tells whoever reads before
+        whoever writes; the router's own status, which tells whether another try makes sense, takes its place when it
+        has been read, a moment later.
         """
         give_up = self._loop.time() + _VERDICT_S
-        while self._has_failed_write and error.code() is grpc.StatusCode.INTERNAL and self._loop.time() < give_up:
+        while self._is_write_unsure and error.code() is grpc.StatusCode.INTERNAL and self._loop.time() < give_up:
             await asyncio.sleep(_VERDICT_POLL_S)
             error = grpc.aio.AioRpcError(
                 await self._call.code(),
