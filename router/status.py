@@ -102,7 +102,7 @@ def to_terminal(error: OctavoError | None) -> Terminal:
 async def abort(
     context: grpc.aio.ServicerContext[Any, Any], error: OctavoError, trailers: tuple[tuple[str, str], ...] = ()
 ) -> NoReturn:
-    """End the call with `error`. Raises, as `context.abort` does.
+    """End the call with `error`. Raises, as `context.abort` does; CancelledError if it was over already.
 
     The status leaves after all messages before it. A client that takes none of these gets it whenever it reads on; the
     call's handler does not wait for that longer than `MAX_ABORT_S`.
@@ -111,7 +111,7 @@ async def abort(
     try:
         async with asyncio.timeout(MAX_ABORT_S):
             await context.abort(code_of(error), message_of(error), trailing_metadata=(*trailers, details))
-    except TimeoutError:
+    except (TimeoutError, grpc.aio.InternalError):  # the latter in the moment in which a client leaves
         raise asyncio.CancelledError from None
     raise AssertionError("context.abort returned")
 

@@ -31,7 +31,7 @@ class StreamWriter:
 
     async def write(self, message: object) -> None:
         """Return when gRPC has taken `message`. Raises OverloadedError if it does not within the limit; then the call
-        can only be aborted."""
+        can only be aborted. Raises CancelledError if the call is over."""
         self._since = time.monotonic()
         try:
             await self._context.write(message)
@@ -40,6 +40,8 @@ class StreamWriter:
             if self._is_stuck and self._task.uncancel() == 0:
                 raise slow_consumer(self._limit_s) from None
             raise
+        except grpc.aio.InternalError:  # in the moment in which a client leaves, before gRPC cancels this task
+            raise asyncio.CancelledError from None
         finally:
             self._since = None
 

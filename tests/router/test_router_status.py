@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
+import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 
@@ -63,3 +66,14 @@ def test_a_status_is_bounded() -> None:
 def test_a_negative_retry_delay_is_none() -> None:
     assert status.duration(-1).ToNanoseconds() == 0
     assert status.duration(1.5).ToNanoseconds() == 1_500_000_000
+
+
+async def test_to_abort_a_call_that_is_over_ends_as_if_it_were_cancelled() -> None:
+    """gRPC would log it as a fault of ours, for every client that leaves in that moment."""
+
+    class Over:
+        async def abort(self, *_: object, **__: object) -> None:
+            raise grpc.aio.InternalError("a batch failed")
+
+    with pytest.raises(asyncio.CancelledError):
+        await status.abort(Over(), errors.DeadlineError("late"))  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import grpc.aio
 import pytest
 from octavo.names import Reason
 
@@ -64,5 +65,20 @@ async def test_a_client_that_leaves_meanwhile_is_no_slow_one() -> None:
     task, writer = await start_write(Context())
     writer.check(time.monotonic() + 101.0)
     task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_write_to_a_call_that_is_over_ends_as_if_it_were_cancelled() -> None:
+    """Its client left a moment ago, and gRPC has not come to cancelling this task."""
+
+    class Over(Context):
+        async def write(self, message: object) -> None:
+            await self.reads.wait()
+            raise grpc.aio.InternalError("a batch failed")
+
+    context = Over()
+    task, _ = await start_write(context)
+    context.reads.set()
     with pytest.raises(asyncio.CancelledError):
         await task
