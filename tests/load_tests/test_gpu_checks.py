@@ -17,7 +17,7 @@ from workers.weights.shape import from_config
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -70,5 +70,5 @@ def test_an_engine_that_says_something_else(
 
 def test_logits(checkpoint: RandomCheckpoint, answers: dict[tuple[int, ...], list[int]]) -> None:
     checks = Checks()
-    assert checks.logits("small", checkpoint, PROMPTS[0][:3]) > 0
+    assert checks.logits("small", checkpoint, PROMPTS[0][:2]) > 0
     assert all(bar.ok for bar in checks.bars if "fp32" in bar.bar), checks.bars
