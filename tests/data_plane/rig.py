@@ -239,9 +239,9 @@ async def ready_cluster(*replicas: Replica) -> AsyncIterator[Dispatcher]:
         yield dispatcher
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Wait for what must come true by itself."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  what it waits for is in another thread
             await asyncio.sleep(0.005)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -65,16 +64,6 @@ def empty_silently(replica: Replica) -> None:
 async def test_a_cache_emptied_behind_the_routers_back_is_noticed_within_two_seconds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Unless this machine holds all up; but hardly so three times."""
-    for _ in range(3):
-        caplog.clear()
-        if await noticed_after_s(caplog) <= 2.0:
-            return
-    raise AssertionError("later")
-
-
-async def noticed_after_s(caplog: pytest.LogCaptureFixture) -> float:
-    """Empty a cache behind the back of a router; return after how long it knew."""
     prompt = make_prompt(random.Random(1), 41)
     one, two = Replica("one", times=USUAL), Replica("two", times=USUAL)
     with caplog.at_level(logging.WARNING, logger="router.link"):
@@ -84,9 +73,7 @@ async def noticed_after_s(caplog: pytest.LogCaptureFixture) -> float:
             state = link_to(dispatcher, emptied).state
             await until(lambda: len(state.resident) == 11)
             await on_engine_thread(emptied, lambda: empty_silently(emptied))
-            emptied_at = time.monotonic()
-            await until(lambda: not state.resident)
-            took_s = time.monotonic() - emptied_at
+            await until(lambda: not state.resident, timeout_s=2.0)
             assert state.num_resyncs == 1
             sink = await ask(dispatcher, prompt)
             assert sink.decisions[0].matched_tokens == sink.cached_tokens == 0
@@ -95,7 +82,6 @@ async def noticed_after_s(caplog: pytest.LogCaptureFixture) -> float:
     assert [record.getMessage() for record in caplog.records if record.name == "router.link"] == [
         f"the cache of {home} is not what was told of it; it is asked for anew"
     ]
-    return took_s
 
 
 async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
@@ -115,7 +101,7 @@ async def test_lost_events_are_noticed_and_all_blocks_come_again() -> None:
         await ask(dispatcher, prompts[1])
         await until(lambda: len(lost) >= 11)
         replica.engine.kv_events = drain  # type: ignore[method-assign]
-        await until(lambda: state.resident == replica.engine._pool.resident_hashes())
+        await until(lambda: state.resident == replica.engine._pool.resident_hashes(), timeout_s=2.0)
         assert state.num_resyncs == 1
         sink = await ask(dispatcher, prompts[1])
         assert sink.decisions[0].matched_tokens == sink.cached_tokens == 40

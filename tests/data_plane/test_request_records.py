@@ -59,7 +59,7 @@ async def test_the_way_of_a_request(router: WholeRouter) -> None:
     (again,) = second.attempts
     assert (again.cached_tokens, again.decision.matched_tokens) == (39, 36)
     assert (second.priority, second.has_own_deadline, first.has_own_deadline) == (2, True, False)
-    assert second.timeout_s == pytest.approx(900.0, abs=90.0)  # a part of it may have passed on the way
+    assert second.timeout_s == pytest.approx(900.0, abs=9.0)
     assert_adds_up(first)
     assert [record.request_id for record in await router.records(TRACE.upper())] == ["a"]
     text = "\n".join(explained(second))
@@ -265,7 +265,7 @@ async def test_a_line_is_logged_for_each_request_without_its_texts(caplog: pytes
     good, bad = lines(caplog)
     assert re.fullmatch(
         r"request=a tenant=- model=toy code=OK reason=- via=session priority=0 prompt=6 cached=0 generated=3 "
-        r"attempts=1 replica=one queued_s=\d+\.\d{3} first_token_s=\d+\.\d{3} total_s=\d+\.\d{3} finish=length trace="
+        r"attempts=1 replica=one queued_s=0\.0\d\d first_token_s=0\.\d{3} total_s=0\.\d{3} finish=length trace="
         + TRACE,
         good.getMessage(),
     )

@@ -67,9 +67,9 @@ async def test_a_request_that_went_well(router: WholeRouter) -> None:
     assert meters.value("octavo.placements", model=MODEL, rule="only") == 2
     assert meters.value("octavo.placement.matched_tokens", model=MODEL) == 36
     (duration,) = meters.points("gen_ai.server.request.duration").values()
-    assert 0.08 < duration.sum < 30  # twenty steps of 2 ms each
+    assert 0.08 < duration.sum < 5  # twenty steps of 2 ms each
     (per_token,) = meters.points("gen_ai.server.time_per_output_token").values()
-    assert 0.002 < per_token.sum < 1.5
+    assert 0.002 < per_token.sum < 0.2
     (first,) = meters.points("gen_ai.server.time_to_first_token").values()
     assert first.sum < duration.sum
 

@@ -103,8 +103,7 @@ async def test_a_step_says_where_its_time_went(exporter: InMemorySpanExporter) -
     for one_step, next_step in pairwise(steps):
         assert one_step.end_time <= next_step.start_time  # type: ignore[operator]
     prefill, decode = one(exporter, "octavo.prefill"), one(exporter, "octavo.decode")
-    # What a span's times are on the world's clock is found out for each of the two on its own.
-    assert abs(steps[0].start_time - prefill.start_time) < STEP_S / 2 * 1e9  # type: ignore[operator]
+    assert abs(steps[0].start_time - prefill.start_time) < 1e6  # type: ignore[operator]
     assert decode.start_time <= steps[0].end_time <= decode.end_time  # type: ignore[operator]
 
 

@@ -75,8 +75,7 @@ async def test_each_request_is_one_whole_tree_and_each_batch_and_step_has_all_it
     assert [text for answer in answers for text in miscounted(answer, by_trace[answer.trace_id])] == []
     assert unlinked_batches(trees, spans) == []
     assert unlinked_steps(trees, spans) == []
-    # Of nearly all: what nobody accounts for is short, but a process may be held up just then.
-    assert sorted(tree.coverage() for tree in trees)[NUM_REQUESTS // 5] >= 0.95
+    assert min(tree.coverage() for tree in trees) >= 0.95
     assert max(len(span.links) for span in spans if span.name == SpanName.STEP) > 1, "they were computed together"
     assert {len(span.links) for span in spans if span.name == SpanName.BATCH} != {1}, "some went together"
 

@@ -111,17 +111,16 @@ async def test_the_slowest_are_listed_and_what_is_unknown_is_said(fake_cluster: 
 
 async def test_a_real_models_prefill_and_decode_are_explained(model_cluster: ClusterProcess) -> None:
     text = "Once upon a time there was a small dog who lived in a big house near the sea. " * 3
-    names = ("told-first", "told-again", "told-once-more", "told-at-last")
     async with Client(model_cluster.address) as client:
-        for name in names:
+        for name in ("told-first", "told-again"):
             answer = await client.complete(text, max_tokens=12, temperature=0, ignore_eos=True, request_id=name)
     assert answer.usage is not None
     records = []
-    for name in names:
+    for name in ("told-first", "told-again"):
         code, out, err = await octavo_trace(model_cluster.address, name, "--json")
         assert (code, err) == (0, "")
         records.append(json.loads(out))
-    (first,), (again,), *others = (record["attempts"] for record in records)
+    (first,), (again,) = (record["attempts"] for record in records)
     num_prompt = answer.usage.prompt_tokens
     assert records[0]["prompt_tokens"] == num_prompt
     assert first["cached_tokens"] < again["cached_tokens"] == answer.usage.cached_tokens < num_prompt
@@ -129,9 +128,7 @@ async def test_a_real_models_prefill_and_decode_are_explained(model_cluster: Clu
     for attempt in (first, again):
         assert attempt["engine"]["num_steps"] >= attempt["num_tokens"] == 12
         assert attempt["engine"]["prefill_s"] > 0
-    # At least once of three times: any of them may have been held up by others on this machine.
-    least_s = min(attempt["engine"]["prefill_s"] for (attempt,) in ([again], *others))
-    assert least_s < first["engine"]["prefill_s"]
+    assert again["engine"]["prefill_s"] < first["engine"]["prefill_s"]
     code, out, err = await octavo_trace(model_cluster.address, "told-again")
     cached = again["cached_tokens"]
     assert f"prefilled: {cached} of {num_prompt} prompt tokens were cached, {num_prompt - cached} computed" in out

@@ -217,7 +217,7 @@ async def test_a_quota_is_told_with_the_time_to_come_again(path: Path, way: str)
             assert (await send(rig, way, f"Bearer {token}")).code is grpc.StatusCode.OK
         outcome = await send(rig, way, f"Bearer {token}")
         assert (outcome.code, outcome.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUOTA_EXCEEDED)
-        assert outcome.retry_after_s == pytest.approx(30, abs=10)
+        assert outcome.retry_after_s == pytest.approx(30, abs=2)
         await rig.assert_nothing_left()
 
 

@@ -38,11 +38,7 @@ from workers.weights.packed_cache import load_packed
 from workers.weights.packed_mode import PackingMode
 
 MIB = 1 << 20
-quick = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 edges = st.sampled_from([0, 1, 2, 3, 31, 32, 64, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**48, 2**60, 2**63, 2**64 - 1])
 leaves = st.one_of(
